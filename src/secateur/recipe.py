@@ -1,0 +1,285 @@
+"""A recipe: one point in the product of the axes, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from . import granularity as granularity_module
+from .errors import RecipeError
+from .registry import Part, get
+
+Propagate = Literal["layer", "block", "off"]
+
+#: Facts that the engine makes itself; every other fact that a part names is evidence from data.
+DERIVED = frozenset({"weight", "score", "keep", "granularity", "generator", "curvature"})
+#: Evidence that needs a loss and labels, or targets; the rest needs only inputs.
+GRADIENTS = frozenset({"gradient", "fisher", "fisher_inverse", "hessian"})
+
+
+def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return MappingProxyType({k: _frozen(v) if isinstance(v, Mapping) else v for k, v in (mapping or {}).items()})
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _thawed(v) for k, v in value.items()}
+    return [_thawed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to remove, how it is chosen, and what happens to the rest.
+
+    Attributes:
+        method: the name that the recipe started from; says nothing to the engine.
+        criterion: what a weight is worth; None where the solver chooses by itself.
+        granularity: ``element``, ``row``, ``N:M`` or ``block(r,c)``.
+        allocation: how the sparsity is spread over layers.
+        schedule: share of the target reached after each of ``steps`` rounds.
+        steps: rounds of score and cut.
+        solver: whether and how the survivors move.
+        recovery: what heals the model afterwards.
+        sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
+        propagate: what later layers are calibrated on. ``layer``: the output of pruned layers, also
+            within a block; ``block``: of pruned blocks; ``off``: of the dense model.
+        only, skip: globs over layer names.
+        knobs: axis -> knob -> value.
+        seed: of every random draw.
+    """
+
+    method: str = "custom"
+    criterion: str | None = "magnitude"
+    granularity: str = "element"
+    allocation: str = "uniform"
+    schedule: str = "one-shot"
+    steps: int = 1
+    solver: str = "rank"
+    recovery: str = "none"
+    sparsity: float = 0.5
+    propagate: Propagate = "layer"
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "only", _globs(self.only))
+        object.__setattr__(self, "skip", _globs(self.skip))
+        object.__setattr__(self, "knobs", _frozen(self.knobs))
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
+            raise RecipeError(f"sparsity must be a number in [0, 1), not {self.sparsity!r}")
+        if not 0.0 <= self.sparsity < 1.0:
+            raise RecipeError(f"sparsity must be a fraction in [0, 1), not {self.sparsity:g} (0.5 removes half)")
+        object.__setattr__(self, "sparsity", float(self.sparsity))
+        if self.propagate not in ("layer", "block", "off"):
+            raise RecipeError(f"propagate must be layer, block or off, not '{self.propagate}'")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise RecipeError(f"steps must be a whole number of at least 1, not {self.steps!r}")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        pattern = granularity_module.parse(self.granularity)
+        object.__setattr__(self, "granularity", pattern.name)
+        if pattern.keep is not None:
+            fixed = 1.0 - pattern.keep
+            if abs(self.sparsity - fixed) > 1e-9:
+                raise RecipeError(
+                    f"granularity '{pattern.name}' fixes the sparsity at {fixed:g}, but {self.sparsity:g} was asked for: "
+                    "leave the sparsity out"
+                )
+        for axis, part in self.parts().items():
+            part.knobs_with(self.knobs.get(axis, {}))
+        if unknown := set(self.knobs) - {*self.parts(), "criterion"}:
+            raise RecipeError(f"knobs for {sorted(unknown)}, but a recipe has the axes {sorted(self.parts())}")
+        solver = get("solver", self.solver)
+        if "score" in solver.needs and self.criterion is None:
+            raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
+        measure = get("allocation", self.allocation).facts.get("measure")
+        if measure is not None and "score" in measure.__code__.co_varnames and self.criterion is None:
+            raise RecipeError(
+                f"allocation '{self.allocation}' ranks by a criterion, and solver '{self.solver}' chooses by itself: "
+                "name a criterion with --criterion"
+            )
+        if self.steps > 1 and self.schedule == "one-shot":
+            raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
+
+    @staticmethod
+    def of(method: str, **overrides: Any) -> Recipe:
+        """The recipe of a named method, with any field overridden.
+
+        A granularity ``N:M`` sets the sparsity.
+
+        >>> Recipe.of("wanda", granularity="2:4").sparsity
+        0.5
+        """
+        from .methods import load  # registered lazily: the named methods are made of recipes
+
+        load()
+        base: Recipe = get("method", method).facts["recipe"]
+        given = {k: v for k, v in overrides.items() if v is not None}
+        names = {f.name for f in dataclasses.fields(Recipe)}
+        if unknown := set(given) - names:
+            raise RecipeError(f"a recipe has no field {sorted(unknown)}; its fields: {', '.join(sorted(names))}")
+        pattern = granularity_module.parse(given.get("granularity", base.granularity))
+        if pattern.keep is not None and "sparsity" not in given:
+            given["sparsity"] = 1.0 - pattern.keep
+        knobs = {axis: {**base.knobs.get(axis, {}), **given.get("knobs", {}).get(axis, {})}
+                 for axis in {*base.knobs, *given.get("knobs", {})}}
+        # A replaced part leaves its knobs behind.
+        for axis in ("criterion", "allocation", "solver", "recovery"):
+            if axis in given and given[axis] != getattr(base, axis):
+                knobs[axis] = dict(given.get("knobs", {}).get(axis, {}))
+        given["knobs"] = {a: k for a, k in knobs.items() if k}
+        return dataclasses.replace(base, **given)
+
+    def parts(self) -> dict[str, Part]:
+        """The registered part on each axis."""
+        found = {
+            "allocation": get("allocation", self.allocation),
+            "schedule": get("schedule", self.schedule),
+            "solver": get("solver", self.solver),
+            "recovery": get("recovery", self.recovery),
+        }
+        if self.criterion is not None:
+            found = {"criterion": get("criterion", self.criterion), **found}
+        return found
+
+    def knobs_of(self, axis: str) -> dict[str, Any]:
+        """All knobs of the part on an axis, with this recipe's values."""
+        return self.parts()[axis].knobs_with(_thawed(self.knobs.get(axis, {})))
+
+    @property
+    def uses_score(self) -> bool:
+        """Whether the criterion is evaluated at all."""
+        names = {*get("solver", self.solver).needs, *_measure_needs(self)}
+        return self.criterion is not None and "score" in names
+
+    def needs(self) -> frozenset[str]:
+        """Evidence that data must supply: the facts that the parts name, less what the engine makes."""
+        names = set(get("solver", self.solver).needs) | set(_measure_needs(self))
+        if self.uses_score and self.criterion is not None:
+            names |= set(get("criterion", self.criterion).needs)
+        if "curvature" in names:
+            names.add("gram")
+        needs = names - DERIVED
+        if get("recovery", self.recovery).facts.get("data"):
+            needs.add("inputs")
+        return frozenset(needs)
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.needs())
+
+    @property
+    def needs_loss(self) -> bool:
+        return bool(self.needs() & GRADIENTS)
+
+    def check(self, layers: Iterable[Any] = (), *, data: bool = True, loss: bool = True) -> None:
+        """Say before any work what is missing and what cannot be.
+
+        Args:
+            layers: the `Layer` objects that would be pruned.
+            data: whether calibration data is given.
+            loss: whether a loss is given.
+
+        Raises:
+            RecipeError: with one sentence that says what to do.
+        """
+        needs = sorted(self.needs())
+        if needs and not data:
+            part = self._who_needs(needs[0])
+            raise RecipeError(f"{part} needs {needs[0]}, which is measured on data: pass --data")
+        if self.needs_loss and not loss:
+            name = sorted(self.needs() & GRADIENTS)[0]
+            raise RecipeError(f"{self._who_needs(name)} needs {name}, which is measured with a loss: pass loss=")
+        pattern = granularity_module.parse(self.granularity)
+        for layer in layers:
+            pattern.check(layer.shape, layer.name)
+
+    def _who_needs(self, fact: str) -> str:
+        for axis, part in self.parts().items():
+            measure = part.facts.get("measure")
+            names = {*part.needs, *(measure.__code__.co_varnames if measure else ())}
+            if fact in names or (fact == "gram" and "curvature" in names) or (fact == "inputs" and axis == "recovery"):
+                return f"{axis} '{part.name}'"
+        return f"method '{self.method}'"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {f.name: _thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; unknown fields are refused."""
+        names = {f.name for f in dataclasses.fields(Recipe)}
+        if unknown := set(data) - names:
+            raise RecipeError(f"a recipe has no field {sorted(unknown)}; its fields: {', '.join(sorted(names))}")
+        return Recipe(**dict(data))
+
+    def dump(self) -> str:
+        """YAML 1.2 text; `load` reads it back to an equal recipe."""
+        stream = io.StringIO()
+        yaml = YAML(typ="safe")
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.to_dict(), stream)
+        return stream.getvalue()
+
+    @staticmethod
+    def load(source: str | Path) -> Recipe:
+        """Read YAML text, or a file. A recipe is data: it never names code to import."""
+        text = source.read_text() if isinstance(source, Path) else source
+        where = f" in {source}" if isinstance(source, Path) else ""
+        try:
+            data = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise RecipeError(f"not a YAML recipe{where}: {str(error).splitlines()[0]}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"a recipe{where} is a mapping of fields, not {type(data).__name__}")
+        if "method" in data and set(data) != {f.name for f in dataclasses.fields(Recipe)}:
+            data = dict(data)
+            return Recipe.of(data.pop("method"), **data)
+        return Recipe.from_dict(data)
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the recipe, the same in every process; ``method`` is only a label."""
+        content = {k: v for k, v in self.to_dict().items() if k != "method"}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return int(self.digest, 16)
+
+    def cite(self) -> list[str]:
+        """The sources of the parts in use, each once."""
+        parts = [get("granularity", _granularity_part(self.granularity)), *self.parts().values()]
+        lines: dict[str, None] = {}
+        for part in parts:
+            if "arXiv" in part.card.source or part.facts.get("paper") or "NeurIPS" in part.card.source:
+                lines.setdefault(part.card.source)
+        return list(lines)
+
+
+def _granularity_part(text: str) -> str:
+    return "nm" if ":" in text else text.split("(")[0]
+
+
+def _measure_needs(recipe: Recipe) -> tuple[str, ...]:
+    measure = get("allocation", recipe.allocation).facts.get("measure")
+    return tuple(measure.__code__.co_varnames[: measure.__code__.co_argcount]) if measure else ()
+
+
+def _globs(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
