@@ -1,0 +1,381 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import registry
+from .data import CALIBRATION, EVALUATION
+from .errors import RecipeError, SecateurError
+from .methods import all_methods, explain, load
+from .recipe import Recipe
+
+app = typer.Typer(
+    help="Prune neural networks, and measure what it brings.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A model directory, a hub id, 'demo', or hf-config:FILE.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _bar(title: str, total: int | None, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; silent when it is not a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err_console, disable=not (show and err_console.is_terminal), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done, count: bar.update(task, completed=done, total=count)
+
+
+def _number(value: str) -> Any:
+    """A knob's value as YAML would read it."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(value)
+
+
+def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
+    knobs: dict[str, dict[str, Any]] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        axis, dot, knob = name.partition(".")
+        if not (equals and dot and knob):
+            raise RecipeError(f"--set '{item}' is not understood: write --set solver.damp=0.02")
+        knobs.setdefault(axis, {})[knob] = _number(value)
+    return knobs
+
+
+def _recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
+    given = {k: v for k, v in axes.items() if v is not None and v != []}
+    if knobs:
+        given["knobs"] = _knobs(knobs)
+    if file is not None:
+        if not file.exists():
+            raise RecipeError(f"there is no recipe file {file}")
+        recipe = Recipe.load(file)
+        if not given and method is None:
+            return recipe
+        merged = {**recipe.to_dict(), **given}
+        merged.pop("method")
+        return Recipe.from_dict({"method": method or recipe.method, **merged})
+    return Recipe.of(method or "wanda", **given)
+
+
+def _bytes(value: float | None) -> str:
+    return "–" if value is None else f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _command() -> str:
+    return shlex.join(["secateur", *sys.argv[1:]])
+
+
+Method = Annotated[str | None, typer.Option("--method", "-m", help="A named method (secateur methods).")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file (YAML).")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights that goes, in [0, 1).")]
+Gran = Annotated[str | None, typer.Option("--granularity", help="element, row, 2:4, any N:M, block(r,c).")]
+Alloc = Annotated[str | None, typer.Option("--allocation", help="How the sparsity is spread over layers.")]
+Crit = Annotated[str | None, typer.Option("--criterion", help="What a weight is worth.")]
+Solver = Annotated[str | None, typer.Option("--solver", help="Whether and how the survivors move.")]
+Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the model.")]
+Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set solver.damp=0.02; may be repeated.")]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    method: Method = None,
+    recipe_file: RecipeFile = None,
+    sparsity: Sparsity = None,
+    granularity: Gran = None,
+    allocation: Alloc = None,
+    criterion: Crit = None,
+    solver: Solver = None,
+    recovery: Recovery = None,
+    propagate: Propagate = None,
+    only: Only = None,
+    skip: Skip = None,
+    seed: Seed = None,
+    knobs: Set = None,
+    data: Annotated[str, typer.Option("--data", help="Calibration: text:FILE, jsonl:FILE#field, hf:DATASET.")] = CALIBRATION,
+    windows: Windows = 64,
+    length: Length = 512,
+    evaluate: Annotated[str | None, typer.Option("--eval", help="Held-out text: also measure dense and pruned.")] = None,
+    eval_windows: EvalWindows = None,
+    memory: Annotated[float, typer.Option("--memory", help="GiB of activations in one pass.")] = 2.0,
+    blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
+    resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model directory into another that stock tools load.
+
+    Interrupted at any moment, the same command goes on at the block it was in.
+    """
+    from .directory import prune_directory
+
+    axes = {
+        "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
+        "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
+    }  # fmt: skip
+    recipe = _recipe(method, recipe_file, axes, knobs or [])
+    if not as_json:
+        err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
+    with _bar(recipe.method, None, not as_json) as bar:
+        run = prune_directory(
+            model,
+            recipe,
+            out,
+            data=data,
+            windows_count=windows,
+            length=length,
+            memory=int(memory * 2**30),
+            force=force,
+            resident=resident,
+            stop=blocks,
+            command=_command(),
+            progress=lambda tick: bar(tick.index, tick.count),
+            evaluate=_evaluator(evaluate, eval_windows, length),
+        )
+    if as_json:
+        print(json.dumps(run))
+        return
+    out_console.print(_summary(run))
+    for note in run["notes"]:
+        out_console.print(f"note: {escape(note)}")
+    out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
+
+
+def _evaluator(text: str | None, count: int | None, length: int) -> Callable[[Path], dict[str, Any]] | None:
+    if text is None:
+        return None
+    from .quality import measure as run
+
+    return lambda path: run(path, text, windows_count=count, length=length)
+
+
+def _summary(run: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    pruned = run["layers"]
+    table.add_row("layers", f"{len(pruned)} pruned, {len(run['skipped'])} parameters left alone")
+    rate = run["sparsity"]
+    table.add_row("sparsity", f"{rate['pruned_layers']:.6f} of these layers, {rate['model']:.4f} of the model")
+    errors = [r["error"] for r in pruned if r["error"] is not None]
+    if errors:
+        table.add_row("output error", f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f} (relative, squared)")
+    if run["before"] and run["before"].get("perplexity"):
+        b, a = run["before"]["perplexity"], run["after"]["perplexity"]
+        table.add_row("perplexity", f"{b['value']:.3f} -> {a['value']:.3f} on {b['tokens']} tokens of {b['text']}")
+    table.add_row("time", f"{run['timings']['total']:.1f} s")
+    table.add_row("peak memory", _bytes(run["peak_memory"]))
+    return table
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Method = None,
+    recipe_file: RecipeFile = None,
+    sparsity: Sparsity = None,
+    granularity: Gran = None,
+    allocation: Alloc = None,
+    criterion: Crit = None,
+    solver: Solver = None,
+    recovery: Recovery = None,
+    only: Only = None,
+    skip: Skip = None,
+    knobs: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe would do to a model; reads only headers, writes nothing."""
+    from .directory import plan as make
+
+    axes = {
+        "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
+        "solver": solver, "recovery": recovery, "only": only, "skip": skip,
+    }  # fmt: skip
+    made = make(model, _recipe(method, recipe_file, axes, knobs or []))
+    print(json.dumps(made.to_dict()) if as_json else made)
+
+
+@app.command()
+def measure(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Held-out text.")] = EVALUATION,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows (default: all).")] = None,
+    length: Length = 512,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory."""
+    from .quality import measure as run
+
+    with _bar("measuring", None, not as_json) as bar:
+        found = run(model, data, windows_count=windows, length=length, tick=bar)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    p = found["perplexity"]
+    table.add_row("perplexity", f"{p['value']:.4f}")
+    table.add_row("", f"{p['tokens']} tokens of {p['text']}, {p['windows']} windows of {p['length']}, stride {p['stride']}")
+    table.add_row("parameters", f"{found['parameters']:,} stored, {found['nonzero']:,} non-zero")
+    table.add_row("zeros", f"{1 - found['nonzero'] / found['parameters']:.4f} of all parameters")
+    table.add_row("on disk", _bytes(found["bytes"]))
+    table.add_row("time", f"{found['seconds']:.1f} s")
+    table.add_row("peak memory", _bytes(found["peak_memory"]))
+    out_console.print(table)
+
+
+@app.command()
+def methods(
+    needs: Annotated[str | None, typer.Option(help="nothing, inputs, gradients, or a fact such as gram.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="element, row, N:M or block.")] = None,
+    family: Annotated[str | None, typer.Option(help="magnitude, llm, saliency, ...")] = None,
+    when: Annotated[str | None, typer.Option(help="before, during, after or runtime.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the named methods, and the parts on every axis."""
+    if granularity is not None and ":" in granularity:
+        granularity = "N:M"
+    chosen = all_methods(needs=needs, granularity=granularity, family=family, when=when)
+    if as_json:
+        rows = [{"name": p.name, "summary": p.card.summary, "recipe": p.facts["recipe"].to_dict()} for p in chosen]
+        print(json.dumps(rows))
+        return
+    if not chosen:
+        out_console.print("no method fits; drop a filter")
+        raise typer.Exit(1)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "needs", "granularity", "solver", "what it does"):
+        table.add_column(column)
+    for part in chosen:
+        recipe = part.facts["recipe"]
+        facts = ", ".join(sorted(recipe.needs())) or "nothing"
+        table.add_row(part.name, facts, recipe.granularity, recipe.solver, part.card.summary)
+    out_console.print(table)
+    if needs is granularity is family is when is None:
+        out_console.print()
+        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery"):
+            out_console.print(f"[bold]{kind:12}[/] {', '.join(registry.parts(kind))}")
+        out_console.print("\nsecateur explain NAME tells more of any of them", style="dim")
+
+
+@app.command(name="explain")
+def explain_command(name: Annotated[str, typer.Argument(help="A method, criterion, solver, ...")]) -> None:
+    """Explain a method or a part: formula, when to choose it, what to beware of, source."""
+    for part in explain(name):
+        card = part.card
+        out_console.print(f"[bold]{part.name}[/]  [dim]{part.kind}[/]\n{escape(card.summary)}")
+        if card.formula:
+            out_console.print(f"  [cyan]{escape(card.formula)}[/]")
+        if card.choose:
+            out_console.print(escape(card.choose))
+        if card.beware:
+            out_console.print(f"Beware: {escape(card.beware)}")
+        recipe = part.facts.get("recipe")
+        if recipe is not None:
+            axes = ("criterion", "granularity", "allocation", "solver", "recovery", "propagate")
+            out_console.print("Recipe: " + ", ".join(f"{a} {getattr(recipe, a)}" for a in axes), style="dim")
+            out_console.print("Needs: " + (", ".join(sorted(recipe.needs())) or "nothing"), style="dim")
+        else:
+            out_console.print("Needs: " + (", ".join(part.needs) or "nothing"), style="dim")
+        if part.knobs:
+            out_console.print("Knobs: " + ", ".join(f"{k} = {v}" for k, v in part.knobs.items()), style="dim")
+        out_console.print(f"Source: {escape(card.source)}\n", style="dim")
+
+
+@app.command()
+def cite(name: Annotated[str, typer.Argument(help="A named method.")]) -> None:
+    """Print what to cite for a method."""
+    for line in Recipe.of(name).cite():
+        print(line)
+
+
+@app.command()
+def info() -> None:
+    """Versions and machine, for a bug report."""
+    from .measure import machine, versions
+
+    print(json.dumps({"versions": versions(), "machine": machine()}, indent=1))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo-out"),
+    sparsity: Annotated[float, typer.Option(min=0.0, max=0.99)] = 0.5,
+    windows: Windows = 16,
+    eval_windows: Annotated[int, typer.Option("--eval-windows", min=1)] = 12,
+    length: Length = 512,
+    force: Annotated[bool, typer.Option("--force")] = False,
+) -> None:
+    """Prune the real SmolLM2-135M with magnitude, wanda and sparsegpt, and print one table."""
+    from .demo import run_demo
+
+    with _bar("demo", 7, True) as bar:
+        result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: bar(k, n), _command())
+    table = Table(title=f"SmolLM2-135M at {sparsity:.0%}, held out: {result['text']}", title_justify="left")
+    table.add_column("")
+    for row in result["rows"]:
+        table.add_column(row["name"], justify="right")
+    rows = result["rows"]
+    table.add_row("perplexity", *[f"{r['perplexity']:.2f}" for r in rows])
+    table.add_row("sparsity of pruned layers", *[f"{r['sparsity']:.6f}" for r in rows])
+    table.add_row("seconds to prune", *[f"{r['seconds']:.1f}" if r["seconds"] else "–" for r in rows])
+    table.add_row("peak memory", *[_bytes(r["peak_memory"]) for r in rows])
+    out_console.print(table)
+    out_console.print(f"model   {escape(str(result['model']))}\nreport  {escape(str(result['report']))}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a mistake is one sentence on standard error and a non-zero exit."""
+    load()
+    try:
+        app(standalone_mode=True)
+    except SecateurError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing half-written was left, and the same command goes on where it stopped", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail("the disk is full: free some space and run the same command again", 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    err_console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.stdout.flush()
+    os._exit(code) if code == 130 else sys.exit(code)

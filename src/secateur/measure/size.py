@@ -1,0 +1,84 @@
+"""Sizes, memory and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import sys
+import threading
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Stored and non-zero parameters; a tied parameter counts once."""
+    total = nonzero = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        nonzero += int(torch.count_nonzero(parameter.detach()))
+    return total, nonzero
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Size of the weight files of a model directory."""
+    return sum(f.stat().st_size for f in path.glob("*.safetensors") if not f.name.startswith(("masks", ".")))
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class Peak:
+    """Peak resident memory of this process inside a ``with`` block, sampled every 20 ms."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self.bytes = max(self.bytes, resident_bytes())
+
+    def __enter__(self) -> Peak:
+        self.bytes = resident_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, resident_bytes())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("secateur", "torch", "numpy", "safetensors", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine that the timings belong to."""
+    cpu = platform.processor() or platform.machine()
+    memory = None
+    with suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
+            cpu = found[1]
+        if found := re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text()):
+            memory = int(found[1]) * 1024
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "memory": memory, "system": platform.system()}

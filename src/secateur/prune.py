@@ -1,0 +1,315 @@
+"""The algorithm on one page: find, gather, score, allocate, select, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .data import Windows, windows
+from .errors import OutputError, RecipeError
+from .evidence import gather_gradients, gather_inputs
+from .evidence.inputs import INPUT_FACTS
+from .layers import Layer, Skipped, find_layers
+from .masks import Masks
+from .measure import Peak, count_parameters
+from .recipe import GRADIENTS, Recipe
+from .record import dumps, run_record
+from .registry import get
+from .schedule import sparsity_at
+from .solve import LayerRecord, allocate, layer_facts, layer_generator, sketch_layer, solve_layer
+from .stream import Blocks, Engine, Tick, find_blocks
+from .stream.blocks import enter
+
+MEMORY = 2 << 30
+Loss = Callable[[nn.Module, Any], Tensor]
+Progress = Callable[[Tick], None]
+
+
+@dataclass(eq=False)
+class Pruned:
+    """A pruned model with the record of what was done. Prints as a before and after table."""
+
+    model: nn.Module
+    recipe: Recipe
+    masks: Masks
+    records: list[LayerRecord]
+    skipped: list[Skipped]
+    run: dict[str, Any] = field(repr=False)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights of the pruned layers that is zero."""
+        return float(self.run["sparsity"]["pruned_layers"])
+
+    def save(self, out: str | Path, tokenizer: Any = None) -> Path:
+        """Write the model, ``masks.safetensors``, ``recipe.yaml``, ``run.json`` and ``report.html``.
+
+        A transformers model is saved by its own ``save_pretrained``, so stock tools load it.
+
+        Raises:
+            OutputError: the directory exists and is not empty.
+        """
+        from .report import write_report
+        from .store import save_module
+
+        target = Path(out)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise OutputError(f"{target} exists: choose another directory")
+        part = target.with_name(target.name + ".partial")
+        part.mkdir(parents=True, exist_ok=True)
+        save_module(self.model, part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        self.masks.save(part / "masks.safetensors")
+        (part / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
+        (part / "run.json").write_text(dumps(self.run), encoding="utf-8")
+        write_report(part / "report.html", self.run)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+        return target
+
+    def __str__(self) -> str:
+        total = sum(r.parameters for r in self.records)
+        kept = sum(r.kept for r in self.records)
+        errors = [r.error for r in self.records if r.error is not None]
+        lines = [
+            f"{self.recipe.method}: {len(self.records)} layers pruned, {len(self.skipped)} parameters left alone",
+            f"{'':24}{'before':>16}{'after':>16}",
+            f"{'weights in those layers':24}{total:>16,}{kept:>16,}",
+            f"{'sparsity':24}{0:>16.4f}{1 - kept / total:>16.4f}",
+        ]
+        if errors:
+            lines.append(f"{'mean output error':24}{'':>16}{sum(errors) / len(errors):>16.4f}")
+        return "\n".join(lines)
+
+
+def prune(
+    model: nn.Module,
+    method: str | Recipe = "magnitude",
+    *,
+    data: Any = None,
+    loss: Loss | None = None,
+    tokenizer: Any = None,
+    windows_count: int | None = None,
+    length: int = 512,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+    **axes: Any,
+) -> Pruned:
+    """Prune a model in place.
+
+    Args:
+        model: any module. Where it repeats blocks that feed each other (a transformer), it is pruned block
+            by block; otherwise in one pass over the whole model.
+        method: a named method (``secateur methods``) or a `Recipe`.
+        data: what the method measures on: batches of token ids for a language model (or ``text:FILE`` with
+            a ``tokenizer``), or any batches that ``model(batch)`` accepts (a tuple's first item is the
+            input; a dict is passed as keywords).
+        loss: ``loss(model, batch) -> scalar``, for criteria that need gradients.
+        windows_count, length: how text is cut.
+        memory: bytes of activations that one pass through a block may hold.
+        axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
+
+    Returns:
+        `Pruned`; the model itself has been changed.
+
+    Raises:
+        RecipeError, DataError, ModelError, NumericalError: before the model is touched wherever possible.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> prune(net, "magnitude", sparsity=0.5).sparsity
+    0.5
+    """
+    recipe = method if isinstance(method, Recipe) and not axes else Recipe.of(
+        method.method if isinstance(method, Recipe) else method, **axes
+    )
+    start = time.perf_counter()
+    blocks = find_blocks(model)
+    layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
+    recipe.check(layers, data=data is not None, loss=loss is not None)
+    for layer in layers:
+        layer.check_finite()
+    training = model.training
+    model.eval()
+    described: Mapping[str, Any] | None = None
+    with Peak() as peak:
+        try:
+            if _by_block(model, recipe, blocks, layers, data):
+                assert blocks is not None
+                tokens = None
+                if recipe.needs_data:
+                    tokens = windows(data, tokenizer, count=windows_count, length=length)
+                    described = tokens.describe()
+                records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
+            else:
+                records, masks = _whole(model, recipe, layers, data, loss)
+        finally:
+            model.train(training)
+    run = run_record(
+        recipe=recipe,
+        model={
+            "source": "module",
+            "class": type(model).__name__,
+            "parameters": count_parameters(model)[0],
+            "blocks": len(blocks) if blocks else 0,
+        },
+        records=records,
+        skipped=skipped,
+        data=described,
+        timings={"total": time.perf_counter() - start},
+        peak_memory=peak.bytes,
+    )
+    return Pruned(model, recipe, masks, records, skipped, run)
+
+
+def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:
+    """Whether the model is pruned block by block: it has blocks, all layers are in them, and inputs matter."""
+    if blocks is None or recipe.needs_loss or recipe.steps > 1 or not recipe.needs_data:
+        return False
+    inside = tuple(f"{p}." for p in blocks.paths())
+    if not all(layer.name.startswith(inside) for layer in layers) or not hasattr(model, "config"):
+        if recipe.propagate != "off" and get("recovery", recipe.recovery).facts.get("data"):
+            raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, and not all layers are in one")
+        return False
+    return True
+
+
+def _by_blocks(
+    model: nn.Module,
+    recipe: Recipe,
+    blocks: Blocks,
+    layers: list[Layer],
+    tokens: Windows | None,
+    memory: int,
+    progress: Progress | None,
+) -> tuple[list[LayerRecord], Masks]:
+    parameter = next(model.parameters())
+
+    def at(a: int, b: int) -> Any:
+        assert tokens is not None
+        ids = tokens.ids[a:b].to(parameter.device)
+        return enter(model, blocks, lambda m: m(input_ids=ids, use_cache=False))
+
+    def engine() -> Engine:
+        made = Engine(recipe, at if tokens is not None else None, len(tokens) if tokens else 0, memory, parameter.dtype)
+        made.start()
+        return made
+
+    from .models import eager_experts
+
+    eager_experts(model)
+    of_block = {p: [x for x in layers if x.name.startswith(f"{p}.")] for p in blocks.paths()}
+    keeps = block_keeps(recipe, of_block, lambda k: blocks.modules[k], engine)
+    records: list[LayerRecord] = []
+    masks = Masks()
+    run = engine()
+    last = max(k for k, p in enumerate(blocks.paths()) if of_block[p])
+    for k, path in enumerate(blocks.paths()):
+        start = time.perf_counter()
+        if k > last:
+            break
+        done, found = run.prune_block(k, blocks.modules[k], of_block[path], keeps, last=k == last)
+        records += done
+        for name, mask in found.items():
+            masks.put(name, mask)
+        if progress is not None:
+            progress(Tick(k + 1, len(blocks), done, time.perf_counter() - start))
+    return records, masks
+
+
+def block_keeps(
+    recipe: Recipe,
+    of_block: Mapping[str, list[Layer]],
+    load: Callable[[int], nn.Module],
+    engine: Callable[[], Engine],
+    free: Callable[[int], Any] | None = None,
+    exact: bool = True,
+) -> dict[str, float]:
+    """What every layer keeps; allocations that look at data take a pass of their own over the dense blocks."""
+    measured = get("allocation", recipe.allocation).facts.get("measure") is not None
+    facts: dict[str, Any] = {}
+    run = engine() if measured and recipe.needs() & set(INPUT_FACTS) else None
+    needs = frozenset(recipe.needs() & set(INPUT_FACTS))
+    for k, (path, layers) in enumerate(of_block.items()):
+        if not measured:
+            facts.update({x.name: layer_facts(x, path) for x in layers})
+            continue
+        block = load(k)
+        evidence = run.measure_block(k, block, layers, needs) if run is not None else {}
+        for layer in layers:
+            facts[layer.name] = layer_facts(layer, path, sketch_layer(layer, recipe, evidence.get(layer.name), exact))
+        if free is not None:
+            free(k)
+    return allocate(recipe, facts)
+
+
+def _whole(
+    model: nn.Module, recipe: Recipe, layers: list[Layer], data: Any, loss: Loss | None
+) -> tuple[list[LayerRecord], Masks]:
+    """All layers at once, in as many rounds as the recipe has steps; every round scores what is left."""
+    if get("recovery", recipe.recovery).facts.get("data"):
+        raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, which this model does not have")
+    batches = _batches(data) if recipe.needs_data else []
+    records: dict[str, LayerRecord] = {}
+    masks: dict[str, Tensor] = {}
+    blocks = find_blocks(model)
+    paths = blocks.paths() if blocks else []
+    for step in range(1, recipe.steps + 1):
+        sparsity = sparsity_at(recipe.schedule, step / recipe.steps, recipe.sparsity)
+        evidence = _evidence(model, recipe, layers, batches, loss)
+        facts = {}
+        for x in layers:
+            block = next((p for p in paths if x.name.startswith(f"{p}.")), None)
+            facts[x.name] = layer_facts(x, block, sketch_layer(x, recipe, evidence.get(x.name), True))
+        keeps = allocate(recipe, facts, sparsity)
+        for x in layers:
+            found = evidence.get(x.name)
+            number = next((k for k, p in enumerate(paths) if x.name.startswith(f"{p}.")), None)
+            records[x.name], masks[x.name] = solve_layer(
+                x, recipe, keeps[x.name], evidence=found, block=number, mask=masks.get(x.name)
+            )
+    return list(records.values()), Masks(masks)
+
+
+def _evidence(
+    model: nn.Module, recipe: Recipe, layers: list[Layer], batches: list[Any], loss: Loss | None
+) -> dict[str, Any]:
+    needs = recipe.needs()
+    found: dict[str, Any] = {}
+    if needs & set(INPUT_FACTS):
+        found = dict(gather_inputs(model, layers, needs, batches, run_model))
+    if needs & GRADIENTS:
+        assert loss is not None
+        generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)
+        gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, generator=generator)
+        found = {n: _Both(found.get(n), g) for n, g in gradients.items()}
+    return found
+
+
+class _Both:
+    """Evidence of inputs and of gradients, as one."""
+
+    def __init__(self, inputs: Any, gradients: Any) -> None:
+        self.inputs, self.gradients = inputs, gradients
+
+    def __getitem__(self, fact: str) -> Any:
+        return self.gradients[fact] if fact in GRADIENTS or self.inputs is None else self.inputs[fact]
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """One forward pass: a dict is passed as keywords, of a tuple the first item is the input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _batches(data: Iterable[Any] | Tensor) -> list[Any]:
+    if isinstance(data, str):
+        raise RecipeError("text data needs a language model with repeated blocks: give batches of tensors")
+    return [data] if isinstance(data, (Tensor, Mapping)) else list(data)

@@ -1,0 +1,236 @@
+"""From a recipe and a layer's evidence to a pruned layer: the step that every driver shares."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import granularity as granularity_module
+from .allocation import LayerFacts, Sketch
+from .errors import NumericalError, RecipeError
+from .granularity import Granularity
+from .layers import Layer
+from .recipe import GRADIENTS, Recipe
+from .registry import get
+from .solvers import Curvature, Solved, output_error
+
+_SAMPLE_ROWS = 512  # rows of input on which the output error is measured when no Gram matrix is at hand
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What happened to one layer.
+
+    ``error`` is the relative output error ``||(W - W') X||^2 / ||W X||^2`` on the calibration inputs.
+    """
+
+    name: str
+    block: int | None
+    shape: tuple[int, int]
+    parameters: int
+    kept: int
+    sparsity: float
+    error: float | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "notes": list(self.notes)}
+
+
+class Facts(Mapping[str, Any]):
+    """What parts may ask for about one layer; evaluated when asked, and once."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        recipe: Recipe,
+        evidence: Mapping[str, Any] | None = None,
+        curvature: Curvature | None = None,
+        keep: float | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        self._layer, self._recipe, self._evidence = layer, recipe, evidence
+        self._mask = mask
+        self._made: dict[str, Any] = {}
+        if curvature is not None:
+            self._made["curvature"] = curvature
+        if keep is not None:
+            self._made["keep"] = keep
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: str) -> Any:
+        if name == "weight":
+            return self._layer.weight()
+        if name == "granularity":
+            return granularity_module.parse(self._recipe.granularity)
+        if name == "generator":
+            return layer_generator(self._recipe.seed, self._layer.name, self._layer.stored.device)
+        if name == "score":
+            return self._score()
+        if name == "curvature":
+            return Curvature(self["gram"], self._layer.name)
+        if self._evidence is None:
+            raise RecipeError(f"{self._layer.name}: {name} is measured on data: pass --data")
+        return self._evidence[name]
+
+    def _score(self) -> Tensor:
+        if self._recipe.criterion is None:
+            raise RecipeError("this recipe has no criterion")
+        part = get("criterion", self._recipe.criterion)
+        score: Tensor = part(self, **self._recipe.knobs_of("criterion"))
+        if torch.isnan(score).any():
+            raise NumericalError(f"criterion '{part.name}' gives NaN in {self._layer.name}")
+        # What an earlier round removed stays removed.
+        return score if self._mask is None else score.masked_fill(~self._mask, -torch.inf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator of its own for each layer, so that the order of the layers does not matter."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    return generator
+
+
+def solve_layer(
+    layer: Layer,
+    recipe: Recipe,
+    keep: float,
+    *,
+    evidence: Mapping[str, Any] | None = None,
+    curvature: Curvature | None = None,
+    sample: Tensor | None = None,
+    block: int | None = None,
+    mask: Tensor | None = None,
+) -> tuple[LayerRecord, Tensor]:
+    """Prune one layer in place.
+
+    Args:
+        layer: what to prune.
+        keep: the fraction that stays.
+        evidence: facts from data; a layer whose inputs were needed and never seen is left dense.
+        curvature: shared by the layers that read the same input.
+        sample: rows of input ``(n, i)`` for the output error.
+        mask: what an earlier round kept.
+
+    Returns:
+        The record and the mask ``(o, i)``.
+    """
+    start = time.perf_counter()
+    pattern = granularity_module.parse(recipe.granularity)
+    pattern.check(layer.shape, layer.name)
+    if _unseen(evidence, recipe):
+        note = "no calibration token reached it: left dense (give more data)"
+        everything = torch.ones(layer.shape, dtype=torch.bool, device=layer.stored.device)
+        return _record(layer, block, everything, None, start, (note,)), everything
+    facts = Facts(layer, recipe, evidence, curvature, keep, mask)
+    before = facts["weight"]
+    solved: Solved = get("solver", recipe.solver)(facts, **recipe.knobs_of("solver"))
+    expected = pattern.kept(layer.shape, keep)
+    kept = int(solved.mask.sum())
+    if kept != expected:
+        raise NumericalError(f"{layer.name}: solver '{recipe.solver}' kept {kept} weights where {expected} were due")
+    if not torch.isfinite(solved.weight).all():
+        raise NumericalError(f"{layer.name}: solver '{recipe.solver}' gave NaN or infinite weights")
+    error = None
+    if curvature is not None:
+        error = output_error(before, solved.weight, curvature.gram)
+    elif sample is not None:
+        error = _sampled_error(before, solved.weight, sample)
+    layer.write(solved.weight)
+    return _record(layer, block, solved.mask, error, start, solved.notes), solved.mask
+
+
+def _unseen(evidence: Any, recipe: Recipe) -> bool:
+    inputs = recipe.needs() - GRADIENTS - {"inputs"}
+    return evidence is not None and bool(inputs) and evidence["tokens"] == 0
+
+
+def _sampled_error(before: Tensor, after: Tensor, sample: Tensor) -> float:
+    x = sample[: max(_SAMPLE_ROWS, 1)].to(before.dtype)
+    whole = float((x @ before.t()).square().sum())
+    return float((x @ (before - after).t()).square().sum()) / whole if whole > 0 else 0.0
+
+
+def sample_rows(x_ni: Tensor) -> Tensor:
+    """Evenly spaced rows for the output error."""
+    stride = max(1, x_ni.shape[0] // _SAMPLE_ROWS)
+    return x_ni[::stride][:_SAMPLE_ROWS]
+
+
+def _record(
+    layer: Layer, block: int | None, mask: Tensor, error: float | None, start: float, notes: tuple[str, ...]
+) -> LayerRecord:
+    kept = int(mask.sum())
+    return LayerRecord(
+        layer.name,
+        block,
+        layer.shape,
+        layer.numel,
+        kept,
+        1.0 - kept / layer.numel,
+        error,
+        time.perf_counter() - start,
+        notes,
+    )
+
+
+def layer_facts(layer: Layer, block: str | None = None, sketch: Sketch | None = None) -> LayerFacts:
+    """A layer as an allocation sees it."""
+    stored = layer.stored
+    dims = tuple(stored.shape) if layer.kind in ("conv", "conv-transpose") else layer.shape
+    return LayerFacts(layer.shape, layer.numel, layer.kind, block, sketch, dims)
+
+
+def sketch_layer(layer: Layer, recipe: Recipe, evidence: Mapping[str, Any] | None, exact: bool) -> Sketch | None:
+    """What the recipe's allocation wants to know of a layer, or None."""
+    measure = get("allocation", recipe.allocation).facts.get("measure")
+    if measure is None:
+        return None
+    facts = Facts(layer, recipe, evidence)
+    names = measure.__code__.co_varnames[: measure.__code__.co_argcount]
+    return Sketch(measure(*[facts[n] for n in names]), exact)
+
+
+def allocate(recipe: Recipe, layers: Mapping[str, LayerFacts], sparsity: float | None = None) -> dict[str, float]:
+    """The fraction that each layer keeps, as its granularity can hold it.
+
+    With N:M the keeps are rounded to multiples of 1/M so that the total stays what was asked for.
+    """
+    sparsity = recipe.sparsity if sparsity is None else sparsity
+    keeps: dict[str, float] = get("allocation", recipe.allocation).function(
+        layers, sparsity=sparsity, **{k: v for k, v in recipe.knobs_of("allocation").items() if k != "sparsity"}
+    )
+    pattern = granularity_module.parse(recipe.granularity)
+    return keeps if pattern.keep is None else _whole_units(keeps, layers, pattern)
+
+
+def _whole_units(keeps: Mapping[str, float], layers: Mapping[str, LayerFacts], pattern: Granularity) -> dict[str, float]:
+    """Round each keep down to a multiple of 1/M, then up again where the remainders are largest."""
+    m = pattern.run
+    floors = {n: int(k * m + 1e-6) for n, k in keeps.items()}
+    wanted = sum(keeps[n] * layers[n].numel for n in keeps)
+    missing = wanted - sum(floors[n] / m * layers[n].numel for n in keeps)
+    by_remainder: Sequence[str] = sorted(keeps, key=lambda n: floors[n] - keeps[n] * m)
+    for name in by_remainder:
+        step = layers[name].numel / m
+        if floors[name] < m and missing >= step / 2:
+            floors[name] += 1
+            missing -= step
+    return {n: f / m for n, f in floors.items()}
