@@ -1,0 +1,7 @@
+"""What a weight is worth: one pure function for each criterion, registered by importing this package."""
+
+from __future__ import annotations
+
+from . import activation, curvature, magnitude, random, saliency
+
+__all__ = ["activation", "curvature", "magnitude", "random", "saliency"]

@@ -1,0 +1,97 @@
+"""Criteria that look at second derivatives: of the loss, or of a layer's output error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..registry import register
+
+if TYPE_CHECKING:
+    from ..solvers.curvature import Curvature
+
+
+@register("criterion", family="curvature", paper="1801.05787", scales={"weight": 2, "fisher": 1})
+def fisher(weight: Tensor, fisher: Tensor) -> Tensor:
+    """The rise of the loss, to second order, with the empirical Fisher's diagonal as the Hessian.
+
+    :: s = F w^2 / 2,  F = mean (dL/dw)^2
+
+    Choose it for trained networks, and for ranking weights of all layers together.
+
+    Beware: the Fisher is that of the batches given: use small ones, for gradients cancel within a batch.
+
+    >>> import torch
+    >>> fisher(torch.tensor([[-2.0, 1.0]]), torch.tensor([[0.5, 4.0]])).tolist()
+    [[1.0, 2.0]]
+
+    Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, arXiv 1801.05787;
+    for groups Liu et al., arXiv 2108.00708.
+    """
+    return 0.5 * fisher * weight.square()
+
+
+@register("criterion", family="curvature", scales={"weight": 2, "hessian": 1})
+def obd(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Optimal brain damage: the rise of the loss, to second order, with the Hessian's own diagonal.
+
+    :: s = max(h, 0) w^2 / 2
+
+    Choose it for small trained networks where a second derivative can be paid for.
+
+    Beware: it assumes a minimum, where h >= 0. A negative estimate (noise, or a model not trained out)
+    counts as flat, so those weights tie at zero and go first; draw more probes if they are many.
+
+    >>> import torch
+    >>> obd(torch.tensor([[-2.0, 1.0, 3.0]]), torch.tensor([[0.5, 4.0, -1.0]])).tolist()
+    [[1.0, 2.0, 0.0]]
+
+    Source: LeCun, Denker and Solla, Optimal brain damage, NIPS 1989.
+    """
+    return 0.5 * hessian.clamp_min(0) * weight.square()
+
+
+@register("criterion", family="curvature", paper="2004.14340", scales={"weight": 2, "fisher_inverse": -1})
+def woodfisher(weight: Tensor, fisher_inverse: Tensor) -> Tensor:
+    """The rise of the loss when the weight goes and its block makes up for it, with the inverse Fisher.
+
+    :: s = w^2 / (2 [F^-1]_qq),  F = damp I + mean g g^T in blocks
+
+    Choose it for trained networks at high sparsity where weights are correlated and data is at hand.
+
+    Beware: memory is the block size (50) times the weights; the rank of a block is the number of batches, so
+    give at least as many.
+
+    >>> import torch
+    >>> woodfisher(torch.tensor([[-2.0, 1.0]]), torch.tensor([[2.0, 0.25]])).tolist()
+    [[1.0, 2.0]]
+
+    Source: Singh and Alistarh, WoodFisher, arXiv 2004.14340; blocks of 50 as in Kurtic et al.,
+    oBERT, arXiv 2203.07259.
+    """
+    return weight.square() / (2 * fisher_inverse)
+
+
+@register("criterion", family="curvature", scales={"weight": 2, "curvature": 1})
+def obs(weight: Tensor, curvature: Curvature, *, damp: float = 0.01) -> Tensor:
+    """Layer-wise optimal brain surgeon: the output error when the weight goes and its row makes up for it.
+
+    :: s = w^2 / (2 [H^-1]_qq),  H = X X^T + damp mean(diag X X^T) I
+
+    Choose it for one-shot pruning with calibration data, with a solver that moves the survivors.
+
+    Beware: with the rank solver nothing makes up for the loss, and wanda is the better score. Weights that
+    read an input which is always zero score zero.
+
+    >>> import torch
+    >>> from secateur.solvers.curvature import Curvature
+    >>> obs(torch.tensor([[-2.0, 1.0]]), Curvature(torch.diag(torch.tensor([4.0, 1.0]))), damp=0.0).tolist()
+    [[8.0, 0.5]]
+
+    Source: Hassibi and Stork, Optimal brain surgeon, NIPS 1992; layer by layer as in Dong et al.,
+    arXiv 1705.07565.
+    """
+    # H^-1 = U^T U, so its diagonal is the sum of squares of each column of U.
+    inverse_diagonal = curvature.inverse_factor(damp).square().sum(0)
+    return (weight.square() / (2 * inverse_diagonal)).masked_fill(curvature.dead, 0.0)

@@ -1,0 +1,268 @@
+"""Statistics of weight gradients, streamed over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import DataError, ModelError, NumericalError
+from ..layers import Layer
+
+#: What a criterion or solver may name, and what it is.
+GRADIENT_FACTS = {
+    "gradient": "mean over batches of the loss gradient, (o, i)",
+    "fisher": "mean over batches of the squared gradient: the diagonal of the empirical Fisher, (o, i)",
+    "fisher_inverse": "diagonal of the inverse of the damped, block-wise empirical Fisher, (o, i)",
+    "hessian": "diagonal of the Hessian of the loss, estimated with random signs, (o, i)",
+}
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+_CHUNK = 2048  # blocks of the Fisher that are inverted at a time, in float64
+
+
+class GradientEvidence:
+    """Running statistics of the gradient of one layer's weight.
+
+    ``update`` takes the gradient of one batch; ``merge`` of two is the evidence of both lists of batches
+    together. The Fisher is that of batches: give batches of one example for the textbook's.
+
+    For ``fisher_inverse`` the blocks of ``sum g g^T`` are kept and inverted when asked for. That is the
+    matrix which WoodFisher's rank-one recursion arrives at, at the same cost in memory, but the number of
+    batches need not be known before, it merges, and rounding errors do not build up.
+
+    Args:
+        shape: ``(o, i)``.
+        needs: which of `GRADIENT_FACTS` to keep.
+        device: where.
+        block: weights in a block of the Fisher, consecutive in row-major order.
+        damp: what is added to the diagonal of the Fisher before it is inverted.
+        name: the layer, for messages.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        needs: Iterable[str],
+        device: torch.device | None = None,
+        *,
+        block: int = 50,
+        damp: float = 1e-5,
+        name: str = "the layer",
+    ) -> None:
+        self.shape = shape
+        self.needs = frozenset(needs)
+        self.block, self.damp, self.name = block, damp, name
+        self.batches = 0
+        self.probes = 0
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*size, device=device)
+
+        blocks = -(-shape[0] * shape[1] // block)
+        self._sum = zeros(*shape) if "gradient" in self.needs else None
+        self._square = zeros(*shape) if "fisher" in self.needs else None
+        self._outer = zeros(blocks, block, block) if "fisher_inverse" in self.needs else None
+        self._curve = zeros(*shape) if "hessian" in self.needs else None
+
+    def update(self, gradient_oi: Tensor) -> None:
+        """Add the gradient of one batch."""
+        g = gradient_oi.detach().float()
+        self.batches += 1
+        if self._sum is not None:
+            self._sum += g
+        if self._square is not None:
+            self._square.addcmul_(g, g)
+        if self._outer is not None:
+            flat = g.reshape(-1)
+            flat = torch.nn.functional.pad(flat, (0, self._outer.shape[0] * self.block - flat.numel()))
+            g_pb = flat.view(-1, self.block)
+            self._outer.baddbmm_(g_pb[:, :, None], g_pb[:, None, :])
+
+    def update_hessian(self, sample_oi: Tensor) -> None:
+        """Add one sample ``v * (H v)`` of the Hessian's diagonal, ``v`` of random signs."""
+        self.probes += 1
+        if self._curve is not None:
+            self._curve += sample_oi.detach().float()
+
+    def merge(self, other: GradientEvidence) -> None:
+        """Take in what another worker saw."""
+        self.batches += other.batches
+        self.probes += other.probes
+        for name in ("_sum", "_square", "_outer", "_curve"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine += theirs.to(mine.device)
+
+    def __getitem__(self, fact: str) -> Tensor:
+        """One of `GRADIENT_FACTS`."""
+        if fact == "gradient" and self._sum is not None:
+            return self._sum / max(self.batches, 1)
+        if fact == "fisher" and self._square is not None:
+            return self._square / max(self.batches, 1)
+        if fact == "hessian" and self._curve is not None:
+            return self._curve / max(self.probes, 1)
+        if fact == "fisher_inverse" and self._outer is not None:
+            diagonal = torch.cat([x.diagonal(dim1=1, dim2=2).reshape(-1).float() for x in self._inverses()])
+            return diagonal[: self.shape[0] * self.shape[1]].reshape(self.shape)
+        raise KeyError(fact)
+
+    def inverse_blocks(self) -> Tensor:
+        """Blocks of the inverse Fisher, ``(blocks, block, block)``; the last is padded with ``1 / damp``."""
+        return torch.cat([x.float() for x in self._inverses()])
+
+    def _inverses(self) -> Iterator[Tensor]:
+        if self._outer is None:
+            raise KeyError("fisher_inverse")
+        for part in self._outer.split(_CHUNK):
+            fisher = part.double() / max(self.batches, 1)
+            fisher.diagonal(dim1=1, dim2=2).add_(self.damp)
+            lower, info = torch.linalg.cholesky_ex(fisher)
+            if int(info.max()):
+                raise NumericalError(
+                    f"the Fisher of {self.name} cannot be inverted with damping {self.damp:g}: "
+                    "its gradients are too large; scale the loss down"
+                )
+            yield torch.cholesky_inverse(lower)
+
+    def check_finite(self, name: str) -> None:
+        """Raise `NumericalError` naming the layer when a gradient was NaN or infinite."""
+        for tensor in (self._sum, self._square, self._outer, self._curve):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise NumericalError(
+                    f"the gradient of {name} is NaN or infinite on the calibration data; "
+                    "check the loss, the model in its dtype and the data"
+                )
+
+
+def gather_gradients(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    needs: Iterable[str],
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    generator: torch.Generator | None = None,
+    probes: int = 4,
+) -> dict[str, GradientEvidence]:
+    """Backpropagate ``loss(model, batch)`` for every batch and gather evidence of all ``layers`` at once.
+
+    The model runs in the mode it is in (training or evaluation). Modes, ``requires_grad`` flags and, in
+    training mode, buffers such as batch-norm statistics are afterwards what they were; ``.grad`` is never
+    touched. Only the pruned parameters require a gradient meanwhile.
+
+    Args:
+        model: any module.
+        layers: what to gather for.
+        needs: facts; those not in `GRADIENT_FACTS` are ignored.
+        batches: what ``loss`` takes.
+        loss: ``loss(model, batch)`` returns a tensor of one element.
+        generator: draws the signs for ``hessian``; without one, a fresh generator seeded with 0.
+        probes: draws for each batch; the estimate's variance falls with ``probes * batches``.
+
+    Raises:
+        DataError: there are no batches, or the loss is not one number.
+        ModelError: a layer received no gradient from any batch (an expert that no token chose has zeros).
+        NumericalError: a gradient is NaN or infinite.
+    """
+    needs = frozenset(needs) & GRADIENT_FACTS.keys()
+    curved = "hessian" in needs
+    generator = generator or torch.Generator().manual_seed(0)
+    found = {x.name: GradientEvidence(x.shape, needs, x.stored.device, name=x.name) for x in layers}
+    # Experts are slices of one parameter: differentiate with respect to each parameter once.
+    parameters = {id(p): p for p in (getattr(x.module, x.parameter) for x in layers)}
+    reached: set[int] = set()
+    # The fused attention kernels have no second derivative.
+    attention = sdpa_kernel(SDPBackend.MATH) if curved else nullcontext()
+    with _left_alone(model, list(parameters.values())), torch.enable_grad(), attention:
+        for batch in batches:
+            gradients, samples = _differentiate(
+                loss(model, batch), parameters, generator if curved else None, probes if curved else 0
+            )
+            reached |= gradients.keys()
+            for layer in layers:
+                key = id(getattr(layer.module, layer.parameter))
+                found[layer.name].update(_part(layer, gradients.get(key)))
+                for sample in samples:
+                    found[layer.name].update_hessian(_part(layer, sample.get(key)))
+    if found and not any(x.batches for x in found.values()):
+        raise DataError("there are no batches to take gradients of; give calibration data")
+    for layer in layers:
+        if layer.index is None and id(getattr(layer.module, layer.parameter)) not in reached:
+            raise ModelError(
+                f"{layer.name} received no gradient from any batch: the loss does not depend on it; "
+                f"give more data, or skip it with --skip {layer.name}"
+            )
+    for name, evidence in found.items():
+        evidence.check_finite(name)
+    return found
+
+
+def _differentiate(
+    value: Tensor, parameters: dict[int, Tensor], generator: torch.Generator | None, probes: int
+) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
+    """Gradients by parameter id, and Hutchinson samples ``v * (H v)``; what is not reached is absent."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise DataError("the loss of a batch must be a tensor of one element; average it over the batch")
+    if not value.requires_grad:
+        return {}, [{} for _ in range(probes)]
+    raw = torch.autograd.grad(value.sum(), list(parameters.values()), create_graph=probes > 0, allow_unused=True)
+    gradients = {k: g for k, g in zip(parameters, raw, strict=True) if g is not None}
+    samples: list[dict[int, Tensor]] = []
+    # A constant gradient (the loss is linear in that weight) has no graph, and adds nothing to H.
+    bent = {k: g for k, g in gradients.items() if g.requires_grad}
+    for _ in range(probes):
+        signs = {k: _signs(g, generator) for k, g in bent.items()}
+        products: Sequence[Tensor | None] = ()
+        if bent:
+            products = torch.autograd.grad(
+                list(bent.values()),
+                [parameters[k] for k in bent],
+                list(signs.values()),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        samples.append({k: signs[k] * hv for k, hv in zip(bent, products, strict=True) if hv is not None})
+    return gradients, samples
+
+
+def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else None
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=device)
+    return (bits * 2 - 1).to(like)
+
+
+def _part(layer: Layer, whole: Tensor | None) -> Tensor:
+    """The layer's ``(o, i)`` part of a gradient of its parameter; zeros where there is none."""
+    if whole is None:
+        return torch.zeros(layer.shape, device=layer.stored.device)
+    return layer.to_oi((whole if layer.index is None else whole[layer.index]).detach())
+
+
+@contextmanager
+def _left_alone(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Only ``parameters`` require a gradient inside; modes, flags and buffers are put back, come what may."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in [*model.parameters(), *parameters]]
+    moving = any(training for _, training in modes)
+    buffers = [(m, key, b, b.clone()) for m, _ in modes if moving for key, b in m._buffers.items() if b is not None]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, key, buffer, value in buffers:
+                buffer.copy_(value)
+                module._buffers[key] = buffer

