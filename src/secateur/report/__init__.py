@@ -1,0 +1,5 @@
+"""One HTML file that tells what a pruning run did: no network, nothing beside it."""
+
+from secateur.report.page import render, write_report
+
+__all__ = ["render", "write_report"]
