@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, OutputError
+from .names import Names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -96,53 +97,69 @@ class Shards:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, blocks: list[str], dtype: torch.dtype) -> None:
         self.model, self.checkpoint, self.dtype = model, checkpoint, dtype
         self.blocks = blocks
-        names = dict(model.named_parameters(remove_duplicate=True))
-        tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(names)
-        stored = set(checkpoint.places)
-        missing = sorted(set(names) - stored - tied)
+        self.names = Names(model, checkpoint.places)
+        prefixes = tuple(f"{b}." for b in blocks)
+        self._members: dict[str, list[str]] = {b: [] for b in blocks}
+        self.rest: list[str] = []
+        for stored, name in self.names.of.items():
+            block = next((b for b, p in zip(blocks, prefixes, strict=True) if name.startswith(p)), None)
+            (self.rest if block is None else self._members[block]).append(stored)
+        self._check(prefixes)
+
+    def _check(self, prefixes: tuple[str, ...]) -> None:
+        """Refuse files that are not this model's, before any work; shapes of converted tensors show later."""
+        shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+        reached = set(self.names.of.values())
+        missing = sorted(n for n in shapes if n.startswith(prefixes) and n not in reached and not self.names.fused(n))
         if missing:
             raise ModelError(
                 f"the files hold no {missing[0]} ({len(missing)} parameters in all are missing or stored under another "
-                "name): prune with --resident, which loads through transformers"
+                "name): fetch the model again, or prune with --resident, which loads through transformers"
             )
-        for name, parameter in names.items():
-            if name in stored and checkpoint.shapes[name] != tuple(parameter.shape):
+        for stored, name in self.names.of.items():
+            if name in shapes and not self.names.converted(stored) and self.checkpoint.shapes[stored] != shapes[name]:
                 raise ModelError(
-                    f"{name} has shape {list(checkpoint.shapes[name])} in the files and {list(parameter.shape)} in the "
-                    "model's config: the directory is not one model"
+                    f"{stored} has shape {list(self.checkpoint.shapes[stored])} in the files and {list(shapes[name])} in "
+                    "the model's config: the directory is not one model"
                 )
-        self.rest = [n for n in checkpoint.places if not n.startswith(tuple(f"{b}." for b in blocks))]
 
     def members(self, index: int) -> list[str]:
-        """Checkpoint names in block ``index``."""
-        prefix = self.blocks[index] + "."
-        return [n for n in self.checkpoint.places if n.startswith(prefix)]
+        """Names in the files of what block ``index`` holds."""
+        return self._members[self.blocks[index]]
 
     def load_prelude(self, skip: Iterable[str] = ()) -> None:
         """Materialize what is outside the blocks, but for the parameters in ``skip`` (the output head)."""
-        known = set(dict(self.model.named_parameters())) | set(dict(self.model.named_buffers()))
-        for name, tensor in self.checkpoint.read([n for n in self.rest if n not in set(skip) and n in known]).items():
+        known = set(dict(self.model.named_parameters(remove_duplicate=False))) | set(dict(self.model.named_buffers()))
+        skipped = set(skip)
+        wanted = [n for n in self.rest if self.names.of[n] in known and self.names.of[n] not in skipped]
+        for name, tensor in self.names.to_model(self.checkpoint.read(wanted)).items():
             _place(self.model, name, _as(tensor, self.dtype))
 
     def load(self, index: int) -> nn.Module:
         """Materialize block ``index``."""
-        for name, tensor in self.checkpoint.read(self.members(index)).items():
+        raw = self.checkpoint.read(self.members(index))
+        for name, tensor in self.names.to_model(raw).items():
             _place(self.model, name, _as(tensor, self.dtype))
-        return self.model.get_submodule(self.blocks[index])
+        block = self.model.get_submodule(self.blocks[index])
+        for name, parameter in block.named_parameters():
+            if parameter.device.type == "meta":
+                raise ModelError(f"the files do not hold {self.blocks[index]}.{name}: fetch the model again")
+        return block
 
     def free(self, index: int) -> dict[str, Tensor]:
-        """Put block ``index`` back on ``meta``; returns its tensors in their stored dtypes."""
+        """Put block ``index`` back on ``meta``; returns its tensors as the files store them."""
         block = self.model.get_submodule(self.blocks[index])
-        out = {}
+        made: dict[str, Tensor] = {}
+        reached = {self.names.of[n] for n in self.members(index)}
         for name, parameter in list(block.named_parameters(remove_duplicate=False)):
             full = f"{self.blocks[index]}.{name}"
-            if full in self.checkpoint.places:
-                out[full] = parameter.detach().to(TORCH[self.checkpoint.dtypes[full]]).contiguous()
+            if full in reached or self.names.fused(full):
+                made[full] = parameter.detach()
             _place(self.model, full, torch.empty_like(parameter, device="meta"))
-        for name in self.members(index):
-            if name not in out:  # buffers go through as they were
-                out.update(self.checkpoint.read([name]))
-        return out
+        buffers = [n for n in self.members(index) if self.names.of[n] not in made and not self.names.converted(n)]
+        out = self.names.to_files(made, set(self.members(index)) - set(buffers))
+        out = {n: t.to(TORCH[self.checkpoint.dtypes[n]]).contiguous() for n, t in out.items()}
+        return {**out, **self.checkpoint.read(buffers)}
 
 
 TORCH = {
