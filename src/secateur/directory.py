@@ -29,6 +29,9 @@ from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
 
 
+WINDOWS = 64
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a recipe would do to a model; prints as an explanation. Nothing has been read but headers."""
@@ -117,7 +120,7 @@ def prune_directory(
     out: str | Path,
     *,
     data: Any = CALIBRATION,
-    windows_count: int | None = 64,
+    windows_count: int | None = None,
     length: int = 512,
     memory: int = MEMORY,
     force: bool = False,
@@ -138,6 +141,7 @@ def prune_directory(
         recipe: what to do.
         out: where to; must not exist unless ``force``.
         data: calibration data; read only when the recipe needs it.
+        windows_count: windows of text to calibrate on (64 when None); of given tensors, how many to take.
         resident: load the whole model through transformers instead (needed where its files name parameters
             differently from the model, as for fused experts); not resumable.
         stop: prune only the first ``stop`` blocks and copy the others.
@@ -160,14 +164,16 @@ def prune_directory(
     tokens: Windows | None = None
     if recipe.needs_data:
         recipe.check(data=data is not None)
-        tokens = windows(data, load_tokenizer(path), count=windows_count, length=length)
+        count = WINDOWS if windows_count is None and isinstance(data, str) else windows_count
+        tokens = windows(data, load_tokenizer(path), count=count, length=length)
     with Peak() as peak:
         job = _resident if resident else _streamed
         records, skipped, described, timings, output = job(path, recipe, target, tokens, memory, force, stop, progress)
-        before = after = None
-        if evaluate is not None:
-            before, after = evaluate(path), evaluate(output.part)
-        timings["total"] = time.perf_counter() - started
+    timings["total"] = time.perf_counter() - started
+    output.index(output.state["weight_map"])
+    before = after = None
+    if evaluate is not None:
+        before, after = evaluate(path), evaluate(output.part)
     run = run_record(
         recipe=recipe,
         model={"source": str(model), **described},
@@ -185,7 +191,7 @@ def prune_directory(
     output.write_text("recipe.yaml", recipe.dump())
     output.write_text("run.json", dumps(run))
     write_report(output.part / "report.html", run)
-    output.finish(output.state["weight_map"])
+    output.finish()
     return run
 
 

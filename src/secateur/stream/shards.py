@@ -281,8 +281,8 @@ class Output:
                 if file.name not in (INDEX, "run.json", "state.json"):
                     shutil.copyfile(file, self.part / file.name)
 
-    def finish(self, weight_map: Mapping[str, str]) -> None:
-        """Write the index, drop the resume state, and rename into place."""
+    def index(self, weight_map: Mapping[str, str]) -> None:
+        """Write the index: from here on the directory can be loaded."""
         size = 0
         for file in set(weight_map.values()):
             with ExitStack() as stack:
@@ -292,6 +292,9 @@ class Output:
                     size += TORCH[view.get_dtype()].itemsize * int(torch.tensor(view.get_shape()).prod())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_text(INDEX, json.dumps(index, indent=2))
+
+    def finish(self) -> None:
+        """Drop the resume state, and rename into place."""
         for leftover in [*self.part.glob("activations-*"), self.part / "state.json"]:
             leftover.unlink(missing_ok=True)
         old = None
