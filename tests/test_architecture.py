@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("registry",),
-    ("layers", "select", "schedule", "graph", "formats", "kernels", "data"),
+    ("layers", "select", "schedule", "graph", "formats", "kernels", "data", "printing"),
     ("masks", "evidence", "surgery", "measure"),
     ("criteria", "granularity"),
     ("allocation", "solvers"),

@@ -6,15 +6,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests import tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur import cli
+from tests import tiny
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -119,7 +120,17 @@ def test_plan_touches_nothing(run: Run, model: Path) -> None:
 
 def test_knobs(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     status, printed, _ = prune(
-        run, model, text, tmp_path / "out", "-m", "sparsegpt", "--set", "solver.damp=0.1", "--set", "solver.block=16", "--json"
+        run,
+        model,
+        text,
+        tmp_path / "out",
+        "-m",
+        "sparsegpt",
+        "--set",
+        "solver.damp=0.1",
+        "--set",
+        "solver.block=16",
+        "--json",
     )
     assert status == 0
     assert json.loads(printed)["recipe"]["knobs"]["solver"] == {"damp": 0.1, "block": 16}
@@ -193,3 +204,29 @@ def test_existing_output_is_kept(run: Run, model: Path, text: Path, tmp_path: Pa
     assert (out / "mine").read_text() == "mine"
     assert prune(run, model, text, out, "--force")[0] == 0
     assert not (out / "mine").exists()
+
+
+def test_interrupt_says_how_to_go_on(
+    run: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.stream import Engine
+
+    original, calls = Engine.prune_block, []
+
+    def interrupt(self: Engine, index: int, *rest: Any, **named: Any) -> Any:
+        calls.append(index)
+        if index == 1:
+            raise KeyboardInterrupt
+        return original(self, index, *rest, **named)
+
+    monkeypatch.setattr(Engine, "prune_block", interrupt)
+    out = tmp_path / "out"
+    status, printed, err = prune(run, model, text, out, "--method", "wanda")
+    assert status == 130
+    assert "goes on at the block it was in" in err
+    assert printed == ""
+    assert not out.exists()
+    monkeypatch.setattr(Engine, "prune_block", original)
+    monkeypatch.setattr(Engine, "prune_block", lambda self, k, *a, **n: calls.append(k) or original(self, k, *a, **n))
+    assert prune(run, model, text, out, "--method", "wanda")[0] == 0
+    assert calls == [0, 1, 1, 2]

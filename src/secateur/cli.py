@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,10 +21,13 @@ from . import registry
 from .data import CALIBRATION, EVALUATION
 from .errors import RecipeError, SecateurError
 from .methods import all_methods, explain, load
+from .printing import compared, measured, summary
 from .recipe import Recipe
 
 app = typer.Typer(
-    help="Prune neural networks, and measure what it brings.", no_args_is_help=True, add_completion=False,
+    help="Prune neural networks, and measure what it brings.",
+    no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 out_console = Console()
@@ -41,7 +43,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 @contextmanager
 def _bar(title: str, total: int | None, show: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; silent when it is not a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err_console, disable=not (show and err_console.is_terminal), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done, count: bar.update(task, completed=done, total=count)
@@ -81,10 +89,6 @@ def _recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: 
     return Recipe.of(method or "wanda", **given)
 
 
-def _bytes(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
-
-
 def _command() -> str:
     return shlex.join(["secateur", *sys.argv[1:]])
 
@@ -107,6 +111,15 @@ Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
 
 
+@contextmanager
+def _interruptible(message: str) -> Iterator[None]:
+    """Turn Ctrl-C into one sentence; click would only say that it aborted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(message, 130)
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -127,10 +140,14 @@ def prune(
     skip: Skip = None,
     seed: Seed = None,
     knobs: Set = None,
-    data: Annotated[str, typer.Option("--data", help="Calibration: text:FILE, jsonl:FILE#field, hf:DATASET.")] = CALIBRATION,
+    data: Annotated[
+        str, typer.Option("--data", help="Calibration: text:FILE, jsonl:FILE#field, hf:DATASET.")
+    ] = CALIBRATION,
     windows: Windows = 64,
     length: Length = 512,
-    evaluate: Annotated[str | None, typer.Option("--eval", help="Held-out text: also measure dense and pruned.")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", help="Held-out text: also measure dense and pruned.")
+    ] = None,
     eval_windows: EvalWindows = None,
     memory: Annotated[float, typer.Option("--memory", help="GiB of activations in one pass.")] = 2.0,
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
@@ -151,7 +168,8 @@ def prune(
     recipe = _recipe(method, recipe_file, axes, knobs or [])
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
-    with _bar(recipe.method, None, not as_json) as bar:
+    again = "its state is dropped" if resident else "the same command goes on at the block it was in"
+    with _interruptible(f"stopped: {out} was not written, and {again}"), _bar(recipe.method, None, not as_json) as bar:
         run = prune_directory(
             model,
             recipe,
@@ -170,7 +188,7 @@ def prune(
     if as_json:
         print(json.dumps(run))
         return
-    out_console.print(_summary(run))
+    out_console.print(summary(run))
     for note in run["notes"]:
         out_console.print(f"note: {escape(note)}")
     out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
@@ -182,25 +200,6 @@ def _evaluator(text: str | None, count: int | None, length: int) -> Callable[[Pa
     from .quality import measure as run
 
     return lambda path: run(path, text, windows_count=count, length=length)
-
-
-def _summary(run: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    pruned = run["layers"]
-    table.add_row("layers", f"{len(pruned)} pruned, {len(run['skipped'])} parameters left alone")
-    rate = run["sparsity"]
-    table.add_row("sparsity", f"{rate['pruned_layers']:.6f} of these layers, {rate['model']:.4f} of the model")
-    errors = [r["error"] for r in pruned if r["error"] is not None]
-    if errors:
-        table.add_row("output error", f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f} (relative, squared)")
-    if run["before"] and run["before"].get("perplexity"):
-        b, a = run["before"]["perplexity"], run["after"]["perplexity"]
-        table.add_row("perplexity", f"{b['value']:.3f} -> {a['value']:.3f} on {b['tokens']} tokens of {b['text']}")
-    table.add_row("time", f"{run['timings']['total']:.1f} s")
-    table.add_row("peak memory", _bytes(run["peak_memory"]))
-    return table
 
 
 @app.command()
@@ -246,18 +245,7 @@ def measure(
     if as_json:
         print(json.dumps(found))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column()
-    p = found["perplexity"]
-    table.add_row("perplexity", f"{p['value']:.4f}")
-    table.add_row("", f"{p['tokens']} tokens of {p['text']}, {p['windows']} windows of {p['length']}, stride {p['stride']}")
-    table.add_row("parameters", f"{found['parameters']:,} stored, {found['nonzero']:,} non-zero")
-    table.add_row("zeros", f"{1 - found['nonzero'] / found['parameters']:.4f} of all parameters")
-    table.add_row("on disk", _bytes(found["bytes"]))
-    table.add_row("time", f"{found['seconds']:.1f} s")
-    table.add_row("peak memory", _bytes(found["peak_memory"]))
-    out_console.print(table)
+    out_console.print(measured(found))
 
 
 @app.command()
@@ -345,19 +333,12 @@ def demo(
     """Prune the real SmolLM2-135M with magnitude, wanda and sparsegpt, and print one table."""
     from .demo import run_demo
 
-    with _bar("demo", 7, True) as bar:
+    with _interruptible("stopped: the same command with --force starts again"), _bar("demo", 7, True) as bar:
         result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: bar(k, n), _command())
-    table = Table(title=f"SmolLM2-135M at {sparsity:.0%}, held out: {result['text']}", title_justify="left")
-    table.add_column("")
-    for row in result["rows"]:
-        table.add_column(row["name"], justify="right")
-    rows = result["rows"]
-    table.add_row("perplexity", *[f"{r['perplexity']:.2f}" for r in rows])
-    table.add_row("sparsity of pruned layers", *[f"{r['sparsity']:.6f}" for r in rows])
-    table.add_row("seconds to prune", *[f"{r['seconds']:.1f}" if r["seconds"] else "–" for r in rows])
-    table.add_row("peak memory", *[_bytes(r["peak_memory"]) for r in rows])
-    out_console.print(table)
-    out_console.print(f"model   {escape(str(result['model']))}\nreport  {escape(str(result['report']))}", soft_wrap=True)
+    out_console.print(compared(result, sparsity))
+    out_console.print(
+        f"model   {escape(str(result['model']))}\nreport  {escape(str(result['report']))}", soft_wrap=True
+    )
 
 
 def main() -> None:
@@ -367,15 +348,12 @@ def main() -> None:
         app(standalone_mode=True)
     except SecateurError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; nothing half-written was left, and the same command goes on where it stopped", 130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail("the disk is full: free some space and run the same command again", 2)
         raise
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     err_console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
-    sys.stdout.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    sys.exit(code)

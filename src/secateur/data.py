@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -101,7 +101,7 @@ def _read(path: Path) -> str:
 
 
 def _jsonl(path: Path, key: str) -> Iterator[str]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # JSON text may hold other line separators
         if not line.strip():
             continue
         try:
@@ -159,6 +159,8 @@ def windows(
 
 
 def _cut(ids: Tensor, source: str, tokenizer: str, count: int | None, length: int) -> Windows:
+    if length < 1 or (count is not None and count < 1):
+        raise DataError(f"{count} windows of {length} tokens were asked for: ask for at least one of one token")
     fit = ids.numel() // length
     if fit == 0:
         raise DataError(f"{source} has {ids.numel()} tokens, less than one window of {length}: give more text")
@@ -175,12 +177,12 @@ def _cut(ids: Tensor, source: str, tokenizer: str, count: int | None, length: in
 
 def _given(source: Tensor | Iterable[Any], count: int | None) -> Windows:
     rows: list[Tensor] = []
-    items: Iterable[Any] = source.split(1) if isinstance(source, Tensor) else source
-    for item in items:
-        ids = item["input_ids"] if isinstance(item, dict) else item[0] if isinstance(item, (tuple, list)) else item
-        ids = torch.as_tensor(ids)
+    for item in [source] if isinstance(source, (Tensor, Mapping)) else source:
+        ids = _ids(item)
         if ids.is_floating_point():
             raise DataError("token ids are expected, not floating point tensors: give data of integer ids")
+        if ids.dim() == 0 or ids.numel() == 0:
+            raise DataError("token sequences are expected, not single or no ids: give data of shape (batch, length)")
         rows += list(ids.reshape(-1, ids.shape[-1]).long())
         if count is not None and len(rows) >= count:
             rows = rows[:count]
@@ -189,8 +191,26 @@ def _given(source: Tensor | Iterable[Any], count: int | None) -> Windows:
         raise DataError("the calibration data is empty: give at least one batch of token ids")
     if len({r.numel() for r in rows}) > 1:
         raise DataError("token sequences have different lengths: cut them to one length")
+    if count is not None and count > len(rows):
+        raise DataError(f"the data has {len(rows)} token sequences, and {count} were asked for: ask for fewer")
     cut = torch.stack(rows)
     return Windows(cut, "tensors", digest(cut), "", cut.numel())
+
+
+def _ids(item: Any) -> Tensor:
+    """Token ids of a batch: of a mapping its ``input_ids``, of a tuple the first item, of a list of ids all."""
+    if isinstance(item, Mapping):
+        if "input_ids" not in item:
+            raise DataError(f"a batch has no 'input_ids'; it has {sorted(map(str, item))}")
+        item = item["input_ids"]
+    elif (isinstance(item, tuple) and item and not isinstance(item[0], int)) or (
+        isinstance(item, list) and item and isinstance(item[0], Tensor)
+    ):
+        item = item[0]
+    try:
+        return torch.as_tensor(item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"a batch is not a tensor of token ids: {error}") from None
 
 
 def digest(ids: Tensor) -> str:

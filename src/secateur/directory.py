@@ -28,7 +28,6 @@ from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
 
-
 WINDOWS = 64
 
 
@@ -351,9 +350,7 @@ def _resident(
     output = Output(target, force, {"recipe": recipe.digest, "resident": time.time_ns()})
     net.save_pretrained(output.part)
     output.copy(path)
-    weight_map = {
-        name: file.name for file in sorted(output.part.glob("*.safetensors")) for name in _names(file)
-    }
+    weight_map = {name: file.name for file in sorted(output.part.glob("*.safetensors")) for name in _names(file)}
     output.state["weight_map"] = weight_map
     described = {k: v for k, v in pruned.run["model"].items() if k != "source"}
     timings = {"load": loaded - started, "prune": time.perf_counter() - loaded}

@@ -14,8 +14,8 @@ class UnknownName(SecateurError):
     """A name that no registered part carries."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "secateur methods") -> None:
-        near = difflib.get_close_matches(name, list(known), n=1)
-        guess = f"; did you mean '{near[0]}'?" if near else ";"
+        near = difflib.get_close_matches(str(name), list(known), n=1)
+        guess = f"; did you mean '{near[0]}'?" if near else ""
         super().__init__(f"no {kind} named '{name}'{guess} ({hint})")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import ModelError
 from .layers import Layer, find_layers
+
+_SHAPE = re.compile(r"^(\d+),(\d+)$")  # "o,i" in the metadata
 
 
 class Masks(Mapping[str, Tensor]):
@@ -47,14 +50,15 @@ class Masks(Mapping[str, Tensor]):
     def apply(self, model: nn.Module) -> None:
         """Zero what the masks remove, in place; the names of the model's parameters stay as they are."""
         layers = {layer.name: layer for layer in _all_layers(model)}
-        for name in self:
+        for name in self:  # all are looked at before the first is changed
             if name not in layers:
                 raise ModelError(f"the masks name {name}, which the model does not have")
-            layer = layers[name]
-            if layer.shape != self._bits[name][1]:
-                raise ModelError(f"the mask of {name} is {self._bits[name][1]}, the weight {layer.shape}")
-            with torch.no_grad():
-                layer.stored.mul_(layer.from_oi(self[name].to(layer.stored.device)))
+            if layers[name].shape != self._bits[name][1]:
+                raise ModelError(f"the mask of {name} is {self._bits[name][1]}, the weight {layers[name].shape}")
+        with torch.no_grad():
+            for name in self:
+                layer = layers[name]
+                layer.stored.masked_fill_(layer.from_oi(~self[name].to(layer.stored.device)), 0.0)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: the bits, and the shapes in its metadata."""
@@ -67,14 +71,22 @@ class Masks(Mapping[str, Tensor]):
     def load(path: Path) -> Masks:
         """The inverse of `save`."""
         masks = Masks()
-        with safe_open(path, framework="pt") as f:
-            shapes = f.metadata() or {}
-            for name in f.keys():  # noqa: SIM118
-                o, i = (int(x) for x in shapes[name].split(","))
-                bits = f.get_tensor(name).numpy()
-                if bits.dtype != np.uint8 or bits.size != -(-o * i // 8):
-                    raise ModelError(f"{path} does not hold the mask of {name} that it announces")
-                masks._bits[name] = (bits, (o, i))
+        try:
+            with safe_open(path, framework="pt") as f:
+                shapes = f.metadata() or {}
+                for name in f.keys():  # noqa: SIM118
+                    shape = _SHAPE.match(shapes.get(name, ""))
+                    o, i = (int(shape[1]), int(shape[2])) if shape else (0, 0)
+                    bits = f.get_tensor(name).numpy()
+                    if shape is None or bits.dtype != np.uint8 or bits.shape != (-(-o * i // 8),):
+                        raise ModelError(f"{path} does not hold the mask of {name} that it announces")
+                    masks._bits[name] = (bits, (o, i))
+        except FileNotFoundError:
+            raise ModelError(f"there is no file {path}") from None
+        except SafetensorError as error:
+            raise ModelError(f"{path} is not a file of masks: {error}") from None
+        if shapes.keys() - masks._bits.keys() - {"format"}:
+            raise ModelError(f"{path} lacks masks that it announces: {sorted(shapes.keys() - masks._bits.keys())}")
         return masks
 
     @staticmethod

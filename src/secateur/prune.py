@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .data import Windows, windows
-from .errors import OutputError, RecipeError
+from .errors import DataError, OutputError, RecipeError
 from .evidence import gather_gradients, gather_inputs
 from .evidence.inputs import INPUT_FACTS
 from .layers import Layer, Skipped, find_layers
@@ -126,16 +126,14 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
-    recipe = method if isinstance(method, Recipe) and not axes else Recipe.of(
-        method.method if isinstance(method, Recipe) else method, **axes
-    )
+    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
     start = time.perf_counter()
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
     recipe.check(layers, data=data is not None, loss=loss is not None)
     for layer in layers:
         layer.check_finite()
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     described: Mapping[str, Any] | None = None
     with Peak() as peak:
@@ -150,7 +148,8 @@ def prune(
             else:
                 records, masks = _whole(model, recipe, layers, data, loss)
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
     run = run_record(
         recipe=recipe,
         model={
@@ -254,7 +253,10 @@ def _whole(
 ) -> tuple[list[LayerRecord], Masks]:
     """All layers at once, in as many rounds as the recipe has steps; every round scores what is left."""
     if get("recovery", recipe.recovery).facts.get("data"):
-        raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, which this model does not have")
+        raise RecipeError(
+            f"recovery '{recipe.recovery}' works on repeated blocks in one step, from inputs alone: "
+            "this model or recipe does not (choose --recovery none)"
+        )
     batches = _batches(data) if recipe.needs_data else []
     records: dict[str, LayerRecord] = {}
     masks: dict[str, Tensor] = {}
@@ -266,7 +268,8 @@ def _whole(
         facts = {}
         for x in layers:
             block = next((p for p in paths if x.name.startswith(f"{p}.")), None)
-            facts[x.name] = layer_facts(x, block, sketch_layer(x, recipe, evidence.get(x.name), True))
+            sketch = sketch_layer(x, recipe, evidence.get(x.name), True, masks.get(x.name))
+            facts[x.name] = layer_facts(x, block, sketch)
         keeps = allocate(recipe, facts, sparsity)
         for x in layers:
             found = evidence.get(x.name)
@@ -312,4 +315,9 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 def _batches(data: Iterable[Any] | Tensor) -> list[Any]:
     if isinstance(data, str):
         raise RecipeError("text data needs a language model with repeated blocks: give batches of tensors")
-    return [data] if isinstance(data, (Tensor, Mapping)) else list(data)
+    if isinstance(data, Windows):
+        return list(data.ids.split(1))
+    batches = [data] if isinstance(data, (Tensor, Mapping)) else list(data)
+    if not batches:
+        raise DataError("the calibration data is empty: give at least one batch")
+    return batches

@@ -38,14 +38,15 @@ def measure(
     start = time.perf_counter()
     with Peak() as peak:
         size = None
-        if not isinstance(model, nn.Module):
-            path = resolve(model)
-            tokenizer = tokenizer or load_tokenizer(path)
+        net: nn.Module
+        if isinstance(model, nn.Module):
+            net = model
             text = _text(data, tokenizer, windows_count, length)
-            size = bytes_on_disk(path)
-            model = load_model(path)
         else:
-            text = _text(data, tokenizer, windows_count, length)
+            path = resolve(model)
+            text = _text(data, tokenizer or load_tokenizer(path), windows_count, length)
+            size = bytes_on_disk(path)
+            net = load_model(path)
         found = None
         if text is not None:
             done = 0
@@ -56,8 +57,8 @@ def measure(
                 if tick is not None:
                     tick(done, len(text))
 
-            found = perplexity(model, text.ids, text=text.source, sha256=text.sha256, tick=count).to_dict()
-        total, nonzero = count_parameters(model)
+            found = perplexity(net, text.ids, text=text.source, sha256=text.sha256, tick=count).to_dict()
+        total, nonzero = count_parameters(net)
     return {
         "perplexity": found,
         "parameters": total,

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from . import granularity as granularity_module
 from .errors import RecipeError
 from .registry import Part, get
 
+_PUBLISHED = re.compile(r"arXiv|\b(19|20)\d\d\b")  # a source with a number or a year can be cited
+
 Propagate = Literal["layer", "block", "off"]
 
 #: Facts that the engine makes itself; every other fact that a part names is evidence from data.
@@ -28,7 +31,13 @@ GRADIENTS = frozenset({"gradient", "fisher", "fisher_inverse", "hessian"})
 
 
 def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return MappingProxyType({k: _frozen(v) if isinstance(v, Mapping) else v for k, v in (mapping or {}).items()})
+    return MappingProxyType({k: _frozen_value(v) for k, v in (mapping or {}).items()})
+
+
+def _frozen_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _frozen(value)
+    return tuple(_frozen_value(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _thawed(value: Any) -> Any:
@@ -76,6 +85,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", _globs(self.only))
         object.__setattr__(self, "skip", _globs(self.skip))
+        if not _is_knobs(self.knobs):
+            raise RecipeError("knobs must be written axis -> knob -> value, e.g. {criterion: {p: 2}}")
         object.__setattr__(self, "knobs", _frozen(self.knobs))
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
             raise RecipeError(f"sparsity must be a number in [0, 1), not {self.sparsity!r}")
@@ -84,8 +95,10 @@ class Recipe:
         object.__setattr__(self, "sparsity", float(self.sparsity))
         if self.propagate not in ("layer", "block", "off"):
             raise RecipeError(f"propagate must be layer, block or off, not '{self.propagate}'")
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise RecipeError(f"steps must be a whole number of at least 1, not {self.steps!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise RecipeError(f"seed must be a whole number, not {self.seed!r}")
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -95,18 +108,19 @@ class Recipe:
             fixed = 1.0 - pattern.keep
             if abs(self.sparsity - fixed) > 1e-9:
                 raise RecipeError(
-                    f"granularity '{pattern.name}' fixes the sparsity at {fixed:g}, but {self.sparsity:g} was asked for: "
-                    "leave the sparsity out"
+                    f"granularity '{pattern.name}' fixes the sparsity at {fixed:g}, but {self.sparsity:g} was asked "
+                    "for: leave the sparsity out"
                 )
         for axis, part in self.parts().items():
             part.knobs_with(self.knobs.get(axis, {}))
-        if unknown := set(self.knobs) - {*self.parts(), "criterion"}:
-            raise RecipeError(f"knobs for {sorted(unknown)}, but a recipe has the axes {sorted(self.parts())}")
+        if unknown := {axis for axis, knobs in self.knobs.items() if knobs} - set(self.parts()):
+            raise RecipeError(f"knobs for {sorted(unknown)}, but this recipe has parts on {sorted(self.parts())}")
+        if "sparsity" in self.knobs.get("allocation", {}):
+            raise RecipeError("sparsity is a field of the recipe, not a knob of its allocation: write sparsity=")
         solver = get("solver", self.solver)
         if "score" in solver.needs and self.criterion is None:
             raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
-        measure = get("allocation", self.allocation).facts.get("measure")
-        if measure is not None and "score" in measure.__code__.co_varnames and self.criterion is None:
+        if "score" in _measure_needs(self.allocation) and self.criterion is None:
             raise RecipeError(
                 f"allocation '{self.allocation}' ranks by a criterion, and solver '{self.solver}' chooses by itself: "
                 "name a criterion with --criterion"
@@ -127,6 +141,14 @@ class Recipe:
 
         load()
         base: Recipe = get("method", method).facts["recipe"]
+        return base.override(**overrides)
+
+    def override(self, **overrides: Any) -> Recipe:
+        """This recipe with any field overridden; None leaves a field as it is.
+
+        A granularity ``N:M`` sets the sparsity, knobs are merged, and a replaced part leaves its knobs behind.
+        """
+        base = self
         given = {k: v for k, v in overrides.items() if v is not None}
         names = {f.name for f in dataclasses.fields(Recipe)}
         if unknown := set(given) - names:
@@ -134,13 +156,11 @@ class Recipe:
         pattern = granularity_module.parse(given.get("granularity", base.granularity))
         if pattern.keep is not None and "sparsity" not in given:
             given["sparsity"] = 1.0 - pattern.keep
-        knobs = {axis: {**base.knobs.get(axis, {}), **given.get("knobs", {}).get(axis, {})}
-                 for axis in {*base.knobs, *given.get("knobs", {})}}
-        # A replaced part leaves its knobs behind.
-        for axis in ("criterion", "allocation", "solver", "recovery"):
-            if axis in given and given[axis] != getattr(base, axis):
-                knobs[axis] = dict(given.get("knobs", {}).get(axis, {}))
-        given["knobs"] = {a: k for a, k in knobs.items() if k}
+        new = given.get("knobs", {})
+        if _is_knobs(new):
+            kept = {a: k for a, k in base.knobs.items() if given.get(a, getattr(base, a)) == getattr(base, a)}
+            knobs = {a: {**kept.get(a, {}), **new.get(a, {})} for a in sorted({*kept, *new})}
+            given["knobs"] = {a: k for a, k in knobs.items() if k}
         return dataclasses.replace(base, **given)
 
     def parts(self) -> dict[str, Part]:
@@ -162,12 +182,12 @@ class Recipe:
     @property
     def uses_score(self) -> bool:
         """Whether the criterion is evaluated at all."""
-        names = {*get("solver", self.solver).needs, *_measure_needs(self)}
+        names = {*get("solver", self.solver).needs, *_measure_needs(self.allocation)}
         return self.criterion is not None and "score" in names
 
     def needs(self) -> frozenset[str]:
         """Evidence that data must supply: the facts that the parts name, less what the engine makes."""
-        names = set(get("solver", self.solver).needs) | set(_measure_needs(self))
+        names = set(get("solver", self.solver).needs) | set(_measure_needs(self.allocation))
         if self.uses_score and self.criterion is not None:
             names |= set(get("criterion", self.criterion).needs)
         if "curvature" in names:
@@ -209,8 +229,7 @@ class Recipe:
 
     def _who_needs(self, fact: str) -> str:
         for axis, part in self.parts().items():
-            measure = part.facts.get("measure")
-            names = {*part.needs, *(measure.__code__.co_varnames if measure else ())}
+            names = {*part.needs, *(_measure_needs(part.name) if axis == "allocation" else ())}
             if fact in names or (fact == "gram" and "curvature" in names) or (fact == "inputs" and axis == "recovery"):
                 return f"{axis} '{part.name}'"
         return f"method '{self.method}'"
@@ -239,7 +258,10 @@ class Recipe:
     @staticmethod
     def load(source: str | Path) -> Recipe:
         """Read YAML text, or a file. A recipe is data: it never names code to import."""
-        text = source.read_text() if isinstance(source, Path) else source
+        try:
+            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {source} cannot be read: {error}") from None
         where = f" in {source}" if isinstance(source, Path) else ""
         try:
             data = YAML(typ="safe").load(text)
@@ -262,12 +284,15 @@ class Recipe:
     def __hash__(self) -> int:
         return int(self.digest, 16)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recipe.from_dict, (self.to_dict(),)  # a read-only mapping cannot be pickled or copied
+
     def cite(self) -> list[str]:
         """The sources of the parts in use, each once."""
         parts = [get("granularity", _granularity_part(self.granularity)), *self.parts().values()]
         lines: dict[str, None] = {}
         for part in parts:
-            if "arXiv" in part.card.source or part.facts.get("paper") or "NeurIPS" in part.card.source:
+            if part.facts.get("paper") or _PUBLISHED.search(part.card.source):
                 lines.setdefault(part.card.source)
         return list(lines)
 
@@ -276,10 +301,14 @@ def _granularity_part(text: str) -> str:
     return "nm" if ":" in text else text.split("(")[0]
 
 
-def _measure_needs(recipe: Recipe) -> tuple[str, ...]:
-    measure = get("allocation", recipe.allocation).facts.get("measure")
+def _measure_needs(allocation: str) -> tuple[str, ...]:
+    measure = get("allocation", allocation).facts.get("measure")
     return tuple(measure.__code__.co_varnames[: measure.__code__.co_argcount]) if measure else ()
 
 
-def _globs(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _is_knobs(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(k, Mapping) for k in value.values()))
+
+
+def _globs(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())

@@ -37,7 +37,9 @@ def run_record(
         all_notes.append(f"{len(unseen)} layers saw no calibration token and were left dense, e.g. {unseen[0]}")
     damped = [r for r in records if any("Hessian" in n for n in r.notes)]
     if damped:
-        all_notes.append(f"{len(damped)} layers needed more care with their Hessian, e.g. {damped[0].name}: {damped[0].notes[0]}")
+        all_notes.append(
+            f"{len(damped)} layers needed more care with their Hessian, e.g. {damped[0].name}: {damped[0].notes[0]}"
+        )
     return {
         "secateur": versions().get("secateur", "0"),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

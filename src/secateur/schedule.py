@@ -54,7 +54,7 @@ def geometric(t: float, sparsity: float) -> float:
     """
     if sparsity <= 0:
         return 0.0
-    return (1.0 - (1.0 - sparsity) ** t) / sparsity
+    return (1.0 - float((1.0 - sparsity) ** t)) / sparsity
 
 
 def sparsity_at(name: str, t: float, sparsity: float) -> float:

@@ -104,7 +104,7 @@ class Facts(Mapping[str, Any]):
 def layer_generator(seed: int, name: str, device: torch.device) -> torch.Generator:
     """A generator of its own for each layer, so that the order of the layers does not matter."""
     generator = torch.Generator(device=device)
-    generator.manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # a CPU generator reads only 32 bits
     return generator
 
 
@@ -198,12 +198,14 @@ def layer_facts(layer: Layer, block: str | None = None, sketch: Sketch | None = 
     return LayerFacts(layer.shape, layer.numel, layer.kind, block, sketch, dims)
 
 
-def sketch_layer(layer: Layer, recipe: Recipe, evidence: Mapping[str, Any] | None, exact: bool) -> Sketch | None:
-    """What the recipe's allocation wants to know of a layer, or None."""
+def sketch_layer(
+    layer: Layer, recipe: Recipe, evidence: Mapping[str, Any] | None, exact: bool, mask: Tensor | None = None
+) -> Sketch | None:
+    """What the recipe's allocation wants to know of a layer, or None; ``mask`` is what an earlier round kept."""
     measure = get("allocation", recipe.allocation).facts.get("measure")
     if measure is None:
         return None
-    facts = Facts(layer, recipe, evidence)
+    facts = Facts(layer, recipe, evidence, mask=mask)
     names = measure.__code__.co_varnames[: measure.__code__.co_argcount]
     return Sketch(measure(*[facts[n] for n in names]), exact)
 
@@ -221,7 +223,9 @@ def allocate(recipe: Recipe, layers: Mapping[str, LayerFacts], sparsity: float |
     return keeps if pattern.keep is None else _whole_units(keeps, layers, pattern)
 
 
-def _whole_units(keeps: Mapping[str, float], layers: Mapping[str, LayerFacts], pattern: Granularity) -> dict[str, float]:
+def _whole_units(
+    keeps: Mapping[str, float], layers: Mapping[str, LayerFacts], pattern: Granularity
+) -> dict[str, float]:
     """Round each keep down to a multiple of 1/M, then up again where the remainders are largest."""
     m = pattern.run
     floors = {n: int(k * m + 1e-6) for n, k in keeps.items()}

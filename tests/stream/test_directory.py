@@ -118,9 +118,7 @@ def test_killed_run_goes_on_and_ends_the_same(method: str, stop_at: int, tmp_pat
         prune_directory(source, recipe, tmp_path / "out", progress=kill, **kwargs)
     assert not (tmp_path / "out").exists()
     solved: list[int] = []
-    run = prune_directory(
-        source, recipe, tmp_path / "out", progress=lambda t: solved.append(len(t.records)), **kwargs
-    )
+    run = prune_directory(source, recipe, tmp_path / "out", progress=lambda t: solved.append(len(t.records)), **kwargs)
     assert [n > 0 for n in solved] == [k >= stop_at for k in range(3)]  # finished blocks are not done again
     assert len(run["layers"]) == 21
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "out"))
@@ -167,9 +165,7 @@ def test_one_block_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return block
 
     monkeypatch.setattr(shards.Shards, "load", load)
-    prune_directory(
-        source, Recipe.of("wanda", sparsity=0.5), tmp_path / "out", data=tiny.ids(), windows_count=None
-    )
+    prune_directory(source, Recipe.of("wanda", sparsity=0.5), tmp_path / "out", data=tiny.ids(), windows_count=None)
     model = tiny.build(num_hidden_layers=6)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     prelude = model.model.embed_tokens.weight.numel()  # the untied head is never loaded

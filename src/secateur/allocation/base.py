@@ -13,11 +13,12 @@ _OCTAVES = 48  # scores more than 48 octaves below the largest share the lowest 
 
 def order_key(score: Tensor) -> Tensor:
     """int64 keys of float32 scores, in the same order (negative scores too)."""
-    bits = score.float().contiguous().view(torch.int32)
+    bits = (score.float() + 0.0).contiguous().view(torch.int32)  # -0.0 becomes 0.0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
 
 
 def key_of(value: float) -> int:
+    """`order_key` of one number."""
     return int(order_key(torch.tensor([value], dtype=torch.float32))[0])
 
 

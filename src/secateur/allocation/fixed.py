@@ -23,7 +23,7 @@ def uniform(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, f
 
 @register("allocation", paper="1707.04780")
 def er(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi: the density of a layer is proportional to (o + i) / (o i).
+    """Erdos-Renyi: the density of a layer is proportional to (o + i) / (o i), kernel sizes apart.
 
     :: keep_l = min(1, e (o + i) / (o i))
 
@@ -31,7 +31,7 @@ def er(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float]
 
     Source: Mocanu et al., SET, arXiv 1707.04780, equation 3.
     """
-    return _proportional(layers, sparsity, lambda f: sum(f.shape) / (f.shape[0] * f.shape[1]))
+    return _proportional(layers, sparsity, lambda f: 1 / _channels(f)[0] + 1 / _channels(f)[1])
 
 
 @register("allocation", paper="1911.11134")
@@ -47,6 +47,11 @@ def erk(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float
     Source: Evci et al., RigL, arXiv 1911.11134, section 3 (1).
     """
     return _proportional(layers, sparsity, lambda f: sum(f.dims or f.shape) / f.numel)
+
+
+def _channels(facts: LayerFacts) -> tuple[int, ...]:
+    """Input and output sizes without those of the kernel."""
+    return (facts.dims or facts.shape)[:2]
 
 
 def _proportional(
@@ -91,5 +96,7 @@ def explicit(
                 keeps[name] = 1.0 - float(value)
                 unused.discard(pattern)
     if unused:
-        raise RecipeError(f"allocation names {sorted(unused)}, which no layer matches ('secateur plan MODEL' lists them)")
+        raise RecipeError(
+            f"allocation names {sorted(unused)}, which no layer matches ('secateur plan MODEL' lists them)"
+        )
     return keeps

@@ -27,7 +27,7 @@ def wanda(weight: Tensor, input_norm: Tensor) -> Tensor:
     return weight.abs() * input_norm
 
 
-@register("criterion", family="activation", paper="2402.12419", scales={"weight": 0})
+@register("criterion", family="activation", scales={"weight": 0})
 def ria(weight: Tensor, input_norm: Tensor, *, a: float = 0.5) -> Tensor:
     """A weight's share of its row and of its column, times a power of the norm of its input.
 
@@ -42,7 +42,7 @@ def ria(weight: Tensor, input_norm: Tensor, *, a: float = 0.5) -> Tensor:
     >>> ria(torch.tensor([[-2.0, 2.0], [0.0, 2.0]]), torch.tensor([4.0, 16.0])).tolist()
     [[3.0, 4.0], [0.0, 6.0]]
 
-    Source: Zhang et al., RIA, arXiv 2402.12419, and lib/prune.py of the official code.
+    Source: Zhang et al., Plug-and-play (RIA), ICLR 2024, and lib/prune.py of the official code.
     """
     size = weight.abs()
     # A row or column of zeros has no shares: 0 / tiny is 0 where 0 / 0 would be NaN.

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 from torch import Tensor
 
 from ..errors import RecipeError, UnknownName
@@ -39,7 +38,8 @@ class Granularity:
         try:
             self.pool_shape(*shape)
         except RecipeError as error:
-            raise RecipeError(f"{error}; {where} has {shape[1]} (skip it with --skip {where})") from None
+            has = f"{shape[1]}" if self.keep is not None else f"{shape[0]} and {shape[1]}"
+            raise RecipeError(f"{error}; {where} has {has} (skip it with --skip {where})") from None
 
     def pool(self, score_oi: Tensor) -> Tensor:
         """Scores of units: the sum of the scores of their elements, shape ``(pools, units)``."""
@@ -133,7 +133,10 @@ def block(*, r: int = 4, c: int = 4) -> Granularity:
 
     def pool_shape(o: int, i: int) -> tuple[int, int, int]:
         if o % r or i % c:
-            raise RecipeError(f"granularity 'block({r},{c})' needs an output multiple of {r} and an input multiple of {c}")
+            raise RecipeError(
+                f"granularity 'block({r},{c})' needs an output size that is a multiple of {r} "
+                f"and an input size that is one of {c}"
+            )
         return (1, (o // r) * (i // c), r * c)
 
     def split(x: Tensor) -> Tensor:
@@ -167,5 +170,3 @@ def parse(text: str) -> Granularity:
         raise RecipeError(f"granularity '{text}' takes at most {len(part.knobs)} numbers")
     result: Granularity = part.function(**dict(zip(part.knobs, numbers, strict=False)))
     return result
-
-

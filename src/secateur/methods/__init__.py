@@ -32,7 +32,11 @@ def all_methods(
         kind = "nothing" if not facts else "gradients" if facts & GRADIENTS else "inputs"
         if needs is not None and needs != kind and needs not in facts:
             continue
-        if granularity is not None and granularity not in part.facts["granularities"] and granularity != recipe.granularity:
+        if (
+            granularity is not None
+            and granularity not in part.facts["granularities"]
+            and granularity != recipe.granularity
+        ):
             continue
         if family is not None and part.facts["family"] != family:
             continue
@@ -49,4 +53,3 @@ def explain(name: str) -> list[Part]:
     if not found:
         raise UnknownName("method", name, [n for kind in registry.kinds() for n in registry.parts(kind)])
     return sorted(found, key=lambda p: p.kind != "method")
-

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import RecipeError
 from ..layers import Layer
 from ..registry import register
 
@@ -40,26 +41,31 @@ def none() -> None:
 def blockwise(
     task: Block,
     *,
-    epochs: int = 4,
+    epochs: int = 2,
     rate: float = 2e-4,
-    batch: int = 4,
+    batch: int = 2,
     norms: bool = True,
+    teacher: str = "model",
     seed: int = 0,
 ) -> Tensor:
     """Fine-tune the surviving weights of each block so that its output matches the dense block's.
 
-    :: min over w of || f(w * mask, x') - f(w_dense, x) ||^2,  x' from the pruned blocks before, x from the dense model
+    :: min over w of || f(w * mask, x') - f(w_dense, x) ||^2,  x' = output of the pruned blocks before
 
-    The target comes from the dense model's own activations, so a block also corrects what the blocks
-    before it lost. Adam, cosine decay, masks fixed. A block whose error did not fall keeps its old weights.
+    With ``teacher`` "model", x is what the dense model has there, so a block also corrects what the
+    blocks before it lost; with "input", x = x', as in EBFT's code. Adam with a cosine decay, masks fixed;
+    ``norms`` trains the block's vectors too. A block whose error did not fall keeps its old weights.
 
     Choose it for the lowest perplexity that the calibration data alone can give; one block's gradients
     fit where the model's do not.
 
-    Beware: costs about ``3 * epochs`` forward passes; with few tokens it fits their domain.
+    Beware: costs about ``3 * epochs + 2`` forward passes; with few tokens it fits their domain.
 
-    Source: Guo et al., EBFT, block-wise fine-tuning for sparse LLMs, arXiv 2402.12419, equation 3.
+    Source: Guo et al., EBFT, arXiv 2402.12419, and the authors' code; the dense model's own activations as
+    target, and the step relative to the size of a layer's weights, are ours.
     """
+    if teacher not in ("model", "input"):
+        raise RecipeError(f"recovery 'blockwise': teacher is model or input, not '{teacher}'")
     parameters, masks = _trainable(task, norms)
     before = [p.detach().clone() for p in parameters]
     flags = [p.requires_grad for p in task.block.parameters()]
@@ -81,7 +87,7 @@ def blockwise(
                 for rows in torch.randperm(windows, generator=generator).split(batch):
                     loss = (task.call(task.hidden[rows]) - task.target[rows]).square().mean() / norm
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     for p, mask in zip(parameters, masks, strict=True):
                         if mask is not None and p.grad is not None:
                             p.grad.mul_(mask)  # a masked weight and its moments stay exactly zero

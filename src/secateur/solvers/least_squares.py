@@ -75,7 +75,7 @@ def refit(
     return torch.where((final_o <= error_o)[:, None], x, first)
 
 
-@register("solver", name="least-squares", paper="2406.07831")
+@register("solver", name="least-squares", paper="2401.02938")
 def least_squares(
     weight: Tensor,
     score: Tensor,
@@ -97,7 +97,8 @@ def least_squares(
     Beware: with fewer tokens than input features it fits the calibration text; raise ``damp`` then. It
     stops within a percent or so of the optimum; lower ``tol`` and raise ``iterations`` for more.
 
-    Source: the normal equations; iterated as in Meng et al., ALPS, arXiv 2406.07831.
+    Source: the problem of Boza, Fast and effective weight update for pruned LLMs, arXiv 2401.02938; solved by
+    preconditioned conjugate gradients as in Meng et al., ALPS, arXiv 2406.07831.
     """
     mask = granularity.unpool(select(granularity.pool(score), keep), (weight.shape[0], weight.shape[1]))
     return Solved(refit(weight, mask, curvature, damp=damp, iterations=iterations, tol=tol), mask)

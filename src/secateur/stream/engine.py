@@ -49,7 +49,9 @@ class Engine:
     def __init__(self, recipe: Recipe, enter: Enter | None, windows: int, memory: int, dtype: torch.dtype) -> None:
         self.recipe, self._enter, self.windows, self.memory = recipe, enter, windows, memory
         self.needs = recipe.needs()
-        self.teacher = bool(get("recovery", recipe.recovery).facts.get("data"))
+        self.recovers = bool(get("recovery", recipe.recovery).facts.get("data"))
+        #: The dense model's own activations travel along when they are the target.
+        self.teacher = self.recovers and recipe.knobs_of("recovery").get("teacher") == "model"
         self.dtype = dtype
         self.hidden: Tensor | None = None
         self.dense: Tensor | None = None
@@ -91,8 +93,8 @@ class Engine:
             solved = [solve_layer(x, self.recipe, keeps[x.name], block=index) for x in layers]
             return [r for r, _ in solved], {r.name: m for r, m in solved}
         target = None
-        if self.teacher and self.dense is not None:
-            target = self._forward(index, block, self.dense)
+        if self.recovers:
+            target = self._forward(index, block, self.hidden if self.dense is None else self.dense)
         task = _BlockTask(self, index, block, layers, keeps)
         output = task.run(needs_output=not last or target is not None)
         if target is not None and output is not None:
@@ -101,7 +103,8 @@ class Engine:
                 _Recovering(self, index, block, layers, task.masks, self.hidden, target, output),
                 **self.recipe.knobs_of("recovery"),
             )
-            self.dense = target
+            if self.teacher:
+                self.dense = target
         if output is not None:
             self._check(output, f"block {index}")
             self.hidden = output
@@ -321,7 +324,9 @@ class _BlockTask:
                 block=self.index,
             )
         except torch.OutOfMemoryError as error:
-            raise SecateurError(f"{layer.name}: out of memory after {time.perf_counter() - start:.0f} s: {error}") from None
+            raise SecateurError(
+                f"{layer.name}: out of memory after {time.perf_counter() - start:.0f} s: {error}"
+            ) from None
         self.records[layer.name] = record
         self.masks[layer.name] = mask
 

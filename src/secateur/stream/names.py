@@ -39,7 +39,7 @@ class Names:
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
         except ImportError:
             return
-        mapping: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        mapping: Any = get_model_conversion_mapping(model)
         renamings = [m for m in mapping or [] if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping or [] if isinstance(m, WeightConverter)]
         self._converters = {p: c for c in converters for p in c.source_patterns}
@@ -86,7 +86,7 @@ class Names:
         if fused:
             from transformers.core_model_loading import revert_weight_conversion
 
-            found = revert_weight_conversion(self.model, fused)  # type: ignore[arg-type]
+            found = revert_weight_conversion(self.model, fused)
             out.update({n: t.contiguous() for n, t in found.items()})
         if set(out) != expected:
             odd = sorted(set(out) ^ expected)[0]

@@ -119,8 +119,8 @@ class Shards:
         for stored, name in self.names.of.items():
             if name in shapes and not self.names.converted(stored) and self.checkpoint.shapes[stored] != shapes[name]:
                 raise ModelError(
-                    f"{stored} has shape {list(self.checkpoint.shapes[stored])} in the files and {list(shapes[name])} in "
-                    "the model's config: the directory is not one model"
+                    f"{stored} has shape {list(self.checkpoint.shapes[stored])} in the files and {list(shapes[name])} "
+                    "in the model's config: the directory is not one model"
                 )
 
     def members(self, index: int) -> list[str]:
@@ -276,10 +276,11 @@ class Output:
 
     def copy(self, source: Path) -> None:
         """Copy what belongs to the model but is not weights: config, tokenizer, templates."""
+        kinds = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+        ours = (INDEX, "run.json", "state.json")
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"):
-                if file.name not in (INDEX, "run.json", "state.json"):
-                    shutil.copyfile(file, self.part / file.name)
+            if file.is_file() and file.suffix in kinds and file.name not in ours:
+                shutil.copyfile(file, self.part / file.name)
 
     def index(self, weight_map: Mapping[str, str]) -> None:
         """Write the index: from here on the directory can be loaded."""

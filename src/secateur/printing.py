@@ -1,0 +1,69 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def size(value: float | None) -> str:
+    """Bytes as people read them."""
+    return "–" if value is None else f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _pairs() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    return table
+
+
+def summary(run: dict[str, Any]) -> Table:
+    """What a run did."""
+    table = _pairs()
+    pruned = run["layers"]
+    table.add_row("layers", f"{len(pruned)} pruned, {len(run['skipped'])} parameters left alone")
+    rate = run["sparsity"]
+    table.add_row("sparsity", f"{rate['pruned_layers']:.6f} of these layers, {rate['model']:.4f} of the model")
+    errors = [r["error"] for r in pruned if r["error"] is not None]
+    if errors:
+        table.add_row(
+            "output error", f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f} (relative, squared)"
+        )
+    if run["before"] and run["before"].get("perplexity"):
+        b, a = run["before"]["perplexity"], run["after"]["perplexity"]
+        table.add_row("perplexity", f"{b['value']:.3f} -> {a['value']:.3f} on {b['tokens']} tokens of {b['text']}")
+    table.add_row("time", f"{run['timings']['total']:.1f} s")
+    table.add_row("peak memory", size(run["peak_memory"]))
+    return table
+
+
+def measured(found: dict[str, Any]) -> Table:
+    """What `secateur.measure` found."""
+    table = _pairs()
+    p = found["perplexity"]
+    table.add_row("perplexity", f"{p['value']:.4f}")
+    table.add_row(
+        "", f"{p['tokens']} tokens of {p['text']}, {p['windows']} windows of {p['length']}, stride {p['stride']}"
+    )
+    table.add_row("parameters", f"{found['parameters']:,} stored, {found['nonzero']:,} non-zero")
+    table.add_row("zeros", f"{1 - found['nonzero'] / found['parameters']:.4f} of all parameters")
+    table.add_row("on disk", size(found["bytes"]))
+    table.add_row("time", f"{found['seconds']:.1f} s")
+    table.add_row("peak memory", size(found["peak_memory"]))
+    return table
+
+
+def compared(result: dict[str, Any], sparsity: float) -> Table:
+    """The demonstration's table."""
+    table = Table(title=f"SmolLM2-135M at {sparsity:.0%}, held out: {result['text']}", title_justify="left")
+    table.add_column("")
+    for row in result["rows"]:
+        table.add_column(row["name"], justify="right")
+    rows = result["rows"]
+    table.add_row("perplexity", *[f"{r['perplexity']:.2f}" for r in rows])
+    table.add_row("sparsity of pruned layers", *[f"{r['sparsity']:.6f}" for r in rows])
+    table.add_row("seconds to prune", *[f"{r['seconds']:.1f}" if r["seconds"] else "–" for r in rows])
+    table.add_row("peak memory", *[size(r["peak_memory"]) for r in rows])
+    return table
