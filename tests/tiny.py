@@ -19,7 +19,9 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 GQA: dict[str, Any] = {**BASE, "intermediate_size": 48, "num_key_value_heads": 2}
-SMALL: dict[str, Any] = {k: BASE[k] for k in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+SMALL: dict[str, Any] = {
+    k: BASE[k] for k in ("hidden_size", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GQA),
@@ -31,7 +33,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", GQA),
     "gpt2": (
         "GPT2Config",
-        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0},
+        {
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
+            "vocab_size": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
     ),
     "neox": ("GPTNeoXConfig", {**BASE, "intermediate_size": 48}),
     "opt": ("OPTConfig", {**BASE, "ffn_dim": 48, "word_embed_proj_dim": 32}),

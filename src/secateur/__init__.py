@@ -5,7 +5,7 @@ from __future__ import annotations
 from .directory import plan, prune_directory
 from .errors import SecateurError
 from .masks import Masks
-from .methods import all_methods as methods
+from .methods import all_methods as list_methods
 from .methods import explain, load
 from .prune import Pruned, prune
 from .quality import measure
@@ -21,8 +21,8 @@ __all__ = [
     "Recipe",
     "SecateurError",
     "explain",
+    "list_methods",
     "measure",
-    "methods",
     "plan",
     "prune",
     "prune_directory",

@@ -101,7 +101,7 @@ def plan(model: str | Path | nn.Module, method: str | Recipe = "magnitude", **ax
         method: a named method or a recipe.
         axes: fields of the recipe that override the method's.
     """
-    recipe = method if isinstance(method, Recipe) and not axes else Recipe.of(str(method), **axes)
+    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
     source = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     net: Any = model if isinstance(model, nn.Module) else skeleton(resolve(model))
     blocks = find_blocks(net)
@@ -277,7 +277,8 @@ def _streamed(
     run = engine()
     if output.done:
         kept = output.activations()
-        run.hidden, run.dense = kept.get("hidden"), kept.get("dense", kept.get("hidden"))
+        run.hidden = kept.get("hidden")
+        run.dense = kept.get("dense", run.hidden) if run.teacher else None
     records = [_record(r) for r in output.state["records"]]
     weight_map = dict(output.state.get("weight_map", {}))
     seconds = float(output.state["seconds"])

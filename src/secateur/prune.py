@@ -146,6 +146,7 @@ def prune(
                     described = tokens.describe()
                 records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
             else:
+                described = {"source": "batches"} if recipe.needs_data else None
                 records, masks = _whole(model, recipe, layers, data, loss)
         finally:
             for module, training in modes:

@@ -125,6 +125,13 @@ class Recipe:
                 f"allocation '{self.allocation}' ranks by a criterion, and solver '{self.solver}' chooses by itself: "
                 "name a criterion with --criterion"
             )
+        if self.criterion is not None and not _ranks(self.solver, self.allocation):
+            raise RecipeError(
+                f"solver '{self.solver}' chooses the mask by itself and allocation '{self.allocation}' does not rank: "
+                f"criterion '{self.criterion}' would do nothing; leave it out"
+            )
+        if self.steps > 1 and self.solver != "rank":
+            raise RecipeError(f"solver '{self.solver}' works in one step: leave steps at 1, or use solver rank")
         if self.steps > 1 and self.schedule == "one-shot":
             raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
 
@@ -161,6 +168,12 @@ class Recipe:
             kept = {a: k for a, k in base.knobs.items() if given.get(a, getattr(base, a)) == getattr(base, a)}
             knobs = {a: {**kept.get(a, {}), **new.get(a, {})} for a in sorted({*kept, *new})}
             given["knobs"] = {a: k for a, k in knobs.items() if k}
+        if "criterion" not in given and {"solver", "allocation"} & set(given):
+            # A solver that chooses by itself has no use for the criterion that the method came with.
+            solver, allocation = given.get("solver", base.solver), given.get("allocation", base.allocation)
+            if not _ranks(solver, allocation):
+                given["criterion"] = None
+                given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
 
     def parts(self) -> dict[str, Part]:
@@ -269,7 +282,7 @@ class Recipe:
             raise RecipeError(f"not a YAML recipe{where}: {str(error).splitlines()[0]}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"a recipe{where} is a mapping of fields, not {type(data).__name__}")
-        if "method" in data and set(data) != {f.name for f in dataclasses.fields(Recipe)}:
+        if data.get("method", "custom") != "custom" and set(data) != {f.name for f in dataclasses.fields(Recipe)}:
             data = dict(data)
             return Recipe.of(data.pop("method"), **data)
         return Recipe.from_dict(data)
@@ -278,7 +291,7 @@ class Recipe:
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the recipe, the same in every process; ``method`` is only a label."""
         content = {k: v for k, v in self.to_dict().items() if k != "method"}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __hash__(self) -> int:
@@ -308,6 +321,22 @@ def _measure_needs(allocation: str) -> tuple[str, ...]:
 
 def _is_knobs(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(isinstance(k, Mapping) for k in value.values()))
+
+
+def _ranks(solver: str, allocation: str) -> bool:
+    """Whether a solver or an allocation looks at the criterion's scores."""
+    measure = get("allocation", allocation).facts.get("measure")
+    names = measure.__code__.co_varnames[: measure.__code__.co_argcount] if measure else ()
+    return "score" in get("solver", solver).needs or "score" in names
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are equal, written alike: 2.0 as 2."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _globs(value: str | Sequence[str] | None) -> tuple[str, ...]:

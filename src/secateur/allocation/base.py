@@ -25,7 +25,7 @@ def key_of(value: float) -> int:
 class Sketch:
     """The scores of one layer as far as an allocation needs them: how many lie above a value.
 
-    ``exact`` keeps the scores. Otherwise a histogram over the bits of the floats is kept, some 200 kB for
+    ``exact`` keeps the scores. Otherwise a histogram over the bits of the floats is kept, under 1 MB for
     a layer of any size, with bins of a relative width of 2^-11.
     """
 

@@ -47,6 +47,7 @@ _NAMES = {"sparsity": ("sparsity", "Sparsity"), "error": ("error", "Relative out
 
 
 def plots_of(run: Record) -> list[dict[str, Any]]:
+    """The plots of one run, with their captions: sparsity and output error by block."""
     layers = v.maps(run.get("layers"))
     blocks = sorted({b for x in layers if (b := block_of(x)) is not None})
     kinds = kinds_of(layers)

@@ -1,0 +1,62 @@
+"""Every registered part keeps the contract of its kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from secateur import Recipe, registry, testing  # registers everything
+from secateur.evidence.gradients import GRADIENT_FACTS
+from secateur.evidence.inputs import INPUT_FACTS
+from secateur.registry import Part, parts
+
+PARTS = [part for kind in registry.kinds() for part in parts(kind).values()]
+
+
+def _id(part: Part) -> str:
+    return f"{part.kind}-{part.name}"
+
+
+def test_every_axis_has_parts() -> None:
+    assert {"criterion", "granularity", "allocation", "schedule", "solver", "recovery", "method"} <= set(
+        registry.kinds()
+    )
+
+
+@pytest.mark.parametrize("part", PARTS, ids=_id)
+def test_card(part: Part) -> None:
+    testing.check_card(part)
+
+
+@pytest.mark.parametrize("name", parts("criterion"))
+def test_criterion(name: str) -> None:
+    testing.check_criterion(name)
+
+
+@pytest.mark.parametrize("name", parts("solver"))
+def test_solver(name: str) -> None:
+    testing.check_solver(name)
+
+
+@pytest.mark.parametrize("name", parts("allocation"))
+def test_allocation(name: str) -> None:
+    testing.check_allocation(name)
+
+
+@pytest.mark.parametrize("name", parts("granularity"))
+def test_granularity(name: str) -> None:
+    testing.check_granularity(name)
+
+
+@pytest.mark.parametrize("name", parts("method"))
+def test_method(name: str) -> None:
+    """A method is a recipe under its own name, over parts that exist and facts that can be measured."""
+    part = parts("method")[name]
+    recipe = Recipe.of(name)
+    assert recipe == part.facts["recipe"]
+    assert recipe.method == name and recipe.cite() is not None
+    assert recipe.needs() <= {*INPUT_FACTS, *GRADIENT_FACTS, "inputs"}
+    assert set(part.needs) == recipe.needs()
+    recipe.check()
+    for text in part.facts["granularities"]:
+        concrete = {"N:M": "2:4", "block": "block(4,4)"}.get(text, text)
+        assert Recipe.of(name, granularity=concrete).method == name
