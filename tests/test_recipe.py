@@ -28,9 +28,12 @@ GLOBS = st.lists(
 def recipes(draw: st.DrawFn) -> Recipe:
     granularity = draw(st.sampled_from(["element", "row", "1:2", "2:4", "4:8", "3:7", "block(2,8)"]))
     fixed = [int(x) for x in granularity.split(":")] if ":" in granularity else None
-    criterion = draw(st.sampled_from([*parts("criterion")]))
+    criterion: str | None = draw(st.sampled_from([*parts("criterion")]))
     allocation = draw(st.sampled_from([*parts("allocation")]))
-    steps = draw(st.integers(1, 20))
+    solver = draw(st.sampled_from([*parts("solver")]))
+    if parts("solver")[solver].facts.get("chooses") and allocation != "global":
+        criterion = None
+    steps = draw(st.integers(1, 20)) if solver == "rank" else 1
     knobs: dict[str, dict[str, object]] = {}
     if criterion == "magnitude":
         knobs["criterion"] = {"p": draw(st.floats(0.1, 3))}
@@ -46,7 +49,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         allocation=allocation,
         schedule=draw(st.sampled_from(["linear", "cubic", "geometric"])) if steps > 1 else "one-shot",
         steps=steps,
-        solver=draw(st.sampled_from([*parts("solver")])),
+        solver=solver,
         recovery=draw(st.sampled_from([*parts("recovery")])),
         sparsity=1 - fixed[0] / fixed[1] if fixed else draw(st.floats(0, 1, exclude_max=True)),
         propagate=draw(st.sampled_from(["layer", "block", "off"])),
@@ -265,3 +268,21 @@ def test_cite_names_every_source_once() -> None:
     assert len(lines) == len(set(lines))
     assert any("1989" in x for x in Recipe.of("obd").cite())
     assert any("1710.01878" in x for x in Recipe(schedule="cubic", steps=2).cite())
+
+
+def test_a_criterion_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(RecipeError, match="criterion 'wanda' would do nothing"):
+        Recipe.of("sparsegpt", criterion="wanda")
+    assert Recipe.of("wanda", solver="sparsegpt").criterion is None
+    assert Recipe.of("sparsegpt", criterion="wanda", allocation="global").criterion == "wanda"
+
+
+def test_only_ranking_goes_in_steps() -> None:
+    with pytest.raises(RecipeError, match="works in one step"):
+        Recipe.of("sparsegpt", steps=3, schedule="cubic")
+
+
+def test_equal_numbers_have_equal_digests() -> None:
+    one, two = (Recipe.of("magnitude", knobs={"criterion": {"p": p}}) for p in (2, 2.0))
+    assert one == two
+    assert one.digest == two.digest
