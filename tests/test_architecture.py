@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("registry",),
-    ("layers", "select", "schedule", "graph", "formats", "kernels", "data", "printing"),
+    ("select", "schedule"),
+    ("layers", "graph", "formats", "kernels", "data", "printing"),
     ("masks", "evidence", "surgery", "measure"),
     ("criteria", "granularity"),
     ("allocation", "solvers"),

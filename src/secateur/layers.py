@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, NumericalError, RecipeError
+from .select import is_finite
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -96,7 +97,7 @@ class Layer:
 
     def check_finite(self) -> None:
         """Raise `NumericalError`, naming the layer, when a weight is NaN or infinite."""
-        if not torch.isfinite(self.stored).all():
+        if not is_finite(self.stored.detach()):
             raise NumericalError(f"{self.name} has NaN or infinite weights; repair the model before pruning it")
 
 

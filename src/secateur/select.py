@@ -13,6 +13,11 @@ def keep_count(keep: float, units: int) -> int:
     return min(units, max(0, int(keep * units + 0.5 + 1e-9)))
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass over memory in the common case."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 def select(score_pu: Tensor, keep: float | int) -> Tensor:
     """Keep the highest scores of every pool, by count and never by threshold.
 
@@ -30,7 +35,8 @@ def select(score_pu: Tensor, keep: float | int) -> Tensor:
     >>> select(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), 0.5).tolist()
     [[True, True, False, False]]
     """
-    if torch.isnan(score_pu).any():
+    # The sum of finite scores is no NaN; +inf and -inf together are why the elements are looked at then.
+    if bool(torch.isnan(score_pu.sum())) and bool(torch.isnan(score_pu).any()):
         raise NumericalError("a score is NaN: the weights or the calibration activations are not finite")
     pools, units = score_pu.shape
     count = keep if isinstance(keep, int) else keep_count(keep, units)
@@ -38,7 +44,7 @@ def select(score_pu: Tensor, keep: float | int) -> Tensor:
         return torch.full_like(score_pu, count >= units, dtype=torch.bool)
     # The count-th largest value, then ties by position. Cheaper than a stable sort of everything.
     if units <= 4096:
-        edge = torch.topk(score_pu, count, dim=1).values[:, -1:]
+        edge = torch.topk(score_pu, count, dim=1, sorted=False).values.amin(1, keepdim=True)
     else:
         edge = torch.kthvalue(score_pu, units - count + 1, dim=1, keepdim=True).values
     above = score_pu > edge

@@ -18,6 +18,7 @@ from .granularity import Granularity
 from .layers import Layer
 from .recipe import GRADIENTS, Recipe
 from .registry import get
+from .select import is_finite
 from .solvers import Curvature, Solved, output_error
 
 _SAMPLE_ROWS = 512  # rows of input on which the output error is measured when no Gram matrix is at hand
@@ -89,7 +90,7 @@ class Facts(Mapping[str, Any]):
             raise RecipeError("this recipe has no criterion")
         part = get("criterion", self._recipe.criterion)
         score: Tensor = part(self, **self._recipe.knobs_of("criterion"))
-        if torch.isnan(score).any():
+        if bool(torch.isnan(score.sum())) and bool(torch.isnan(score).any()):
             raise NumericalError(f"criterion '{part.name}' gives NaN in {self._layer.name}")
         # What an earlier round removed stays removed.
         return score if self._mask is None else score.masked_fill(~self._mask, -torch.inf)
@@ -143,10 +144,10 @@ def solve_layer(
     before = facts["weight"]
     solved: Solved = get("solver", recipe.solver)(facts, **recipe.knobs_of("solver"))
     expected = pattern.kept(layer.shape, keep)
-    kept = int(solved.mask.sum())
+    kept = int(torch.count_nonzero(solved.mask))
     if kept != expected:
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' kept {kept} weights where {expected} were due")
-    if not torch.isfinite(solved.weight).all():
+    if not is_finite(solved.weight):
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' gave NaN or infinite weights")
     error = None
     if curvature is not None:
@@ -177,7 +178,7 @@ def sample_rows(x_ni: Tensor) -> Tensor:
 def _record(
     layer: Layer, block: int | None, mask: Tensor, error: float | None, start: float, notes: tuple[str, ...]
 ) -> LayerRecord:
-    kept = int(mask.sum())
+    kept = int(torch.count_nonzero(mask))
     return LayerRecord(
         layer.name,
         block,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericalError
 from ..layers import Layer
+from ..select import is_finite
 from .watch import as_ni, watch
 
 #: What a criterion or solver may name, and what it is.
@@ -95,7 +96,7 @@ class InputEvidence:
     def check_finite(self, name: str) -> None:
         """Raise `NumericalError` naming the layer when an activation was NaN or infinite."""
         for tensor in (self._gram, self._square, self._sum, self._abs):
-            if tensor is not None and not torch.isfinite(tensor).all():
+            if tensor is not None and not is_finite(tensor):
                 raise NumericalError(
                     f"the input of {name} is NaN or infinite on the calibration data; "
                     "check the model in its dtype and the data"

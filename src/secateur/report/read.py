@@ -22,6 +22,7 @@ def when_of(created: Any) -> str:
 
 
 def method_of(run: Record) -> str:
+    """The name of the run's method."""
     return str(v.dig(run, "recipe", "method") or v.dig(run, "recipe", "criterion") or "pruning")
 
 
@@ -42,6 +43,7 @@ def labels_of(runs: Sequence[Record]) -> list[str]:
 
 
 def layer_sparsity_of(layer: Record) -> float | None:
+    """A layer's sparsity, from its counts where they are there."""
     given = v.figure(layer, "sparsity")
     total, kept = v.figure(layer, "parameters"), v.figure(layer, "kept")
     if given is None and total and kept is not None:
@@ -62,6 +64,7 @@ def pruned_of(run: Record) -> float | None:
 
 
 def perplexity_of(run: Record, when: str) -> float | None:
+    """The perplexity ``before`` or ``after``."""
     return v.figure(run, when, "perplexity", "value")
 
 
@@ -75,11 +78,13 @@ def same_text(*measured: Any) -> bool:
 
 
 def median_error_of(run: Record) -> float | None:
+    """The median output error over the layers."""
     known = [e for layer in v.maps(run.get("layers")) if (e := v.figure(layer, "error")) is not None]
     return statistics.median(known) if known else None
 
 
 def block_of(layer: Record) -> int | None:
+    """The number of the block that holds a layer."""
     block = layer.get("block")
     return block if isinstance(block, int) and not isinstance(block, bool) else None
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericalError
+from ..select import is_finite
 
 
 class Curvature:
@@ -20,7 +21,7 @@ class Curvature:
     """
 
     def __init__(self, gram: Tensor, name: str = "the layer") -> None:
-        if not torch.isfinite(gram).all():
+        if not is_finite(gram):
             raise NumericalError(f"the input of {name} is NaN or infinite on the calibration data")
         self.gram = gram
         self.name = name

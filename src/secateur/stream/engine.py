@@ -16,6 +16,7 @@ from ..evidence.watch import as_ni
 from ..layers import Layer
 from ..recipe import Recipe
 from ..registry import get
+from ..select import is_finite
 from ..solve import LayerRecord, sample_rows, solve_layer
 from ..solvers import Curvature
 from .blocks import Entry, call_block
@@ -144,7 +145,7 @@ class Engine:
         return min(self.windows, fit)
 
     def _check(self, hidden: Tensor, where: str) -> None:
-        if not torch.isfinite(hidden).all():
+        if not is_finite(hidden):
             raise NumericalError(f"the output of {where} is NaN or infinite on the calibration data")
 
 
