@@ -85,8 +85,11 @@ def test_prune_then_measure(run: Run, model: Path, text: Path, tmp_path: Path) -
     assert found["perplexity"]["value"] == pytest.approx(record["after"]["perplexity"]["value"], rel=1e-5)
     assert found["perplexity"]["tokens"] == 18 * 31
     assert found["nonzero"] < found["parameters"]
+    assert found["baseline"]["perplexity"]["value"] == pytest.approx(record["before"]["perplexity"]["value"], rel=1e-5)
     status, printed, _ = run("measure", out, "--data", f"text:{text}", "--length", "32")
     assert "stride 32" in printed
+    status, printed, _ = run("measure", out, "--data", f"text:{text}", "--length", "32", "--alone", "--json")
+    assert json.loads(printed)["baseline"] is None
 
 
 def test_the_recipe_that_was_written_repeats_the_run(run: Run, model: Path, text: Path, tmp_path: Path) -> None:

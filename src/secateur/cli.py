@@ -235,15 +235,25 @@ def measure(
     data: Annotated[str, typer.Option("--data", help="Held-out text.")] = EVALUATION,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows (default: all).")] = None,
     length: Length = 512,
+    against: Annotated[str | None, typer.Option("--against", help="Baseline (default: what it was made of).")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure no baseline.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory."""
+    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory.
+
+    A pruned model is measured beside the dense one that it was made of, under the same loader.
+    """
+    from .quality import dense_source
     from .quality import measure as run
 
-    with _bar("measuring", None, not as_json) as bar:
-        found = run(model, data, windows_count=windows, length=length, tick=bar)
+    baseline = None if alone else against or dense_source(model)
+    found = {}
+    for name in (model, baseline):
+        if name is not None:
+            with _bar(f"measuring {name}", None, not as_json) as bar:
+                found[name] = run(name, data, windows_count=windows, length=length, tick=bar)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({**found[model], "baseline": found[baseline] if baseline else None}))
         return
     out_console.print(measured(found))
 

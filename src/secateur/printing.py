@@ -39,19 +39,25 @@ def summary(run: dict[str, Any]) -> Table:
     return table
 
 
-def measured(found: dict[str, Any]) -> Table:
-    """What `secateur.measure` found."""
-    table = _pairs()
-    p = found["perplexity"]
-    table.add_row("perplexity", f"{p['value']:.4f}")
-    table.add_row(
-        "", f"{p['tokens']} tokens of {p['text']}, {p['windows']} windows of {p['length']}, stride {p['stride']}"
+def measured(found: dict[str, dict[str, Any]]) -> Table:
+    """What `secateur.measure` found, a column for each model."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", style="dim")
+    for name in found:
+        table.add_column(name, justify="right")
+    every = list(found.values())
+    p = every[0]["perplexity"]
+    table.add_row("perplexity", *[f"{m['perplexity']['value']:.4f}" for m in every])
+    table.add_row("parameters stored", *[f"{m['parameters']:,}" for m in every])
+    table.add_row("parameters non-zero", *[f"{m['nonzero']:,}" for m in every])
+    table.add_row("zeros of all parameters", *[f"{1 - m['nonzero'] / m['parameters']:.4f}" for m in every])
+    table.add_row("on disk", *[size(m["bytes"]) for m in every])
+    table.add_row("time", *[f"{m['seconds']:.1f} s" for m in every])
+    table.add_row("peak memory", *[size(m["peak_memory"]) for m in every])
+    table.caption = (
+        f"{p['tokens']} tokens of {p['text']}: {p['windows']} windows of {p['length']}, stride {p['stride']}"
     )
-    table.add_row("parameters", f"{found['parameters']:,} stored, {found['nonzero']:,} non-zero")
-    table.add_row("zeros", f"{1 - found['nonzero'] / found['parameters']:.4f} of all parameters")
-    table.add_row("on disk", size(found["bytes"]))
-    table.add_row("time", f"{found['seconds']:.1f} s")
-    table.add_row("peak memory", size(found["peak_memory"]))
+    table.caption_justify = "left"
     return table
 
 

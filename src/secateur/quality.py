@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,18 @@ def measure(
         "seconds": round(time.perf_counter() - start, 3),
         "peak_memory": peak.bytes,
     }
+
+
+def dense_source(model: str | Path) -> str | None:
+    """What a pruned directory was made of, where that is still at hand; None for any other model."""
+    record = Path(model) / "run.json"
+    try:
+        source = json.loads(record.read_text(encoding="utf-8"))["model"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(source, str) or not (source == "demo" or Path(source).is_dir()):
+        return None
+    return source
 
 
 def _text(data: Any, tokenizer: Any, count: int | None, length: int) -> Windows | None:

@@ -43,7 +43,7 @@ def labels_of(runs: Sequence[Record]) -> list[str]:
 
 
 def layer_sparsity_of(layer: Record) -> float | None:
-    """A layer's sparsity, from its counts where they are there."""
+    """A layer's sparsity as recorded, else from its counts."""
     given = v.figure(layer, "sparsity")
     total, kept = v.figure(layer, "parameters"), v.figure(layer, "kept")
     if given is None and total and kept is not None:
