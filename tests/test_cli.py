@@ -100,6 +100,7 @@ def test_the_recipe_that_was_written_repeats_the_run(run: Run, model: Path, text
     assert a["digest"] == b["digest"]
     assert [x["kept"] for x in a["layers"]] == [x["kept"] for x in b["layers"]]
     assert {x["sparsity"] for x in a["layers"]} == {0.5}
+    assert any("allocation 'owl' changed nothing" in note for note in a["notes"])
 
 
 def test_json_is_all_there_is_on_standard_output(run: Run, model: Path, text: Path, tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ def run_record(
     all_notes = list(notes)
     if unseen:
         all_notes.append(f"{len(unseen)} layers saw no calibration token and were left dense, e.g. {unseen[0]}")
+    if ":" in recipe.granularity and recipe.allocation != "uniform" and len({r.sparsity for r in records}) == 1:
+        all_notes.append(
+            f"allocation '{recipe.allocation}' changed nothing: {recipe.granularity} holds only multiples of 1 in "
+            f"{recipe.granularity.split(':')[1]}, and every layer came out at the same one"
+        )
     damped = [r for r in records if any("Hessian" in n for n in r.notes)]
     if damped:
         all_notes.append(

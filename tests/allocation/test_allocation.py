@@ -305,6 +305,7 @@ def test_a_histogram_counts_up_to_one_bin(seed: int, at: float, negative: bool) 
     lowest = float(x.max()) * 2.0**-47  # what lies further below the largest is one bin, zeros among it
     if 0 < at < lowest:
         assert int((x > at).sum()) <= count <= 2000
+        assert count == 2000 or at >= lowest / 4  # below it, all scores are in the bin
     elif not negative or at > 0:
         assert int((x > at + wide).sum()) <= count <= int((x >= at - wide).sum())
     assert sketch.at_least(sketch.low) == 2000 and sketch.at_least(sketch.high + 1) == 0
