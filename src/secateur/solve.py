@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ class Facts(Mapping[str, Any]):
 
     def _make(self, name: str) -> Any:
         if name == "weight":
-            return self._layer.weight()
+            weight = self._layer.weight()
+            return weight.float() if "gram" in self._recipe.needs() else weight  # the dtype of the statistics
         if name == "granularity":
             return granularity_module.parse(self._recipe.granularity)
         if name == "generator":
@@ -149,6 +150,9 @@ def solve_layer(
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' kept {kept} weights where {expected} were due")
     if not is_finite(solved.weight):
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' gave NaN or infinite weights")
+    if layer.stored.dtype == torch.float64 and before.dtype == torch.float32:
+        exact = layer.weight()  # what did not move keeps all its digits
+        solved = replace(solved, weight=torch.where(solved.weight == before, exact, solved.weight.double()))
     error = None
     if curvature is not None:
         error = output_error(before, solved.weight, curvature.gram)
@@ -164,15 +168,16 @@ def _unseen(evidence: Any, recipe: Recipe) -> bool:
 
 
 def _sampled_error(before: Tensor, after: Tensor, sample: Tensor) -> float:
-    x = sample[: max(_SAMPLE_ROWS, 1)].to(before.dtype)
+    x = sample.to(before.dtype)
     whole = float((x @ before.t()).square().sum())
     return float((x @ (before - after).t()).square().sum()) / whole if whole > 0 else 0.0
 
 
-def sample_rows(x_ni: Tensor) -> Tensor:
-    """Evenly spaced rows for the output error."""
-    stride = max(1, x_ni.shape[0] // _SAMPLE_ROWS)
-    return x_ni[::stride][:_SAMPLE_ROWS]
+def sample_rows(x_ni: Tensor, parts: int = 1) -> Tensor:
+    """Evenly spaced rows for the output error, out of one of ``parts`` parts of the input."""
+    rows = max(1, _SAMPLE_ROWS // parts)
+    stride = max(1, x_ni.shape[0] // rows)
+    return x_ni[::stride][:rows]
 
 
 def _record(

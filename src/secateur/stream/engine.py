@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..select import is_finite
 from ..solve import LayerRecord, sample_rows, solve_layer
 from ..solvers import Curvature
 from .blocks import Entry, call_block
+from .lanes import Lanes, Parted, lane_size
 
 Enter = Callable[[int, int], Entry]
 
@@ -130,6 +132,8 @@ class Engine:
 
     def _forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         step = self.chunk(block)
+        if hidden.device.type == "cpu":
+            step = min(step, lane_size(self.windows, hidden.shape[1]))
         out = torch.empty_like(hidden)
         for a in range(0, hidden.shape[0], step):
             x = hidden[a : a + step]
@@ -183,7 +187,6 @@ class _BlockTask:
         self.records: dict[str, LayerRecord] = {}
         self.masks: dict[str, Tensor] = {}
         self.samples: dict[str, Tensor] = {}
-        self._shared: tuple[Any, InputEvidence, Curvature | None, Tensor] | None = None
 
     def run(self, needs_output: bool) -> Tensor | None:
         engine = self.engine
@@ -196,42 +199,52 @@ class _BlockTask:
         dense = self._gather(self.layers)
         return dense if keep_dense else engine._forward(self.index, self.block, engine.hidden) if needs_output else None
 
-    # All windows at once: solve each layer when its input arrives.
+    # One pass: solve each layer when all of its input has arrived.
 
     def _single_pass(self, needs_output: bool) -> Tensor | None:
         engine = self.engine
-        assert engine.hidden is not None
+        hidden = engine.hidden
+        assert hidden is not None
+        step = engine.windows
+        if hidden.device.type == "cpu" and all(x.index is None for x in self.layers):  # tokens part at experts
+            step = min(step, lane_size(engine.windows, hidden.shape[1]))
+        starts = range(0, engine.windows, step)
+        gathered: dict[str, _Group] = {}
+        reading: list[tuple[Tensor, _Group] | None] = [None] * len(starts)
 
         def arrive(layer: Layer, x: Tensor) -> None:
             if layer.name in self.records:
                 return
-            evidence, curvature, sample = self._from_one(layer, x)
-            self._solve(layer, evidence, curvature, sample)
+            held = reading[lanes.current]
+            if held is None or held[0] is not x or held[1].evidence.size != layer.shape[1]:
+                # The first of the layers that read this input; those after it find its group.
+                group = gathered.setdefault(layer.name, _Group(layer, engine.needs, x.device))
+                group.add(as_ni(layer, x), len(starts))
+                reading[lanes.current] = held = (x, group)
+                lanes.pause(layer.name)
+            if layer.name not in self.records:
+                gathered.clear()
+                curvature = held[1].curvature(layer.name)
+                self._solve(layer, held[1].evidence, curvature, held[1].sample)
             if not needs_output and len(self.records) == len(self.layers):
                 raise Stop
 
+        def through(a: int) -> Tensor:
+            x = hidden[a : a + step]
+            with watch(self.layers, arrive):
+                return call_block(self.block, x, calls[x.shape[0]])
+
+        calls = {n: engine.calls(self.index, n) for n in {min(step, engine.windows - a) for a in starts}}
+        lanes = Lanes([partial(through, a) for a in starts])
         output: Tensor | None = None
         try:
-            with watch(self.layers, arrive):
-                output = call_block(self.block, engine.hidden, engine.calls(self.index, engine.windows))
+            output = torch.cat(lanes.run())
         except Stop:
             output = None
-        self._shared = None
+        except Parted:
+            return self._passes(needs_output)
         self._left_over()
         return output
-
-    def _from_one(self, layer: Layer, x: Tensor) -> tuple[InputEvidence, Curvature | None, Tensor]:
-        """Evidence of one whole input; layers that read the same tensor share it."""
-        if self._shared is not None and self._shared[0] is x and self._shared[1].size == layer.shape[1]:
-            return self._shared[1:]
-        rows = as_ni(layer, x)
-        evidence = InputEvidence(layer.shape[1], self.engine.needs, x.device)
-        evidence.update(rows)
-        evidence.check_finite(layer.name)
-        curvature = Curvature(evidence["gram"], layer.name) if "gram" in self.engine.needs else None
-        sample = sample_rows(rows).clone()
-        self._shared = (x, evidence, curvature, sample)
-        return evidence, curvature, sample
 
     # Windows in chunks: one pass for each group of layers that read the same input.
 
@@ -337,6 +350,31 @@ class _BlockTask:
             if layer.name not in self.records:
                 empty = InputEvidence(layer.shape[1], self.engine.needs, layer.stored.device)
                 self._solve(layer, empty, None, None)
+
+
+class _Group:
+    """Evidence for the layers that read one input."""
+
+    def __init__(self, leader: Layer, needs: frozenset[str], device: torch.device) -> None:
+        self.evidence = InputEvidence(leader.shape[1], needs, device)
+        self._samples: list[Tensor] = []
+        self._curvature: Curvature | None = None
+
+    @property
+    def sample(self) -> Tensor:
+        return torch.cat(self._samples)
+
+    def add(self, x_ni: Tensor, parts: int) -> None:
+        self.evidence.update(x_ni)
+        self._samples.append(sample_rows(x_ni, parts).clone())
+
+    def curvature(self, name: str) -> Curvature | None:
+        """One factorization for the group; checks first that what was seen is finite."""
+        if self._curvature is None:
+            self.evidence.check_finite(name)
+            if "gram" in self.evidence.needs:
+                self._curvature = Curvature(self.evidence["gram"], name)
+        return self._curvature
 
 
 def _mark(layer: Layer) -> int:
