@@ -1,0 +1,210 @@
+"""What can be removed together: units, and the families in which they compete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .labels import Array
+from .trace import Slot, Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A smallest set of positions that can only go together.
+
+    Attributes:
+        gone: the labels that go with it.
+        places: slot number -> positions along the slot's axis.
+    """
+
+    gone: frozenset[int]
+    places: dict[int, Array]
+
+
+@dataclass(eq=False)
+class Family:
+    """Units with equal footprint, which compete with each other: a pool.
+
+    Attributes:
+        name: where its first weight lies, and which axis of it.
+        units: what may go.
+        slots: slot numbers that every unit touches.
+        frozen: units of this footprint that may not go -> why; counted.
+    """
+
+    name: str
+    units: list[Unit]
+    slots: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass(eq=False)
+class Dependencies:
+    """All families of a traced model, and what is frozen.
+
+    Attributes:
+        families: pools of units.
+        frozen: ``(name of a tensor, axis) -> reason`` for axes of parameters of which nothing can go.
+    """
+
+    trace: Trace
+    families: list[Family]
+    frozen: dict[tuple[str, int], str]
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.trace.slots
+
+    @cached_property
+    def roots(self) -> list[Array]:
+        """The class of each position of each slot."""
+        return [self.trace.labels.roots(slot.labels) for slot in self.slots]
+
+    def kept(self, gone: Iterable[int]) -> dict[int, Array]:
+        """Slot number -> positions that stay, for every slot that loses some."""
+        removed = np.fromiter(gone, dtype=np.int64)
+        found = {}
+        for i, roots in enumerate(self.roots):
+            lost = np.isin(roots, removed)
+            if lost.any():
+                found[i] = np.flatnonzero(~lost)
+        return found
+
+    def parameters(self, gone: Iterable[int]) -> int:
+        """How many parameters the model has without these labels."""
+        kept = self.kept(gone)
+        sizes: dict[int, list[int]] = {}
+        for i, slot in enumerate(self.slots):
+            if slot.is_parameter:
+                shape = sizes.setdefault(id(slot.tensor), list(slot.tensor.shape))
+                if i in kept:
+                    shape[slot.axis] = len(kept[i])
+        return int(sum(np.prod(shape) for shape in sizes.values()))
+
+
+class _Closure:
+    """What goes with what."""
+
+    def __init__(self, trace: Trace) -> None:
+        labels = trace.labels
+        self.labels = labels
+        self.joins: dict[int, list[frozenset[int]]] = {}
+        self.children: dict[int, set[int]] = {}
+        for label in list(labels.joins):
+            root = labels.root(label)
+            if root in self.joins:
+                continue
+            joins = self.joins[root] = list(dict.fromkeys(labels.parents(root)))
+            for join in joins:
+                for parent in join:
+                    if parent != root:
+                        self.children.setdefault(parent, set()).add(root)
+        #: With one way to be made, what is gone has a parent that is gone: only the others need a look.
+        self.several = {x for x, joins in self.joins.items() if len(joins) > 1}
+
+    def is_seed(self, root: int) -> bool:
+        return all(root in join for join in self.joins.get(root, ()))
+
+    def of(self, seed: int) -> frozenset[int]:
+        """All that goes with ``seed``."""
+        gone: set[int] = set()
+        due = [seed]
+        while due:
+            while due:
+                label = due.pop()
+                if label not in gone:
+                    gone.add(label)
+                    due.extend(self.children.get(label, ()))
+            for label in gone & self.several if len(gone) < len(self.several) else self.several & gone:
+                for join in self.joins[label]:
+                    if not join & gone:
+                        due.append(max(sorted(join), key=lambda p: self._covered(p, gone)))
+                        break
+                if due:
+                    break
+        return frozenset(gone)
+
+    def _covered(self, parent: int, gone: set[int]) -> float:
+        children = self.children.get(parent, set())
+        return len(children & gone) / len(children) if children else 0.0
+
+
+def dependencies(trace: Trace) -> Dependencies:
+    """Units and families of a traced model."""
+    labels = trace.labels
+    closure = _Closure(trace)
+    roots = [labels.roots(slot.labels) for slot in trace.slots]
+    if not roots:
+        return Dependencies(trace, [], {})
+    where_slot = np.concatenate([np.full(len(r), i) for i, r in enumerate(roots)])
+    where_position = np.concatenate([np.arange(len(r)) for r in roots])
+    flat = np.concatenate(roots)
+    order = np.argsort(flat, kind="stable")
+    ranked = flat[order]
+    frozen = np.array(sorted({labels.root(x) for x in labels.frozen}), dtype=np.int64)
+    blocked: dict[int, str] = {labels.root(x): why for x, why in reversed(labels.frozen.items())}
+
+    def places(gone: frozenset[int]) -> dict[int, Array]:
+        found: dict[int, list[int]] = {}
+        for root in gone:
+            a, b = np.searchsorted(ranked, root, "left"), np.searchsorted(ranked, root, "right")
+            for k in order[a:b]:
+                found.setdefault(int(where_slot[k]), []).append(int(where_position[k]))
+        return {i: np.unique(np.array(found[i], dtype=np.int64)) for i in sorted(found)}
+
+    families: dict[tuple[tuple[int, int], ...], Family] = {}
+    stuck: dict[int, str] = {}
+    seen: set[frozenset[int]] = set()
+    seeds = np.unique(np.concatenate([flat, np.array(sorted(closure.children), dtype=np.int64)]))
+    for seed in seeds[~np.isin(seeds, frozen)].tolist():
+        if not closure.is_seed(seed):
+            continue
+        gone = closure.of(seed)
+        if gone in seen:
+            continue
+        seen.add(gone)
+        reasons = [blocked[g] for g in gone if g in blocked]
+        if reasons:
+            stuck[seed] = reasons[0]
+            continue
+        unit = Unit(gone, places(gone))
+        if not any(trace.slots[i].is_parameter for i in unit.places):
+            continue
+        whole = [i for i, p in unit.places.items() if len(p) == len(trace.slots[i].labels)]
+        if whole:
+            stuck[seed] = f"it is all of {trace.slots[whole[0]].names[0]}"
+            continue
+        key = tuple((i, len(p)) for i, p in unit.places.items())
+        if key not in families:
+            slots = tuple(unit.places)
+            families[key] = Family(_name(trace, slots), [], slots)
+        families[key].units.append(unit)
+    reached = {g for family in families.values() for unit in family.units for g in unit.gone}
+    reasons_of: dict[tuple[str, int], str] = {}
+    for i, slot in enumerate(trace.slots):
+        mine = set(roots[i].tolist())
+        if slot.is_parameter and not mine & reached:
+            why = next((blocked[x] for x in mine if x in blocked), None)
+            why = why or next((stuck[x] for x in mine if x in stuck), None)
+            if why is None:
+                parents = {p for x in mine for join in closure.joins.get(x, ()) for p in join}
+                why = next((r for p in parents if (r := blocked.get(p) or stuck.get(p))), None)
+            if why is None:
+                why = "its positions only go with others that cannot"
+            reasons_of[slot.names[0], slot.axis] = why
+    return Dependencies(trace, list(families.values()), reasons_of)
+
+
+
+
+def _name(trace: Trace, slots: Iterable[int]) -> str:
+    """The first weight whose output axis the units lie on, else the first axis at all."""
+    chosen: Iterator[Slot] = (trace.slots[i] for i in slots if trace.slots[i].is_parameter)
+    ordered = sorted(chosen, key=lambda s: (s.axis != 0 or s.tensor.dim() < 2))
+    return f"{ordered[0].names[0]}:{ordered[0].axis}"

@@ -1,0 +1,238 @@
+"""The proof: a smaller model computes what the masked one does.
+
+Masked means that everything a removed unit touches is zero. Where zeros would count in a statistic (the mean and
+variance of a layer norm, a softmax over heads), the masked model is run with the statistic over what stays, so that
+the comparison is exact everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from ..graph.labels import Array
+from ..graph.trace import plain_operations, stored_tensors, visible
+from ..graph.units import Dependencies
+from .shrink import Mend, candidates, kept_by_name, shrink
+
+_SCATTERED = ("_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm")
+_TRIES = 24
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a comparison of the masked and the smaller model gave.
+
+    Attributes:
+        proven: the outputs agree.
+        error: largest difference relative to the largest output; None when the smaller model did not run.
+        effect: how far masking itself moved the outputs, in the same unit: a proof at no effect says little.
+        mends: numbers to change in modules.
+        reason: what went wrong, if anything.
+    """
+
+    proven: bool
+    error: float | None
+    effect: float
+    mends: tuple[Mend, ...]
+    reason: str = ""
+
+
+def wake(model: nn.Module, seed: int = 0) -> None:
+    """Give parameters and statistics that are zero, tiny or all alike random values, in place.
+
+    A batch norm fresh from its constructor, a zero-initialized branch or a layer scale of 1e-6 would make a proof
+    pass whatever is wrong behind it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(like: Tensor, low: float, high: float) -> Tensor:
+        x = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+        return (low + (high - low) * x).to(like)
+
+    with torch.no_grad():
+        for module in model.modules():
+            mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                mean.copy_(draw(mean, -0.3, 0.3))
+                var.copy_(draw(var, 0.5, 1.5))
+        for parameter in model.parameters():
+            if not parameter.is_floating_point() or parameter.numel() < 2:
+                continue
+            if float(parameter.max() - parameter.min()) < 1e-3:
+                parameter.copy_(draw(parameter, 0.5, 1.5) if parameter.dim() == 1 else draw(parameter, -0.1, 0.1))
+
+
+def outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Every floating point tensor of one run's output, in evaluation mode."""
+    with plain_operations(model):
+        result = model(*args, **kwargs)
+    return [x.detach() for x in tree_iter(visible(result)) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def masked_outputs(
+    model: nn.Module, found: Dependencies, gone: Iterable[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Outputs with everything that goes at zero, and statistics over what stays. The model is as before after."""
+    gone = np.fromiter(gone, dtype=np.int64)
+    tensors = stored_tensors(model)
+    saved: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for name, axes in kept_by_name(found, gone).items():
+            tensor = tensors[name]
+            if not isinstance(tensor, nn.Parameter):
+                continue
+            if id(tensor) not in saved:
+                saved[id(tensor)] = (tensor, tensor.detach().clone())
+            for axis, positions in axes.items():
+                out = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
+                tensor.index_fill_(axis, torch.from_numpy(out).to(tensor.device), 0)
+    try:
+        with plain_operations(model), _Kept(found, gone):
+            result = model(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for tensor, before in saved.values():
+                tensor.copy_(before)
+    return [x.detach() for x in tree_iter(visible(result)) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+class _Kept(TorchDispatchMode):
+    """Takes statistics over the positions that stay."""
+
+    def __init__(self, found: Dependencies, gone: Array) -> None:
+        super().__init__()
+        self._found, self._gone, self._count = found, gone, -1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._count += 1
+        noted = self._found.trace.statistics.get(self._count, ())
+        kept: dict[int, Tensor] = {}
+        for axis, labels in noted:
+            stays = ~np.isin(self._found.trace.labels.roots(labels), self._gone)
+            if not stays.all():
+                kept[axis] = torch.from_numpy(np.flatnonzero(stays))
+        if not kept:
+            return func(*args, **kwargs)
+        name = str(func).removeprefix("aten.").split(".")[0]
+        x = args[0]
+        small = x
+        for axis, positions in kept.items():
+            small = small.index_select(axis, positions.to(x.device))
+        rest = list(args[1:])
+        if name in ("native_layer_norm", "_fused_rms_norm"):
+            start = x.dim() - len(rest[0])
+            rest[0] = list(small.shape[start:])
+            for i in (1, 2):
+                if i < len(rest) and isinstance(rest[i], Tensor):
+                    for axis, positions in kept.items():
+                        rest[i] = rest[i].index_select(axis - start, positions.to(x.device))
+        elif name == "native_group_norm":
+            per = x.shape[1] // rest[5]
+            groups = len(torch.unique(kept[1] // per))
+            rest[:2] = [r if r is None else r.index_select(0, kept[1].to(x.device)) for r in rest[:2]]
+            rest[3], rest[5] = small.shape[1], groups
+        out = func(small, *rest, **kwargs)
+        if name not in _SCATTERED:
+            return out
+        first = out if isinstance(out, Tensor) else out[0]
+        for axis, positions in kept.items():
+            shape = list(first.shape)
+            shape[axis] = x.shape[axis]
+            first = first.new_zeros(shape).index_copy_(axis, positions.to(x.device), first)
+        return first if isinstance(out, Tensor) else (first, *out[1:])
+
+
+def prove(
+    model: nn.Module, found: Dependencies, gone: Iterable[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Proof:
+    """Compare the masked model with a smaller copy, trying the numbers that its modules may have to change.
+
+    Args:
+        model: the very model that ``found`` was traced on, best in float64 and awake (`wake`); not changed.
+
+    Returns:
+        The first proof that holds, or the last that did not.
+    """
+    gone = frozenset(gone)
+    dense = outputs(model, args, kwargs)
+    masked = masked_outputs(model, found, gone, args, kwargs)
+    scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
+    effect = _distance(dense, masked, scale) or 0.0
+    tolerance = 1e-6 if all(x.dtype == torch.float64 for x in masked) else 2e-4
+    kept = kept_by_name(found, gone)
+    failed = Proof(False, None, effect, (), "nothing was tried")
+    for mends in itertools.islice(_choices(model, found, gone), _TRIES):
+        small = copy.deepcopy(model)
+        try:
+            shrink(small, kept, mends)
+            result = outputs(small, args, kwargs)
+        except Exception as problem:  # the model's own code, on sizes it may not expect
+            if failed.error is None:
+                failed = Proof(False, None, effect, mends, f"{type(problem).__name__}: {_first_line(problem)}")
+            continue
+        error = _distance(result, masked, scale)
+        if error is not None and error <= tolerance:
+            return Proof(True, error, effect, mends)
+        why = "its outputs have other shapes" if error is None else f"it computes something else (off by {error:.1e})"
+        failed = Proof(False, error, effect, mends, why)
+    return failed
+
+
+def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Iterator[tuple[Mend, ...]]:
+    """Ways to mend: all numbers that equal a changed size first, then with some left as they are.
+
+    A number is decided alike in all modules of a class, so that there are few ways.
+    """
+    options = candidates(model, found, gone)
+    modules = dict(model.named_modules())
+    groups: dict[tuple[type, str, int | None], list[list[Mend]]] = {}
+    for (name, _, attribute, item), mends in options.items():
+        groups.setdefault((type(modules[name]), attribute, item), []).append(mends)
+    if not groups:
+        yield ()
+        return
+    keys = list(groups)
+    ranks = [[*range(max(len(m) for m in groups[k])), None] for k in keys]
+    done = set()
+
+    def chosen(choice: Sequence[int | None]) -> tuple[Mend, ...]:
+        picked = []
+        for key, rank in zip(keys, choice, strict=True):
+            if rank is not None:
+                picked += [m[min(rank, len(m) - 1)] for m in groups[key]]
+        return tuple(picked)
+
+    first: list[int | None] = [0] * len(keys)
+    alone = [[*first[:i], r, *first[i + 1 :]] for i in range(len(keys)) for r in ranks[i][1:]]
+    for choice in itertools.chain([first], alone, [[None] * len(keys)], itertools.product(*ranks)):
+        key = tuple(choice)
+        if key not in done:
+            done.add(key)
+            yield chosen(choice)
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0][:200] if lines else ""
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> float | None:
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return None
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0) / scale
+
+
+def doubled(value: Any) -> Any:
+    """Floating point tensors of a nested value in float64."""
+    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)

@@ -1,0 +1,160 @@
+"""Make tensors smaller in place, and mend the sizes that modules keep as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..graph.labels import Array
+from ..graph.units import Dependencies
+
+#: Name of a stored tensor -> axis -> positions that stay.
+Kept = Mapping[str, Mapping[int, Array]]
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A number that a module keeps and that repeats a size: ``module.attribute[item]`` becomes ``new``.
+
+    ``item`` is None for a plain number, an index for a member of a tuple or list.
+    """
+
+    module: str
+    attribute: str
+    item: int | None
+    old: int
+    new: int
+
+
+def kept_by_name(found: Dependencies, gone: Iterable[int]) -> dict[str, dict[int, Array]]:
+    """What stays of each tensor that loses something, under every name it has."""
+    kept: dict[str, dict[int, Array]] = {}
+    for i, positions in found.kept(gone).items():
+        for name in found.slots[i].names:
+            kept.setdefault(name, {})[found.slots[i].axis] = positions
+    return kept
+
+
+def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
+    """Keep only these positions of each tensor, in place; tied tensors stay tied.
+
+    Args:
+        kept: tensor name -> axis -> positions that stay.
+        mends: numbers to change in modules; those of torch's own layers follow from the tensors by themselves.
+    """
+    made: dict[int, Tensor] = {}
+    for name, axes in kept.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, leaf)
+        if id(old) not in made:
+            data = old.detach()
+            for axis, positions in axes.items():
+                data = data.index_select(axis, torch.from_numpy(positions).to(data.device))
+            data = data.contiguous()
+            made[id(old)] = nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+        new = made[id(old)]
+        if leaf in module._parameters:
+            module._parameters[leaf] = new  # type: ignore[assignment]
+        else:
+            module._buffers[leaf] = new
+    for mend in mends:
+        _mend(model.get_submodule(mend.module), mend)
+    for module in model.modules():
+        _follow(module)
+
+
+def _mend(module: nn.Module, mend: Mend) -> None:
+    value = getattr(module, mend.attribute)
+    if mend.item is None:
+        setattr(module, mend.attribute, mend.new)
+        return
+    changed = list(value)
+    changed[mend.item] = mend.new
+    setattr(module, mend.attribute, type(value)(changed) if isinstance(value, (tuple, list)) else value)
+
+
+def _follow(module: nn.Module) -> None:
+    """Set what torch's own layers say of their sizes from the tensors they hold."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() >= 1:
+        shape = weight.shape
+        if isinstance(module, nn.Linear) and weight.dim() == 2:
+            module.out_features, module.in_features = shape
+        elif isinstance(module, nn.modules.conv._ConvNd) and weight.dim() >= 3:
+            first, second = int(shape[0]), int(shape[1])
+            if module.transposed:
+                module.in_channels = first
+                module.out_channels = second * module.groups
+            else:
+                module.out_channels = first
+                module.in_channels = second * module.groups
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            module.num_features = shape[0]
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = shape[0]
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(shape)
+        elif isinstance(module, nn.RMSNorm):
+            module.normalized_shape = tuple(shape)
+        elif isinstance(module, nn.Embedding) and weight.dim() == 2:
+            module.embedding_dim = shape[1]
+    running = getattr(module, "running_mean", None)
+    if isinstance(module, nn.modules.batchnorm._NormBase) and isinstance(running, Tensor):
+        module.num_features = running.shape[0]
+
+
+def candidates(model: nn.Module, found: Dependencies, gone: Iterable[int]) -> dict[tuple[str, int, str, int | None], list[Mend]]:
+    """Numbers of modules that equal a size which changes in their own ``forward``.
+
+    Returns:
+        ``(module, size, attribute, item) -> what it may become``, by order of appearance in the run. Usually one.
+    """
+    labels = found.trace.labels
+    removed = np.fromiter(gone, dtype=np.int64)
+    options: dict[tuple[str, int, str, int | None], list[Mend]] = {}
+    modules = dict(model.named_modules())
+    for name, seen in found.trace.seen.items():
+        sizes: dict[int, list[int]] = {}
+        for axis in seen:
+            left = int((~np.isin(labels.roots(axis), removed)).sum())
+            if left != len(axis):
+                new = sizes.setdefault(len(axis), [])
+                if left not in new:
+                    new.append(left)
+        if not sizes:
+            continue
+        for attribute, item, value in _numbers(modules[name]):
+            if value in sizes:
+                key = (name, value, attribute, item)
+                options[key] = [Mend(name, attribute, item, value, new) for new in sizes[value]]
+    return options
+
+
+_OWN = (
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+)
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
+    """Whole numbers a module keeps, but for those of torch's own layers that `_follow` sets."""
+    if type(module) in _OWN:
+        return
+    for attribute, value in vars(module).items():
+        if attribute.startswith("_") or attribute == "training":
+            continue
+        if type(value) is int:
+            yield attribute, None, value
+        elif type(value) in (tuple, list) and len(value) <= 8:
+            for i, x in enumerate(value):
+                if type(x) is int:
+                    yield attribute, i, x
