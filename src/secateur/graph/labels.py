@@ -123,4 +123,8 @@ class Labels:
     def parents(self, label: int) -> list[frozenset[int]]:
         """The joins of a label, with the parents as they are tied by now."""
         root = self.root(label)
-        return [frozenset(self.root(p) for p in join) for join in self.joins.get(root, ())]
+        joins = self.joins.get(root)
+        if not joins:
+            return []
+        found = [frozenset(self.root(p) for p in join) for join in dict.fromkeys(joins)]
+        return list(dict.fromkeys(found))

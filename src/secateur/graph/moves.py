@@ -41,9 +41,10 @@ def split(t: Tracer, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 def _factors(t: Tracer, grid: Array) -> tuple[Array, Array] | None:
     """Rows and columns out of which the grid is joined already."""
-    made = [[t.labels.parents(x) for x in row] for row in grid.tolist()]
-    if not all(len(cell) >= 1 for row in made for cell in row):
+    parents = {x: t.labels.parents(x) for x in np.unique(grid).tolist()}
+    if not all(parents.values()):
         return None
+    made = [[parents[x] for x in row] for row in grid.tolist()]
     for way in range(min(len(cell) for row in made for cell in row)):
         cells = [[cell[way] for cell in row] for row in made]
         rows = [frozenset.intersection(*row) for row in cells]

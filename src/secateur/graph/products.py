@@ -23,6 +23,9 @@ def matmul(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
     batch: list[Axis] = []
     if a.dim() == 3:
         batch = [t.tie(left[0], right[0], "a batched product") if a.shape[0] > 1 else None]
+    inner = left[-1] if isinstance(left[-1], np.ndarray) else right[0 if b.dim() == 1 else -2]
+    free = [(left[i], a.shape[i]) for i in range(a.dim() - 1)]
+    t.cost(2, *free, (inner, a.shape[-1]), *([(right[-1], b.shape[-1])] if b.dim() >= 2 else []))
     rows = [left[-2]] if a.dim() >= 2 else []
     columns = [right[-1]] if b.dim() >= 2 else []
     axes = [*batch, *rows, *columns]
@@ -41,6 +44,7 @@ def linear(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
     o, i = t.axes(weight)
     if weight.shape[1] > 1:
         t.tie(axes[-1], i, "a linear layer")
+    t.cost(2, *zip(axes[:-1], x.shape[:-1], strict=True), (i, weight.shape[1]), (o, weight.shape[0]))
     axes[-1] = o
     if isinstance(bias, Tensor) and bias.numel() > 1:
         axes[-1] = t.tie(o, t.axes(bias)[0], "a bias")
@@ -77,6 +81,8 @@ def convolution(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
                 t.tie(within_in, second, "a grouped convolution")
     if isinstance(bias, Tensor) and bias.numel() > 1:
         made = t.tie(made, t.axes(bias)[0], "a bias")
+    positions = int(np.prod((x if transposed else out).shape[2:])) * out.shape[0] * int(np.prod(weight.shape[2:]))
+    t.cost(2 * positions, (first, weight.shape[0]), (second, weight.shape[1]))
     t.put(out, [None, made, *(None,) * (out.dim() - 2)])
 
 
@@ -111,6 +117,9 @@ def attention(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
     if isinstance(mask, Tensor) and mask.dim() >= 3 and mask.shape[-3] > 1:
         qa[-3] = t.tie(qa[-3], t.axes(mask)[-3], "an attention mask")
+    rows = [(qa[i], q.shape[i]) for i in range(q.dim() - 1)]
+    for width_axis, width in ((qa[-1], q.shape[-1]), (va[-1], v.shape[-1])):
+        t.cost(2 * k.shape[-2], *rows, (width_axis, width))
     t.put(first, [*qa[:-1], va[-1]])
     if not isinstance(out, Tensor):
         t.rigid([y for y in out[1:] if isinstance(y, Tensor)])
@@ -123,6 +132,7 @@ def grouped_mm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     if x.dim() == 2 and weight.dim() == 3:
         t.tie(xa[1], wa[1], "a grouped product")
         t.freeze(wa[0], "experts are numbered by the router")
+        t.cost(2 * x.shape[0], (wa[1], weight.shape[1]), (wa[2], weight.shape[2]))
         t.put(out, [None, wa[2]])
         return
     t.unknown(func, [x, weight], out)

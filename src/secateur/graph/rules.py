@@ -34,11 +34,12 @@ def pointwise(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
             if axis is None:
                 rigid[place] = True
                 if labelled[place]:
-                    t.tie(result[place], None, name(func))
+                    result[place], labelled[place] = t.tie(result[place], None, name(func)), False
             elif labelled[place] or rigid[place]:
                 known = result[place] if labelled[place] else None
                 tied = t.tie(known, axis, name(func))
                 result[place], labelled[place] = tied, tied is not None
+                rigid[place] = tied is None
             else:
                 result[place], labelled[place] = axis, True
     for x in (out,) if isinstance(out, Tensor) else out:

@@ -66,6 +66,8 @@ class Trace:
             zeros of a mask still count, where a smaller model has nothing.
         seen: module name -> the different labelled axes that operations in its own ``forward`` met, in order.
         unknown: operations no rule knows -> how often they were met; their inputs are frozen.
+        costs: of each product, the factor and the labelled axes whose lengths multiply it to floating point
+            operations.
         operations: how many operations ran.
     """
 
@@ -74,6 +76,7 @@ class Trace:
     statistics: dict[int, tuple[tuple[int, Array], ...]] = field(default_factory=dict)
     seen: dict[str, list[Array]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
+    costs: list[tuple[int, tuple[Array, ...]]] = field(default_factory=list)
     operations: int = 0
 
 
@@ -155,6 +158,7 @@ class Tracer(TorchDispatchMode):
             if not (isinstance(b, Constant) and b.uniform()):
                 kind = "a constant" if isinstance(b, Constant) else "an axis of positions (tokens, pixels, batch)"
                 self.labels.freeze(a, f"{where} ties it to {kind}")
+                return None
             return a
         return None
 
@@ -167,6 +171,16 @@ class Tracer(TorchDispatchMode):
         found = tuple((i, a) for i, a in axes if isinstance(a, np.ndarray))
         if found:
             self.trace.statistics[self.trace.operations - 1] = found
+
+    def cost(self, factor: int, *axes: tuple[Axis, int]) -> None:
+        """Count ``factor`` times the lengths of ``(labels, size)`` axes in floating point operations."""
+        labelled = []
+        for axis, size in axes:
+            if isinstance(axis, np.ndarray):
+                labelled.append(axis)
+            else:
+                factor *= size
+        self.trace.costs.append((factor, tuple(labelled)))
 
     def entries(self, axis: Axis, size: int) -> Array:
         """An axis as labels, with the rigid label where it has none."""

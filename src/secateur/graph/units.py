@@ -76,6 +76,15 @@ class Dependencies:
                 found[i] = np.flatnonzero(~lost)
         return found
 
+    def flops(self, gone: Iterable[int] = ()) -> int:
+        """Floating point operations of the traced run without these labels; two to a multiply-add."""
+        labels = self.trace.labels
+        mask = np.zeros(len(labels), dtype=bool)
+        mask[np.fromiter(gone, dtype=np.int64)] = True
+        if not hasattr(self, "_cost_roots"):
+            self._cost_roots = [(f, [labels.roots(a) for a in axes]) for f, axes in self.trace.costs]
+        return sum(f * int(np.prod([len(r) - int(mask[r].sum()) for r in axes])) for f, axes in self._cost_roots)
+
     def parameters(self, gone: Iterable[int]) -> int:
         """How many parameters the model has without these labels."""
         kept = self.kept(gone)

@@ -49,6 +49,9 @@ def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
     """
     made: dict[int, Tensor] = {}
     for name, axes in kept.items():
+        if 0 in axes:
+            _regroup(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], axes[0])
+    for name, axes in kept.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         old = getattr(module, leaf)
@@ -67,6 +70,16 @@ def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
         _mend(model.get_submodule(mend.module), mend)
     for module in model.modules():
         _follow(module)
+
+
+def _regroup(module: nn.Module, leaf: str, positions: Array) -> None:
+    """The number of groups that a convolution or a group norm has left: those with a position that stays."""
+    attribute = "groups" if isinstance(module, nn.modules.conv._ConvNd) else "num_groups"
+    weight = getattr(module, "weight", None)
+    if leaf == "weight" and isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)) and weight is not None:
+        groups = int(getattr(module, attribute))
+        if groups > 1:
+            setattr(module, attribute, len(np.unique(positions // (weight.shape[0] // groups))))
 
 
 def _mend(module: nn.Module, mend: Mend) -> None:
@@ -136,6 +149,18 @@ def candidates(model: nn.Module, found: Dependencies, gone: Iterable[int]) -> di
     return options
 
 
+_SIZES = (
+    "groups",
+    "in_channels",
+    "out_channels",
+    "num_groups",
+    "num_channels",
+    "num_features",
+    "in_features",
+    "out_features",
+    "normalized_shape",
+    "embedding_dim",
+)
 _OWN = (
     nn.Linear,
     nn.modules.batchnorm._NormBase,
@@ -149,8 +174,9 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int | None, int]]:
     """Whole numbers a module keeps, but for those of torch's own layers that `_follow` sets."""
     if type(module) in _OWN:
         return
+    known = _SIZES if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, *_OWN)) else ()
     for attribute, value in vars(module).items():
-        if attribute.startswith("_") or attribute == "training":
+        if attribute.startswith("_") or attribute == "training" or attribute in known:
             continue
         if type(value) is int:
             yield attribute, None, value

@@ -1,0 +1,93 @@
+"""How many units of each family go, so that a target is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ..graph import Dependencies, Family
+from ..select import select
+from .score import Scores
+from .targets import Target
+
+_FLOOR = 0.1  # of a family stays, whatever its scores
+
+
+def step_of(family: Family, multiple: int) -> int:
+    """Units are removed in steps: to a multiple of ``multiple``, or singly where a unit is many positions (a head)."""
+    single = all(len(p) == 1 for p in family.units[0].places.values())
+    return multiple if single and len(family) >= 2 * multiple else 1
+
+
+def rounded(family: Family, keep: float, multiple: int) -> int:
+    """How many units stay for a fraction: to the nearest multiple, at least one step and the floor."""
+    step = step_of(family, multiple)
+    least = max(step, -(-int(np.ceil(_FLOOR * len(family))) // step) * step)
+    count = round(keep * len(family) / step) * step
+    return int(min(len(family), max(least, count)))
+
+
+def uniform(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """Every family keeps the same fraction."""
+    return [rounded(f, keep, multiple) for f in families]
+
+
+def ranked(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """One threshold for all families, on scores divided by their family's mean."""
+    level = [s / (s.mean() or 1.0) for s in scores]
+    everything = np.sort(np.concatenate(level))
+    edge = everything[min(len(everything) - 1, int((1 - keep) * len(everything)))]
+    return [rounded(f, float((s >= edge).mean()), multiple) for f, s in zip(families, level, strict=True)]
+
+
+ALLOCATIONS: dict[str, Callable[[Sequence[Family], Sequence[Scores], float, int], list[int]]] = {
+    "uniform": uniform,
+    "global": ranked,
+}
+
+
+def gone(families: Sequence[Family], scores: Sequence[Scores], counts: Sequence[int]) -> frozenset[int]:
+    """The labels that go when each family keeps its best ``count`` units; ties keep the earlier."""
+    lost: set[int] = set()
+    for family, score, count in zip(families, scores, counts, strict=True):
+        if count < len(family):
+            kept = select(torch.from_numpy(score)[None], count)[0].numpy()
+            for k in np.flatnonzero(~kept):
+                lost |= family.units[k].gone
+    return frozenset(lost)
+
+
+def meet(
+    found: Dependencies,
+    families: Sequence[Family],
+    scores: Sequence[Scores],
+    target: Target,
+    allocation: str,
+    multiple: int,
+) -> tuple[frozenset[int], list[int]]:
+    """The largest model within the target, by bisection on the fraction that is kept.
+
+    Returns:
+        The labels that go and how many units each family keeps. Where even the smallest model is above the
+        target, that one.
+    """
+    count = found.parameters if target.quantity == "params" else found.flops
+    limit = target.remaining(count(frozenset()))
+    low, high = 0.0, 1.0
+    best = None
+    for _ in range(20):
+        keep = (low + high) / 2
+        counts = ALLOCATIONS[allocation](families, scores, keep, multiple)
+        labels = gone(families, scores, counts)
+        if count(labels) <= limit:
+            best, low = (labels, counts), keep
+        else:
+            high = keep
+        if high - low < 1e-4:
+            break
+    if best is None:
+        counts = ALLOCATIONS[allocation](families, scores, 0.0, multiple)
+        best = (gone(families, scores, counts), counts)
+    return best

@@ -1,0 +1,156 @@
+"""Save a smaller model as safetensors and a JSON surgery plan; load it onto a fresh model of the same class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ModelError, OutputError
+from ..graph.trace import stored_tensors
+from ..surgery.shrink import Mend, shrink
+
+_PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
+_OVER = 1 << 31
+
+
+def save(model: nn.Module, out: str | Path) -> Path:
+    """Write a model that `StructuredPlan.shrink` made: ``model.safetensors`` and ``surgery.json``.
+
+    Raises:
+        ModelError: the model was not made by `StructuredPlan.shrink`.
+        OutputError: ``out`` exists and is not empty.
+    """
+    surgery = getattr(model, "secateur_surgery", None)
+    if not isinstance(surgery, dict):
+        raise ModelError("this model carries no surgery: save what shrink() returned")
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists: choose another directory")
+    part = target.with_name(target.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    state, aliases = _unique(model)
+    save_file(state, part / _WEIGHTS)
+    record = {**surgery, "tied": aliases, "shapes": {n: list(t.shape) for n, t in state.items()}}
+    record["sha256"] = _digest(part / _WEIGHTS)
+    (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if target.exists():
+        target.rmdir()
+    part.rename(target)
+    return target
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Make a fresh model smaller as the surgery plan says, and give it the saved weights, in place.
+
+    Args:
+        model: from the same factory as the model that was pruned; its weights do not matter.
+
+    Raises:
+        ModelError: a file is missing, was changed, or does not fit the model; nothing is changed then.
+    """
+    folder = Path(path)
+    try:
+        record = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
+        digest = _digest(folder / _WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} is not a model that secateur saved: {error}") from None
+    if not isinstance(record, dict) or record.get("version") != 1:
+        raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
+    if digest != record.get("sha256"):
+        raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
+    kept, mends = _check(record, model, folder)
+    try:
+        state = load_file(folder / _WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
+    _check_shapes(record, state, model, kept, folder)
+    shrink(model, kept, mends)
+    for alias, name in record["tied"].items():
+        state[alias] = state[name]
+    model.load_state_dict(state, strict=False, assign=False)
+    for name, buffer in model.named_buffers():
+        if name in state and buffer.shape == state[name].shape:
+            buffer.copy_(state[name])  # also those that a state dict leaves out
+    model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256")}  # type: ignore[assignment]
+    return model
+
+
+def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every stored tensor once, and further names of tied ones."""
+    state: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in stored_tensors(model).items():
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            state[name] = tensor.detach().contiguous()
+    return state, aliases
+
+
+def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[dict[str, dict[int, Any]], list[Mend]]:
+    """The plan as positions, refused where it does not fit the model."""
+    tensors = stored_tensors(model)
+    kept: dict[str, dict[int, Any]] = {}
+    mends: list[Mend] = []
+    try:
+        for name, axes in record["kept"].items():
+            for axis, entry in axes.items():
+                axis, size = int(axis), int(entry["of"])
+                if name not in tensors or axis >= tensors[name].dim() or tensors[name].shape[axis] != size:
+                    raise ModelError(
+                        f"{folder / _PLAN} expects {name} with {size} positions on axis {axis}, which this model has "
+                        "not: give the model that was pruned, from the same factory"
+                    )
+                runs = [(int(a), int(b)) for a, b in entry["keep"]]
+                edges = [x for run in runs for x in run]
+                if not runs or edges != sorted(edges) or edges[0] < 0 or edges[-1] > size:
+                    raise ModelError(f"{folder / _PLAN} keeps positions of {name} that do not exist")
+                kept.setdefault(name, {})[axis] = np.concatenate([np.arange(a, b) for a, b in runs])
+        modules = dict(model.named_modules())
+        for m in record["mends"]:
+            mend = Mend(str(m["module"]), str(m["attribute"]), m["item"], int(m["old"]), int(m["new"]))
+            value = getattr(modules.get(mend.module), mend.attribute, None)
+            value = value if mend.item is None or value is None else value[int(mend.item)]
+            if type(value) is not int or value != mend.old or mend.attribute.startswith("_"):
+                raise ModelError(f"{folder / _PLAN} would change {mend.module}.{mend.attribute}, which is not {mend.old}")
+            if not 0 < mend.new < _OVER:
+                raise ModelError(f"{folder / _PLAN} sets {mend.module}.{mend.attribute} to {mend.new}")
+            mends.append(mend)
+        if not isinstance(record["tied"], dict) or not isinstance(record["shapes"], dict):
+            raise ModelError(f"{folder / _PLAN} is damaged")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
+    return kept, mends
+
+
+def _check_shapes(
+    record: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module, kept: Mapping[str, Any], folder: Path
+) -> None:
+    tensors = stored_tensors(model)
+    given = {**{n: t.shape for n, t in state.items()}}
+    for alias, name in record["tied"].items():
+        if name not in given:
+            raise ModelError(f"{folder / _PLAN} ties {alias} to {name}, which is not saved")
+        given[alias] = given[name]
+    for name, tensor in tensors.items():
+        shape = [len(kept[name][a]) if a in kept.get(name, {}) else n for a, n in enumerate(tensor.shape)]
+        if name not in given or list(given[name]) != shape:
+            have = list(given[name]) if name in given else "nothing"
+            raise ModelError(f"{folder / _WEIGHTS} holds {have} for {name}, where {shape} is due")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
