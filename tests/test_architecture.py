@@ -24,7 +24,7 @@ ORDER = (
     ("recipe",),
     ("solve", "models"),
     ("record",),
-    ("recover", "stream", "store", "quality"),
+    ("recover", "stream", "store", "quality", "structured"),
     ("report",),
     ("prune",),
     ("directory",),

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .labels import RIGID, Array
-from .trace import Axis, Constant, Rule, Tracer
+from .trace import Axis, Rule, Tracer, every
 
 
 def split(t: Tracer, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
@@ -119,6 +118,7 @@ def reshape(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def transpose(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Exchange two axes."""
     axes = list(t.axes(args[0]))
     if len(axes) >= 2:
         a, b = (args[1], args[2]) if len(args) > 2 else (0, 1)
@@ -127,6 +127,7 @@ def transpose(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def permute(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Reorder axes."""
     axes = t.axes(args[0])
     t.put(out, [axes[i] for i in args[1]])
 
@@ -139,16 +140,19 @@ def squeeze(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def expand(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """An axis of size one is repeated: it carries no labels."""
     axes = t.axes(args[0])
     t.put(out, [*(None,) * (out.dim() - len(axes)), *axes])
 
 
 def repeat(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Tile the labels."""
     axes = [*(None,) * (out.dim() - args[0].dim()), *t.axes(args[0])]
     t.put(out, [np.tile(a, k) if isinstance(a, np.ndarray) else None for a, k in zip(axes, args[1], strict=True)])
 
 
 def repeat_interleave(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Repeat each label."""
     times, dim = args[1], kwargs.get("dim", args[2] if len(args) > 2 else None)
     axes = list(t.axes(args[0]))
     if not isinstance(times, int) or dim is None:
@@ -160,6 +164,7 @@ def repeat_interleave(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping
 
 
 def cat(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Labels one after the other; axes without labels give rigid entries. The other axes are tied."""
     tensors = [x for x in args[0] if x.numel() or x.dim() > 1]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
     axes: list[Axis] = [None] * out.dim()
@@ -177,6 +182,7 @@ def cat(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
 
 
 def stack(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A new axis without labels; the others are tied."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.dim()
     first = list(t.axes(args[0][0]))
     for x in args[0][1:]:
@@ -188,6 +194,7 @@ def stack(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], 
 
 
 def slice_(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A part of an axis keeps its labels."""
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     start = args[2] if len(args) > 2 else kwargs.get("start")
     end = args[3] if len(args) > 3 else kwargs.get("end")
@@ -199,6 +206,7 @@ def slice_(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
 
 
 def narrow(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """A part of an axis keeps its labels."""
     axes = list(t.axes(args[0]))
     a = axes[args[1]]
     axes[args[1]] = a[args[2] : args[2] + args[3]] if isinstance(a, np.ndarray) else None
@@ -206,12 +214,14 @@ def narrow(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
 
 
 def select(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """One position: the axis cannot lose any."""
     axes = list(t.axes(args[0]))
     t.freeze(axes.pop(args[1]), "its positions are read one by one")
     t.put(out, axes)
 
 
 def unbind(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Sequence[Tensor]) -> None:
+    """All positions one by one: the axis cannot lose any."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     axes = list(t.axes(args[0]))
     t.freeze(axes.pop(dim), "its positions are read one by one")
@@ -241,6 +251,7 @@ def parts(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], 
 
 
 def pad(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """What is added is rigid."""
     x, widths = args[0], list(args[1])
     axes = list(t.axes(x))
     for k in range(len(widths) // 2):
@@ -254,143 +265,18 @@ def pad(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ou
 
 
 def roll(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """Positions move around: they cannot go."""
     axes = list(t.axes(args[0]))
     for dim in args[2] if len(args) > 2 else range(len(axes)):
         t.freeze(axes[dim], "roll moves its positions")
     t.put(out, axes)
 
 
-def embedding(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    table = t.axes(args[0])
-    t.freeze(table[0], "its positions are looked up by number (a vocabulary)")
-    t.put(out, [*(None,) * (out.dim() - 1), table[1]])
-
-
-def index(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    x, indices = args[0], list(args[1])
-    axes = list(t.axes(x))
-    used = [i for i, k in enumerate(indices) if k is not None]
-    if not used or used[-1] - used[0] + 1 != len(used) or any(indices[i].dtype == torch.bool for i in used):
-        for i in used:
-            t.freeze(axes[i], "its positions are looked up by number")
-        if len(used) == 1 and indices[used[0]].dtype == torch.bool:
-            width = indices[used[0]].dim()
-            for a in axes[used[0] : used[0] + width]:
-                t.freeze(a, "a mask chooses its positions")
-            t.put(out, [*axes[: used[0]], None, *axes[used[0] + width :]])
-        else:
-            rest = [a for i, a in enumerate(axes) if i not in used]
-            t.put(out, [*(None,) * (out.dim() - len(rest)), *rest])
-        return
-    for i in used:
-        t.freeze(axes[i], "its positions are looked up by number")
-    new = out.dim() - (len(axes) - len(used))
-    t.put(out, [*axes[: used[0]], *(None,) * new, *axes[used[-1] + 1 :]])
-
-
-def gather(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    """Reads along one axis; the others keep their positions where the index does not vary over them by itself."""
-    x, dim, where = args[0], args[1] % max(args[0].dim(), 1), args[2]
-    axes = list(t.axes(x))
-    t.freeze(axes[dim], "its positions are looked up by number")
-    axes[dim] = None
-    for i, a in enumerate(axes):
-        if isinstance(a, np.ndarray) and where.shape[i] != x.shape[i]:
-            t.freeze(a, "gather reads a part of it")
-            axes[i] = None
-    t.put(out, axes)
-
-
-def index_select(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    axes = list(t.axes(args[0]))
-    t.freeze(axes[args[1]], "its positions are looked up by number")
-    axes[args[1]] = None
-    t.put(out, axes)
-
-
-def index_put(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    """Writes by number along leading axes, as expert layers do with tokens; trailing axes are tied."""
-    into, where = args[0], args[1] if isinstance(args[1], (list, tuple)) else [None] * args[1] + [args[2]]
-    values = args[2] if isinstance(args[1], (list, tuple)) else args[3]
-    axes = list(t.axes(into))
-    named = {i for i, k in enumerate(where) if k is not None}
-    for i in named:
-        t.freeze(axes[i], "its positions are written by number")
-    other = t.axes(values)
-    for back in range(1, min(len(axes), len(other)) + 1):
-        i = len(axes) - back
-        if i in named or into.shape[i] == 1 or values.shape[-back] != into.shape[i]:
-            break
-        axes[i] = t.tie(axes[i], other[-back], "index_put")
-    t.put(out, axes)
-
-
-def copy(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    """Writing into a tensor: what was a constant takes the labels, unless it is a part of another tensor."""
-    into, x = args[0], args[1]
-    offset = into.dim() - x.dim()
-    axes = [*(None,) * offset, *t.axes(x)]
-    if t.is_constant(into):
-        if into._base is not None:
-            for a in axes:
-                t.freeze(a, "it is written into a part of another tensor")
-        t.put(into, [a if isinstance(a, np.ndarray) and n > 1 else None for a, n in zip(axes, into.shape, strict=True)])
-        return
-    mine = list(t.axes(into))
-    for i, a in enumerate(axes):
-        if into.shape[i] > 1 and i >= offset and x.shape[i - offset] > 1:
-            mine[i] = t.tie(mine[i], a, "copy")
-    t.put(into, mine)
-
-
-def unfold(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    axes = list(t.axes(args[0]))
-    t.freeze(axes[args[1]], "windows slide along it")
-    axes[args[1]] = None
-    t.put(out, [*axes, None])
-
-
-def im2col(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    """``(b, c, h, w)`` to ``(b, c * kernel, positions)``."""
-    axes = t.axes(args[0])
-    c = axes[1]
-    t.put(out, [axes[0], np.repeat(c, out.shape[1] // len(c)) if isinstance(c, np.ndarray) else None, None])
-
-
-def col2im(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    axes = t.axes(args[0])
-    c = split(t, axes[1], (out.shape[1], args[0].shape[1] // out.shape[1]))
-    t.freeze(c[1], "positions of a kernel")
-    t.put(out, [axes[0], c[0], None, None])
-
-
-def pixel_shuffle(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    x, factor = args[0], args[1]
-    axes = t.axes(x)
-    if "unshuffle" in str(func):
-        c = axes[-3]
-        moved: Axis = np.repeat(c, factor * factor) if isinstance(c, np.ndarray) else None
-    else:
-        inner = split(t, axes[-3], (out.shape[-3], factor * factor))
-        t.freeze(inner[1], "pixel shuffle spreads it over pixels")
-        moved = inner[0]
-    t.put(out, [*axes[:-3], moved, None, None])
-
-
-def diagonal(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
-    for a in t.axes(args[0]):
-        if not isinstance(a, Constant):
-            t.freeze(a, "its diagonal is read")
-    t.rigid(out)
-
-
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("view _unsafe_view reshape _reshape_alias flatten unflatten".split(), reshape),
-    **dict.fromkeys("transpose t swapaxes transpose_".split(), transpose),
-    **dict.fromkeys("squeeze unsqueeze squeeze_ unsqueeze_".split(), squeeze),
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk unsafe_split_with_sizes".split(), parts),
-    **dict.fromkeys("index _unsafe_index".split(), index),
-    **dict.fromkeys("index_put index_put_ _unsafe_index_put index_add index_add_ index_copy_ index_copy".split(), index_put),
+    **every("view _unsafe_view reshape _reshape_alias flatten unflatten", reshape),
+    **every("transpose t swapaxes transpose_", transpose),
+    **every("squeeze unsqueeze squeeze_ unsqueeze_", squeeze),
+    **every("split split_with_sizes chunk unsafe_split unsafe_chunk unsafe_split_with_sizes", parts),
     "permute": permute,
     "expand": expand,
     "expand_as": expand,
@@ -406,15 +292,4 @@ RULES: dict[str, Rule] = {
     "unbind": unbind,
     "constant_pad_nd": pad,
     "roll": roll,
-    "embedding": embedding,
-    "gather": gather,
-    "index_select": index_select,
-    "copy_": copy,
-    "copy": copy,
-    "unfold": unfold,
-    "im2col": im2col,
-    "col2im": col2im,
-    "pixel_shuffle": pixel_shuffle,
-    "pixel_unshuffle": pixel_shuffle,
-    "diagonal": diagonal,
 }

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .moves import split
-from .trace import Axis, Rule, Tracer
+from .trace import Axis, Rule, Tracer, every
 
 
 def matmul(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
@@ -38,6 +38,7 @@ def matmul(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
 
 
 def linear(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    """``x W^T + b``."""
     x, weight = args[0], args[1]
     bias = args[2] if len(args) > 2 else None
     axes = list(t.axes(x))
@@ -139,14 +140,14 @@ def grouped_mm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("mm bmm addmm baddbmm mv dot addmv addbmm".split(), matmul),
-    **dict.fromkeys("linear addmm_linear".split(), linear),
-    **dict.fromkeys("convolution _convolution mkldnn_convolution convolution_overrideable".split(), convolution),
-    **dict.fromkeys(
+    **every("mm bmm addmm baddbmm mv dot addmv addbmm", matmul),
+    **every("linear addmm_linear", linear),
+    **every("convolution _convolution mkldnn_convolution convolution_overrideable", convolution),
+    **every(
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
         "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention "
-        "_scaled_dot_product_attention_math".split(),
+        "_scaled_dot_product_attention_math",
         attention,
     ),
     "_grouped_mm": grouped_mm,

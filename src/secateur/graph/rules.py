@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import moves, products
-from .trace import Axis, Rule, Tracer
+from . import lookups, moves, products
+from .trace import Axis, Rule, Tracer, every
 
 
 def pointwise(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -48,6 +48,7 @@ def pointwise(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def name(func: Any) -> str:
+    """The operation's name without namespace and overload."""
     return str(func).removeprefix("aten.").split(".")[0]
 
 
@@ -104,6 +105,7 @@ def reduce(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
 
 
 def softmax(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Keeps labels; zeros still count along its axis."""
     dim = args[1] % max(args[0].dim(), 1)
     t.statistics((dim, t.axes(args[0])[dim]))
     t.put(out, t.axes(args[0]))
@@ -127,6 +129,7 @@ def ordered(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def batch_norm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Tie the channel axis with weights and running statistics."""
     x = args[0]
     axes = list(t.axes(x))
     for other in args[1:5]:
@@ -141,6 +144,7 @@ def batch_norm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def layer_norm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Tie the normalized axes with weights; zeros still count in mean and variance."""
     x, shape = args[0], args[1]
     axes = list(t.axes(x))
     start = x.dim() - len(shape)
@@ -156,12 +160,13 @@ def layer_norm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def group_norm(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Split channels into (group, within); zeros still count within a group."""
     x, weight, bias, groups = args[0], args[1], args[2], args[6]
     axes = list(t.axes(x))
     for other in (weight, bias):
         if isinstance(other, Tensor):
             axes[1] = t.tie(axes[1], t.axes(other)[0], "group norm")
-    if isinstance(axes[1], torch.Tensor) or axes[1] is not None:
+    if axes[1] is not None:
         moves.split(t, axes[1], (groups, x.shape[1] // groups))
     t.statistics((1, axes[1]))
     t.put(out[0], axes)
@@ -197,37 +202,38 @@ SPATIAL = {
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SPATIAL, spatial),
-    **dict.fromkeys(
-        "_to_copy detach alias lift_fresh contiguous dropout positive _conj flip zeros_like ones_like empty_like "
-        "full_like rand_like randn_like native_dropout bernoulli fill_ zero_ fill zero copysign".split(),
+    **every(
+        "_to_copy detach alias lift_fresh contiguous dropout positive _conj flip zeros_like ones_like "
+        "empty_like full_like rand_like randn_like native_dropout bernoulli fill_ zero_ fill zero copysign",
         same,
     ),
-    **dict.fromkeys(
-        "_prelu_kernel hardswish_ hardswish hardtanh_ hardtanh silu_ silu gelu masked_fill_ where fmod remainder "
-        "_softmax_backward_data rsub relu6 threshold logit_ nan_to_num nan_to_num_ clamp_min_".split(),
+    **every(
+        "_prelu_kernel hardswish_ hardswish hardtanh_ hardtanh silu_ silu gelu masked_fill_ where fmod "
+        "remainder _softmax_backward_data rsub relu6 threshold logit_ nan_to_num nan_to_num_ clamp_min_",
         pointwise,
     ),
-    **dict.fromkeys(
+    **every(
         "sum mean amax amin max min prod var std var_mean std_mean linalg_vector_norm norm any all logsumexp "
-        "median argmax_ count_nonzero".split(),
+        "median argmax_ count_nonzero",
         reduce,
     ),
-    **dict.fromkeys("_softmax _log_softmax softmax log_softmax _safe_softmax".split(), softmax),
-    **dict.fromkeys("topk sort argmax argmin argsort cumsum cumprod cummax kthvalue cumsum_".split(), ordered),
-    **dict.fromkeys(
-        "_local_scalar_dense item size numel is_nonzero sym_size equal histc bincount nonzero unique2 _unique2 "
-        "_assert_async _assert_tensor_metadata new_zeros new_ones new_full new_empty scalar_tensor "
-        "searchsorted bucketize one_hot is_same_size".split(),
+    **every("_softmax _log_softmax softmax log_softmax _safe_softmax", softmax),
+    **every("topk sort argmax argmin argsort cumsum cumprod cummax kthvalue cumsum_", ordered),
+    **every(
+        "_local_scalar_dense item size numel is_nonzero sym_size equal histc bincount nonzero unique2 "
+        "_unique2 _assert_async _assert_tensor_metadata new_zeros new_ones new_full new_empty scalar_tensor "
+        "searchsorted bucketize one_hot is_same_size",
         nothing,
     ),
-    **dict.fromkeys(
+    **every(
         "native_batch_norm cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-        "_batch_norm_no_update _batch_norm_with_update".split(),
+        "_batch_norm_no_update _batch_norm_with_update",
         batch_norm,
     ),
     "native_layer_norm": layer_norm,
     "_fused_rms_norm": layer_norm,
     "native_group_norm": group_norm,
+    **lookups.RULES,
     **moves.RULES,
     **products.RULES,
 }

@@ -83,11 +83,16 @@ class Trace:
 Rule = Callable[["Tracer", Any, Sequence[Any], Mapping[str, Any], Any], None]
 
 
+def every(names: str, rule: Rule) -> dict[str, Rule]:
+    """One rule for several operations."""
+    return dict.fromkeys(names.split(), rule)
+
+
 class Tracer(TorchDispatchMode):
     """Gives the outputs of every operation their labels."""
 
     def __init__(self, trace: Trace, rules: Callable[[Any], Rule | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.labels, self._rules = trace, trace.labels, rules
         self._axes: Any = WeakIdKeyDictionary()
         self.modules: list[str] = [""]
@@ -203,7 +208,7 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
-    onednn = torch.backends.mkldnn.enabled
+    onednn = bool(torch.backends.mkldnn.enabled)
     try:
         _onednn(False)
         with torch.no_grad():

@@ -210,10 +210,8 @@ def dependencies(trace: Trace) -> Dependencies:
     return Dependencies(trace, list(families.values()), reasons_of)
 
 
-
-
 def _name(trace: Trace, slots: Iterable[int]) -> str:
     """The first weight whose output axis the units lie on, else the first axis at all."""
     chosen: Iterator[Slot] = (trace.slots[i] for i in slots if trace.slots[i].is_parameter)
-    ordered = sorted(chosen, key=lambda s: (s.axis != 0 or s.tensor.dim() < 2))
+    ordered = sorted(chosen, key=lambda s: s.axis != 0 or s.tensor.dim() < 2)
     return f"{ordered[0].names[0]}:{ordered[0].axis}"

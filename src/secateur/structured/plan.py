@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
-from ..graph import Dependencies, Family, dependencies, trace
+from ..graph import Dependencies, dependencies, trace
 from ..graph.trace import plain_operations, stored_tensors
 from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake

@@ -124,7 +124,9 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
             value = getattr(modules.get(mend.module), mend.attribute, None)
             value = value if mend.item is None or value is None else value[int(mend.item)]
             if type(value) is not int or value != mend.old or mend.attribute.startswith("_"):
-                raise ModelError(f"{folder / _PLAN} would change {mend.module}.{mend.attribute}, which is not {mend.old}")
+                raise ModelError(
+                    f"{folder / _PLAN} would change {mend.module}.{mend.attribute}, which is not {mend.old}"
+                )
             if not 0 < mend.new < _OVER:
                 raise ModelError(f"{folder / _PLAN} sets {mend.module}.{mend.attribute} to {mend.new}")
             mends.append(mend)

@@ -53,7 +53,9 @@ class Target:
                 raise RecipeError(f"target '{text}' must leave something and take something away")
             return Target(quantity, fraction=share)
         if not to:
-            raise RecipeError(f"target '{text}' is a count: write '{quantity} to {found[3]}{found[4]}' for what remains")
+            raise RecipeError(
+                f"target '{text}' is a count: write '{quantity} to {found[3]}{found[4]}' for what remains"
+            )
         return Target(quantity, limit=number * _UNITS[unit])
 
     def remaining(self, before: float) -> float:

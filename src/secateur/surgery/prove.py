@@ -110,7 +110,7 @@ class _Kept(TorchDispatchMode):
     """Takes statistics over the positions that stay."""
 
     def __init__(self, found: Dependencies, gone: Array) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found, self._gone, self._count = found, gone, -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,7 +230,10 @@ def _first_line(problem: Exception) -> str:
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> float | None:
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return None
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0) / scale
+    return (
+        max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+        / scale
+    )
 
 
 def doubled(value: Any) -> Any:

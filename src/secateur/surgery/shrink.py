@@ -111,9 +111,7 @@ def _follow(module: nn.Module) -> None:
             module.num_features = shape[0]
         elif isinstance(module, nn.GroupNorm):
             module.num_channels = shape[0]
-        elif isinstance(module, nn.LayerNorm):
-            module.normalized_shape = tuple(shape)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             module.normalized_shape = tuple(shape)
         elif isinstance(module, nn.Embedding) and weight.dim() == 2:
             module.embedding_dim = shape[1]
@@ -122,7 +120,9 @@ def _follow(module: nn.Module) -> None:
         module.num_features = running.shape[0]
 
 
-def candidates(model: nn.Module, found: Dependencies, gone: Iterable[int]) -> dict[tuple[str, int, str, int | None], list[Mend]]:
+def candidates(
+    model: nn.Module, found: Dependencies, gone: Iterable[int]
+) -> dict[tuple[str, int, str, int | None], list[Mend]]:
     """Numbers of modules that equal a size which changes in their own ``forward``.
 
     Returns:
