@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HIDDEN, LAYERS, HEADS, VOCAB, LABELS, LENGTH = 64, 2, 4, 128, 10, 12
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+VOCAB, LABELS, LENGTH = 100, 10, 12
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def case(name: str) -> Case:
     if kind == "gqa":
         return grouped_case(name, rest)
     if name == "none:linear":
-        return Case(name, lambda seed: seeded(seed, lambda: nn.Linear(16, 8)), lambda seed: noise(seed, 1, 16), (), kind)
+        return Case(name, lambda x: seeded(x, lambda: nn.Linear(16, 8)), lambda x: noise(x, 1, 16), (8,), kind)
     raise SystemExit(f"no model '{name}': write timm:NAME, hf:FAMILY, gqa:RATIO[:cache] or none:linear")
 
 
@@ -108,214 +107,138 @@ def grouped_case(name: str, rest: str) -> Case:
         groups = 0
     if groups < 1 or (ratio != "mqa" and groups * int(ratio) != heads) or cache not in ("", "cache"):
         raise SystemExit(f"'{name}': the ratio is a divisor of {heads} or 'mqa', then ':cache' or nothing")
-    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": groups}
-    return hf_case(name, "llama", cache=bool(cache), **sizes)
+    given = sizes(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups)
+    return hf_case(name, "llama", cache=bool(cache), **given)
 
 
-TEXT: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 2 * HIDDEN,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    **SPECIAL,
-}
-GQA: dict[str, Any] = {**TEXT, "num_key_value_heads": 2}
-SHORT: dict[str, Any] = {"hidden_size": HIDDEN, "vocab_size": VOCAB, **SPECIAL}
-ENCODER: dict[str, Any] = {**TEXT, "num_labels": LABELS}
-DISTIL: dict[str, Any] = {"dim": HIDDEN, "hidden_dim": 2 * HIDDEN, "n_layers": LAYERS, "n_heads": HEADS}
-PIXELS: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 2 * HIDDEN,
-    "image_size": 32,
-    "patch_size": 8,
-}
-VISION: dict[str, Any] = {**PIXELS, "num_labels": LABELS}
-STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1], "num_labels": LABELS}
-BOTH: dict[str, Any] = {  # encoder and decoder
-    "d_model": HIDDEN,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": 2 * HIDDEN,
-    "decoder_ffn_dim": 2 * HIDDEN,
-    "vocab_size": VOCAB,
-    "decoder_start_token_id": 2,
-    **SPECIAL,
-}
+def sizes(**given: Any) -> dict[str, Any]:
+    return given
+
+
+def family(kind: str, model: str, config: str, *bases: dict[str, Any], **given: Any) -> Family:
+    merged = {k: v for base in (*bases, given) for k, v in base.items()}
+    return model, f"{config}Config", merged, kind
+
+
+Family = tuple[str, str, dict[str, Any], str]
+SPECIAL = sizes(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+BLOCKS = sizes(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+TEXT = {**BLOCKS, **SPECIAL, "vocab_size": VOCAB, "max_position_embeddings": 64}
+GROUPED = {**TEXT, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+SHORT = {**SPECIAL, "hidden_size": 64, "vocab_size": VOCAB}
+LABELLED = {**TEXT, "num_labels": LABELS}
+PIXELS = {**BLOCKS, "image_size": 32, "patch_size": 8}
+VISION = {**PIXELS, "num_labels": LABELS}
+STAGES = sizes(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1], num_labels=LABELS)
+BOTH = sizes(d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
+BOTH |= sizes(encoder_ffn_dim=128, decoder_ffn_dim=128)
+WORDS = {**BOTH, **SPECIAL, "vocab_size": VOCAB, "decoder_start_token_id": 2}
+BACKBONE = sizes(backbone=None, use_pretrained_backbone=False, num_labels=LABELS)
+SAM = sizes(
+    vision_config={**PIXELS, "image_size": 64, "output_channels": 32, "window_size": 4, "mlp_dim": 128}
+    | sizes(global_attn_indexes=[1], num_pos_feats=16),
+    prompt_encoder_config=sizes(hidden_size=32, image_size=64, patch_size=8, mask_input_channels=8),
+    mask_decoder_config=sizes(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32),
+)
+SPEECH = sizes(conv_dim=[32, 32, 32], conv_kernel=[10, 3, 3], conv_stride=[5, 2, 2], num_feat_extract_layers=3)
+SPEECH |= sizes(num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.0)
 LM, CLASSIFIER, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
 IMAGE = "AutoModelForImageClassification"
 
 #: Family -> (model class, config class, its arguments, kind).
-FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "llama": (LM, "LlamaConfig", GQA, "decoder"),
-    "qwen2": (LM, "Qwen2Config", GQA, "decoder"),
-    "qwen3": (LM, "Qwen3Config", {**GQA, "head_dim": 16}, "decoder"),
-    "qwen3-moe": (
-        LM,
-        "Qwen3MoeConfig",
-        {**GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        "decoder",
+FAMILIES: dict[str, Family] = {
+    "llama": family("decoder", LM, "Llama", GROUPED),
+    "qwen2": family("decoder", LM, "Qwen2", GROUPED),
+    "qwen3": family("decoder", LM, "Qwen3", GROUPED),
+    "qwen3-moe": family(
+        "decoder", LM, "Qwen3Moe", GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
-    "mixtral": (LM, "MixtralConfig", {**GQA, "num_local_experts": 4}, "decoder"),
-    "mistral": (LM, "MistralConfig", {**GQA, "sliding_window": 8}, "decoder"),
-    "gemma2": (LM, "Gemma2Config", {**GQA, "head_dim": 16, "sliding_window": 8}, "decoder"),
-    "gemma3": (LM, "Gemma3TextConfig", {**GQA, "head_dim": 16, "sliding_window": 8}, "decoder"),
-    "phi3": (LM, "Phi3Config", GQA, "decoder"),
-    "gpt2": (
-        LM,
-        "GPT2Config",
-        {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB, **SPECIAL},
-        "decoder",
+    "mixtral": family("decoder", LM, "Mixtral", GROUPED, num_local_experts=4),
+    "mistral": family("decoder", LM, "Mistral", GROUPED, sliding_window=8),
+    "gemma2": family("decoder", LM, "Gemma2", GROUPED, sliding_window=8),
+    "gemma3": family("decoder", LM, "Gemma3Text", GROUPED, sliding_window=8),
+    "phi3": family("decoder", LM, "Phi3", GROUPED),
+    "gpt2": family("decoder", LM, "GPT2", SPECIAL, n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCAB),
+    "gpt-neox": family("decoder", LM, "GPTNeoX", TEXT),
+    "opt": family("decoder", LM, "OPT", TEXT, ffn_dim=128, word_embed_proj_dim=64),
+    "bloom": family("decoder", LM, "Bloom", SHORT, n_layer=2, n_head=4),
+    "falcon": family("decoder", LM, "Falcon", SHORT, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+    "mamba": family("decoder", LM, "Mamba", SHORT, num_hidden_layers=2, state_size=8),
+    "bert": family("encoder", CLASSIFIER, "Bert", LABELLED),
+    "roberta": family("encoder", CLASSIFIER, "Roberta", LABELLED),
+    "deberta-v2": family(
+        "encoder", CLASSIFIER, "DebertaV2", LABELLED, relative_attention=True, pos_att_type=["p2c", "c2p"]
     ),
-    "gpt-neox": (LM, "GPTNeoXConfig", TEXT, "decoder"),
-    "opt": (LM, "OPTConfig", {**TEXT, "ffn_dim": 2 * HIDDEN, "word_embed_proj_dim": HIDDEN}, "decoder"),
-    "bloom": (LM, "BloomConfig", {**SHORT, "n_layer": LAYERS, "n_head": HEADS}, "decoder"),
-    "falcon": (
-        LM,
-        "FalconConfig",
-        {**SHORT, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "alibi": False},
-        "decoder",
-    ),
-    "mamba": (LM, "MambaConfig", {**SHORT, "num_hidden_layers": LAYERS, "state_size": 8}, "decoder"),
-    "bert": (CLASSIFIER, "BertConfig", ENCODER, "encoder"),
-    "roberta": (CLASSIFIER, "RobertaConfig", ENCODER, "encoder"),
-    "deberta-v2": (
-        CLASSIFIER,
-        "DebertaV2Config",
-        {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
-        "encoder",
-    ),
-    "albert": (CLASSIFIER, "AlbertConfig", {**ENCODER, "embedding_size": 32}, "encoder"),
-    "distilbert": (
-        CLASSIFIER,
-        "DistilBertConfig",
-        {**DISTIL, "vocab_size": VOCAB, "max_position_embeddings": 64, "num_labels": LABELS, "pad_token_id": 2},
-        "encoder",
-    ),
-    "electra": (CLASSIFIER, "ElectraConfig", {**ENCODER, "embedding_size": 32}, "encoder"),
-    "t5": (
-        SEQ2SEQ,
-        "T5Config",
-        {
-            "d_model": HIDDEN,
-            "d_ff": 2 * HIDDEN,
-            "d_kv": HIDDEN // HEADS,
-            "num_layers": LAYERS,
-            "num_heads": HEADS,
-            "vocab_size": VOCAB,
-            "pad_token_id": 2,
-            "eos_token_id": 1,
-            "decoder_start_token_id": 2,
-        },
-        "seq2seq",
-    ),
-    "bart": (SEQ2SEQ, "BartConfig", {**BOTH, "max_position_embeddings": 64}, "seq2seq"),
-    "marian": (SEQ2SEQ, "MarianConfig", {**BOTH, "max_position_embeddings": 64}, "seq2seq"),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        {**BOTH, "num_mel_bins": 16, "max_source_positions": 30, "max_target_positions": 32},
+    "albert": family("encoder", CLASSIFIER, "Albert", LABELLED, embedding_size=32),
+    "distilbert": family("encoder", CLASSIFIER, "DistilBert", LABELLED, dim=64, hidden_dim=128, n_layers=2, n_heads=4),
+    "electra": family("encoder", CLASSIFIER, "Electra", LABELLED, embedding_size=32),
+    "t5": family("seq2seq", SEQ2SEQ, "T5", WORDS, d_ff=128, d_kv=16, num_layers=2, num_heads=4),
+    "bart": family("seq2seq", SEQ2SEQ, "Bart", WORDS, max_position_embeddings=64),
+    "marian": family("seq2seq", SEQ2SEQ, "Marian", WORDS, max_position_embeddings=64),
+    "whisper": family(
         "speech2seq",
+        "WhisperForConditionalGeneration",
+        "Whisper",
+        WORDS,
+        sizes(num_mel_bins=16, max_source_positions=30, max_target_positions=32),
     ),
-    "vit": (IMAGE, "ViTConfig", VISION, "vision"),
-    "deit": (IMAGE, "DeiTConfig", VISION, "vision"),
-    "beit": (IMAGE, "BeitConfig", {**VISION, "use_relative_position_bias": True}, "vision"),
-    "swin": (
-        IMAGE,
-        "SwinConfig",
-        {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-        | {"num_labels": LABELS},
+    "vit": family("vision", IMAGE, "ViT", VISION),
+    "deit": family("vision", "DeiTForImageClassification", "DeiT", VISION),
+    "beit": family("vision", IMAGE, "Beit", VISION, use_relative_position_bias=True),
+    "swin": family(
         "vision",
-    ),
-    "dinov2": (IMAGE, "Dinov2Config", VISION, "vision"),
-    "convnext": (IMAGE, "ConvNextConfig", STAGES, "vision"),
-    "resnet": (IMAGE, "ResNetConfig", {**STAGES, "embedding_size": 16}, "vision"),
-    "mobilenetv2": (IMAGE, "MobileNetV2Config", {"image_size": 64, "num_labels": LABELS}, "vision"),
-    "segformer": (
         IMAGE,
-        "SegformerConfig",
-        {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 4]}
-        | {"num_labels": LABELS},
-        "vision",
+        "Swin",
+        sizes(image_size=32, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4),
+        num_labels=LABELS,
     ),
-    "detr": (
+    "dinov2": family("vision", IMAGE, "Dinov2", VISION),
+    "convnext": family("vision", IMAGE, "ConvNext", STAGES),
+    "resnet": family("vision", IMAGE, "ResNet", STAGES, embedding_size=16),
+    "mobilenetv2": family("vision", IMAGE, "MobileNetV2", image_size=64, num_labels=LABELS),
+    "segformer": family("vision", IMAGE, "Segformer", STAGES, depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 4]),
+    "detr": family(
+        "vision",
         "DetrForObjectDetection",
-        "DetrConfig",
-        {**{k: v for k, v in BOTH.items() if k not in (*SPECIAL, "vocab_size", "decoder_start_token_id")}}
-        | {"num_queries": 6, "num_labels": LABELS, "use_timm_backbone": False, "use_pretrained_backbone": False}
-        | {"backbone": None, "backbone_config": "resnet"},
+        "Detr",
+        {**BOTH, **BACKBONE},
+        sizes(num_queries=6, use_timm_backbone=False, backbone_config="resnet"),
+    ),
+    "clip": family("contrastive", "CLIPModel", "CLIP", text_config=TEXT, vision_config=PIXELS, projection_dim=32),
+    "siglip": family("contrastive", "SiglipModel", "Siglip", text_config=TEXT, vision_config=PIXELS),
+    "sam": family("segmentation", "SamModel", "Sam", SAM),
+    "upernet": family(
         "vision",
-    ),
-    "clip": (
-        "CLIPModel",
-        "CLIPConfig",
-        {"text_config": TEXT, "vision_config": PIXELS, "projection_dim": 32},
-        "contrastive",
-    ),
-    "siglip": ("SiglipModel", "SiglipConfig", {"text_config": TEXT, "vision_config": PIXELS}, "contrastive"),
-    "sam": (
-        "SamModel",
-        "SamConfig",
-        {
-            "vision_config": {**PIXELS, "image_size": 64, "output_channels": 32, "window_size": 4, "mlp_dim": 128}
-            | {"global_attn_indexes": [1], "num_pos_feats": 16},
-            "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 8, "mask_input_channels": 8},
-            "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4}
-            | {"iou_head_hidden_dim": 32},
-        },
-        "segmentation",
-    ),
-    "upernet": (
         "UperNetForSemanticSegmentation",
-        "UperNetConfig",
-        {"hidden_size": 32, "num_labels": LABELS, "auxiliary_in_channels": 64, "auxiliary_channels": 32}
-        | {"pool_scales": [1, 2], "backbone": None, "use_pretrained_backbone": False, "backbone_config": "convnext"},
-        "vision",
+        "UperNet",
+        {**BACKBONE, "hidden_size": 32, "backbone_config": "convnext"},
+        sizes(auxiliary_in_channels=64, auxiliary_channels=32, pool_scales=[1, 2]),
     ),
-    "wav2vec2": (
-        "Wav2Vec2ForCTC",
-        "Wav2Vec2Config",
-        {
-            **TEXT,
-            "conv_dim": [32, 32, 32],
-            "conv_kernel": [10, 3, 3],
-            "conv_stride": [5, 2, 2],
-            "num_feat_extract_layers": 3,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-            "mask_time_prob": 0.0,
-        },
-        "speech",
-    ),
+    "wav2vec2": family("speech", "Wav2Vec2ForCTC", "Wav2Vec2", TEXT, SPEECH),
 }
 BACKBONES = {"resnet": "ResNetConfig", "convnext": "ConvNextConfig"}
 
 
-def hf_case(name: str, family: str, cache: bool = False, **overrides: Any) -> Case:
+def hf_case(name: str, which: str, cache: bool = False, **overrides: Any) -> Case:
     """A transformers family from its config."""
     import transformers
 
-    model, config, kwargs, kind = FAMILIES[family]
+    model, config, kwargs, kind = FAMILIES[which]
 
     def build(seed: int) -> nn.Module:
         given = {**kwargs, **overrides}
         if backbone := given.get("backbone_config"):
-            sizes = {k: v for k, v in FAMILIES[backbone][2].items() if k != "num_labels"}
-            stages = [f"stage{i}" for i in ((4,) if family == "detr" else (1, 2, 3, 4))]
-            given["backbone_config"] = getattr(transformers, BACKBONES[backbone])(**sizes, out_features=stages)
+            widths = {k: v for k, v in FAMILIES[backbone][2].items() if k != "num_labels"}
+            stages = [f"stage{i}" for i in ((4,) if which == "detr" else (1, 2, 3, 4))]
+            given["backbone_config"] = getattr(transformers, BACKBONES[backbone])(**widths, out_features=stages)
         made = getattr(transformers, config)(**given)
         chosen = getattr(transformers, model)
         return seeded(seed, lambda: chosen.from_config(made) if model.startswith("Auto") else chosen(made))
 
-    return Case(name, build, lambda seed: hf_inputs(family, kind, seed, cache), (LABELS, LABELS + 1, VOCAB), kind)
+    return Case(name, build, lambda seed: hf_inputs(which, kind, seed, cache), (LABELS, LABELS + 1, VOCAB), kind)
 
 
-def hf_inputs(family: str, kind: str, seed: int, cache: bool) -> dict[str, Any]:
+def hf_inputs(which: str, kind: str, seed: int, cache: bool) -> dict[str, Any]:
     """Keyword inputs, a batch of one."""
     ids = tokens(seed)
     if kind == "decoder":
@@ -333,5 +256,5 @@ def hf_inputs(family: str, kind: str, seed: int, cache: bool) -> dict[str, Any]:
     if kind == "segmentation":
         points = 60 * torch.rand(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
         return {"pixel_values": noise(seed, 1, 3, 64, 64), "input_points": points}
-    size = {"vit": 32, "deit": 32, "beit": 32, "swin": 32, "dinov2": 32}.get(family, 64)
+    size = {"vit": 32, "deit": 32, "beit": 32, "swin": 32, "dinov2": 32}.get(which, 64)
     return {"pixel_values": noise(seed, 1, 3, size, size)}

@@ -42,7 +42,7 @@ def test_allocation(name: str) -> None:
     testing.check_allocation(name)
 
 
-@pytest.mark.parametrize("name", parts("granularity"))
+@pytest.mark.parametrize("name", [n for n in parts("granularity") if not parse(n).coupled])
 def test_granularity(name: str) -> None:
     testing.check_granularity(name)
 

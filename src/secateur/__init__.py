@@ -6,12 +6,14 @@ from .directory import plan, prune_directory
 from .errors import SecateurError
 from .masks import Masks
 from .methods import all_methods as list_methods
-from .methods import explain, load
+from .methods import explain
+from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
+from .structured import StructuredPlan, load, save
 
-load()
+_register()
 
 __version__ = "0.1.0"
 
@@ -20,10 +22,13 @@ __all__ = [
     "Pruned",
     "Recipe",
     "SecateurError",
+    "StructuredPlan",
     "explain",
     "list_methods",
+    "load",
     "measure",
     "plan",
     "prune",
     "prune_directory",
+    "save",
 ]

@@ -19,9 +19,34 @@ from rich.table import Table
 
 from . import registry
 from .data import CALIBRATION, EVALUATION
-from .errors import RecipeError, SecateurError
+from .errors import SecateurError
+from .granularity import parse
 from .methods import all_methods, explain, load
-from .printing import compared, measured, summary
+from .options import (
+    Alloc,
+    Crit,
+    EvalWindows,
+    Example,
+    Goal,
+    Gran,
+    Json,
+    Length,
+    Method,
+    Model,
+    Only,
+    Propagate,
+    RecipeFile,
+    Recovery,
+    Seed,
+    Set,
+    Skip,
+    Solver,
+    Sparsity,
+    Windows,
+    read_recipe,
+)
+from .printing import compared, measured, structured, summary
+from .prune import recipe_of
 from .recipe import Recipe
 
 app = typer.Typer(
@@ -32,9 +57,6 @@ app = typer.Typer(
 )
 out_console = Console()
 err_console = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A model directory, a hub id, 'demo', or hf-config:FILE.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 
 
 # -- helpers ---------------------------------------------------------------------------------------
@@ -55,60 +77,8 @@ def _bar(title: str, total: int | None, show: bool) -> Iterator[Callable[[int, i
         yield lambda done, count: bar.update(task, completed=done, total=count)
 
 
-def _number(value: str) -> Any:
-    """A knob's value as YAML would read it."""
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe").load(value)
-
-
-def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
-    knobs: dict[str, dict[str, Any]] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        axis, dot, knob = name.partition(".")
-        if not (equals and dot and knob):
-            raise RecipeError(f"--set '{item}' is not understood: write --set solver.damp=0.02")
-        knobs.setdefault(axis, {})[knob] = _number(value)
-    return knobs
-
-
-def _recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
-    given = {k: v for k, v in axes.items() if v is not None and v != []}
-    if knobs:
-        given["knobs"] = _knobs(knobs)
-    if file is not None:
-        if not file.exists():
-            raise RecipeError(f"there is no recipe file {file}")
-        recipe = Recipe.load(file)
-        if not given and method is None:
-            return recipe
-        merged = {**recipe.to_dict(), **given}
-        merged.pop("method")
-        return Recipe.from_dict({"method": method or recipe.method, **merged})
-    return Recipe.of(method or "wanda", **given)
-
-
 def _command() -> str:
     return shlex.join(["secateur", *sys.argv[1:]])
-
-
-Method = Annotated[str | None, typer.Option("--method", "-m", help="A named method (secateur methods).")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file (YAML).")]
-Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights that goes, in [0, 1).")]
-Gran = Annotated[str | None, typer.Option("--granularity", help="element, row, 2:4, any N:M, block(r,c).")]
-Alloc = Annotated[str | None, typer.Option("--allocation", help="How the sparsity is spread over layers.")]
-Crit = Annotated[str | None, typer.Option("--criterion", help="What a weight is worth.")]
-Solver = Annotated[str | None, typer.Option("--solver", help="Whether and how the survivors move.")]
-Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the model.")]
-Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
-Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
-Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set solver.damp=0.02; may be repeated.")]
-Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
-Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
-EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
 
 
 @contextmanager
@@ -150,6 +120,8 @@ def prune(
     ] = None,
     eval_windows: EvalWindows = None,
     memory: Annotated[float, typer.Option("--memory", help="GiB of activations in one pass.")] = 2.0,
+    target: Goal = None,
+    example: Example = None,
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
@@ -165,7 +137,10 @@ def prune(
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
         "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
     }  # fmt: skip
-    recipe = _recipe(method, recipe_file, axes, knobs or [])
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), {}, target, example)
+    if parse(recipe.granularity).coupled:
+        with _interruptible(f"stopped: {out} was not written"):
+            return _prune_coupled(model, recipe, out, target, example, data, windows, length, force, as_json)
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
     again = "its state is dropped" if resident else "the same command goes on at the block it was in"
@@ -194,6 +169,35 @@ def prune(
     out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
 
 
+def _prune_coupled(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    target: str | None,
+    example: str | None,
+    data: str,
+    windows: int,
+    length: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from .coupled import prune_source
+
+    made, run = prune_source(
+        model, recipe, out, target=target, example=example, data=data, count=windows, length=length, force=force,
+        command=_command(),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(run))
+        return
+    print(made)
+    times = [run[k]["seconds"] for k in ("before", "after")]
+    print(
+        f"latency     {times[0] * 1e3:.1f} ms to {times[1] * 1e3:.1f} ms: {times[0] / times[1]:.2f} times as fast here"
+    )
+    out_console.print(f"model   {escape(str(out))}", soft_wrap=True)
+
+
 def _evaluator(text: str | None, count: int | None, length: int) -> Callable[[Path], dict[str, Any]] | None:
     if text is None:
         return None
@@ -216,16 +220,26 @@ def plan(
     only: Only = None,
     skip: Skip = None,
     knobs: Set = None,
+    target: Goal = None,
+    example: Example = None,
+    data: Annotated[str | None, typer.Option("--data", help="For coupled units ranked by data.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe would do to a model; reads only headers, writes nothing."""
+    """Say what a recipe would do to a model; writes nothing, and reads only headers but for coupled units."""
     from .directory import plan as make
 
     axes = {
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
         "solver": solver, "recovery": recovery, "only": only, "skip": skip,
     }  # fmt: skip
-    made = make(model, _recipe(method, recipe_file, axes, knobs or []))
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), {}, target, example)
+    made: Any
+    if parse(recipe.granularity).coupled:
+        from .coupled import plan_source
+
+        made = plan_source(model, recipe, target=target, example=example, data=data, weights=False)
+    else:
+        made = make(model, recipe)
     print(json.dumps(made.to_dict()) if as_json else made)
 
 
@@ -237,15 +251,24 @@ def measure(
     length: Length = 512,
     against: Annotated[str | None, typer.Option("--against", help="Baseline (default: what it was made of).")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Measure no baseline.")] = False,
+    example: Example = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory.
 
     A pruned model is measured beside the dense one that it was made of, under the same loader.
     """
+    from .coupled import is_structured, measure_structured
     from .quality import dense_source
     from .quality import measure as run
 
+    if is_structured(model):
+        rows = measure_structured(model, against, example)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            out_console.print(structured(rows))
+        return
     baseline = None if alone else against or dense_source(model)
     found = {}
     for name in (model, baseline):

@@ -18,7 +18,7 @@ from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
 from .models import load_model, load_tokenizer, resolve, skeleton
-from .prune import MEMORY, Progress, block_keeps, prune
+from .prune import MEMORY, Progress, block_keeps, plan_coupled, prune, recipe_of
 from .recipe import Recipe
 from .record import dumps, run_record
 from .registry import get
@@ -27,6 +27,7 @@ from .solve import LayerRecord, allocate, layer_facts
 from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
+from .structured import StructuredPlan
 
 WINDOWS = 64
 
@@ -93,15 +94,29 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def plan(model: str | Path | nn.Module, method: str | Recipe = "magnitude", **axes: Any) -> Plan:
+def plan(
+    model: str | Path | nn.Module,
+    method: str | Recipe = "magnitude",
+    *,
+    target: str | None = None,
+    example: Any = None,
+    data: Any = None,
+    loss: Any = None,
+    **axes: Any,
+) -> Plan | StructuredPlan:
     """What `prune` would do, without doing it.
 
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
+        target, example, data, loss: for coupled units, as for `prune`; the plan is then a `StructuredPlan`.
         axes: fields of the recipe that override the method's.
     """
-    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
+    recipe = recipe_of(method, axes, target, example)
+    if parse(recipe.granularity).coupled:
+        if not isinstance(model, nn.Module):
+            raise RecipeError(f"granularity '{recipe.granularity}' works on a module: load the model first")
+        return plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss)
     source = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     net: Any = model if isinstance(model, nn.Module) else skeleton(resolve(model))
     blocks = find_blocks(net)

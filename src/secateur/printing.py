@@ -61,6 +61,20 @@ def measured(found: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def structured(found: dict[str, dict[str, Any]]) -> Table:
+    """A smaller model beside the original, a column for each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", style="dim")
+    for name in found:
+        table.add_column(name, justify="right")
+    rows = list(found.values())
+    table.add_row("parameters", *[f"{m['parameters']:,}" for m in rows])
+    table.add_row("FLOPs of a forward pass", *[f"{m['flops']:,}" for m in rows])
+    table.add_row("on disk", *[size(m["bytes"]) if m["bytes"] else "" for m in rows])
+    table.add_row("latency", *[f"{1e3 * m['latency']:.2f} ms" for m in rows])
+    return table
+
+
 def compared(result: dict[str, Any], sparsity: float) -> Table:
     """The demonstration's table."""
     table = Table(title=f"SmolLM2-135M at {sparsity:.0%}, held out: {result['text']}", title_justify="left")

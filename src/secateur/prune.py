@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import granularity
 from .data import Windows, windows
 from .errors import DataError, OutputError, RecipeError
 from .evidence import gather_gradients, gather_inputs
@@ -24,6 +25,7 @@ from .schedule import sparsity_at
 from .solve import LayerRecord, allocate, layer_facts, layer_generator, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
+from .structured import StructuredPlan, plan_structured
 
 MEMORY = 2 << 30
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -100,8 +102,10 @@ def prune(
     length: int = 512,
     memory: int = MEMORY,
     progress: Progress | None = None,
+    target: str | None = None,
+    example: Any = None,
     **axes: Any,
-) -> Pruned:
+) -> Any:
     """Prune a model in place.
 
     Args:
@@ -114,10 +118,14 @@ def prune(
         loss: ``loss(model, batch) -> scalar``, for criteria that need gradients.
         windows_count, length: how text is cut.
         memory: bytes of activations that one pass through a block may hold.
+        target: for coupled units, e.g. ``"flops 50%"`` (what goes) or ``"params to 2M"`` (what remains);
+            see `structured.Target`. Without it ``sparsity`` is the share of the parameters that goes.
+        example: for coupled units, inputs of one forward pass: a tensor, a tuple or a dict.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
-        `Pruned`; the model itself has been changed.
+        `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`: the model is masked,
+        and its ``shrink()`` returns the smaller one.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError: before the model is touched wherever possible.
@@ -126,7 +134,11 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
-    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
+    recipe = recipe_of(method, axes, target, example)
+    if granularity.parse(recipe.granularity).coupled:
+        plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss)
+        plan.mask()
+        return plan
     start = time.perf_counter()
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
@@ -166,6 +178,60 @@ def prune(
         peak_memory=peak.bytes,
     )
     return Pruned(model, recipe, masks, records, skipped, run)
+
+
+def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None, example: Any) -> Recipe:
+    """The recipe; a target or an example means coupled units where the method names none.
+
+    Raises:
+        RecipeError: coupled units without an example, or an example that nothing would use.
+    """
+    given = dict(axes)
+    recipe = method.override(**given) if isinstance(method, Recipe) else Recipe.of(method, **given)
+    if not granularity.parse(recipe.granularity).coupled and (target is not None or example is not None):
+        if "granularity" in given:
+            raise RecipeError(
+                f"target and example are for units of the whole model: granularity '{recipe.granularity}' takes a "
+                "sparsity (or choose granularity coupled)"
+            )
+        recipe = recipe.override(granularity="coupled")
+    return recipe
+
+
+def plan_coupled(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    target: str | None = None,
+    example: Any = None,
+    data: Any = None,
+    loss: Loss | None = None,
+    multiple: int = 8,
+) -> StructuredPlan:
+    """A plan for coupled units: evidence from data where the criterion needs it, then `plan_structured`.
+
+    Raises:
+        RecipeError: an example, data or a loss is missing, or the solver or recovery is not one for units.
+    """
+    if example is None:
+        raise RecipeError(
+            f"granularity '{recipe.granularity}' follows one forward pass: give inputs for it with example="
+        )
+    if recipe.solver != "rank" or recipe.recovery != "none" or recipe.steps > 1:
+        raise RecipeError(
+            f"coupled units are removed in one step by solver rank without recovery; method '{recipe.method}' asks for "
+            f"solver '{recipe.solver}', recovery '{recipe.recovery}', {recipe.steps} steps"
+        )
+    recipe.check(data=data is not None, loss=loss is not None)
+    layers, _ = find_layers(model)
+    evidence = {}
+    if recipe.needs_data:
+        evidence = _evidence(model, recipe, layers, _batches(data), loss)
+    wanted = target if target is not None else f"params {100 * recipe.sparsity:g}%"
+    scored = granularity.parse(recipe.granularity).coupled
+    return plan_structured(
+        model, recipe, target=wanted, example=example, evidence=evidence, multiple=multiple, where=scored
+    )
 
 
 def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class Granularity:
         join: ``(pools, units, elements), (o, i) -> (o, i)``; the inverse of ``split``.
         keep: the fraction that the pattern itself fixes (N / M), or None.
         run: columns that a sequential solver must treat together (M of N:M, the width of a block).
+        coupled: units are found in the whole model, across layers, and no matrix is cut by itself; then the
+            value is which weights a unit's score sums: ``coupled`` or ``output``.
     """
 
     name: str
@@ -32,12 +35,15 @@ class Granularity:
     join: Callable[[Tensor, tuple[int, int]], Tensor]
     keep: float | None = None
     run: int = 1
+    coupled: str = ""
 
     def check(self, shape: tuple[int, int], where: str = "the matrix") -> None:
         """Refuse a matrix that the pattern does not divide, naming it and the way out."""
         try:
             self.pool_shape(*shape)
         except RecipeError as error:
+            if self.coupled:
+                raise
             has = f"{shape[1]}" if self.keep is not None else f"{shape[0]} and {shape[1]}"
             raise RecipeError(f"{error}; {where} has {has} (skip it with --skip {where})") from None
 
@@ -148,6 +154,45 @@ def block(*, r: int = 4, c: int = 4) -> Granularity:
         return b.reshape(o // r, i // c, r, c).transpose(1, 2).reshape(o, i)
 
     return Granularity(f"block({r},{c})", pool_shape, split, join, run=c)
+
+
+def _whole(name: str, scored: str) -> Granularity:
+    """Units across layers, which the dependency analysis finds; a single matrix cannot be cut into them."""
+
+    def refuse(*_: Any) -> Any:
+        raise RecipeError(
+            f"granularity '{name}' removes units of the whole model, and needs inputs of one forward pass to find "
+            "them: give example= and target="
+        )
+
+    return Granularity(name, refuse, refuse, refuse, coupled=scored)
+
+
+@register("granularity", paper="2301.12900", survey=("A3.7", "A3.1", "A3.3", "A3.5"))
+def coupled() -> Granularity:
+    """Everything that can only go together, found by dependency analysis; scored by all of its weights.
+
+    Units are channels, neurons, heads with their key-value groups, head and hidden dimensions. The model becomes
+    smaller, and a proof says that it computes what the masked one does.
+
+    Choose it for speed and size anywhere: no kernel and no hardware needs to know.
+
+    Beware: the hidden width and the channels of long skip connections are units too; keep them with ``skip``.
+
+    Source: the problem and the group score of Fang et al., DepGraph, arXiv 2301.12900; the analysis is ours.
+    """
+    return _whole("coupled", "coupled")
+
+
+@register("granularity", name="filter", paper="1608.08710", survey="A3.1")
+def filters() -> Granularity:
+    """The same units as ``coupled``, scored by the weights that compute them alone.
+
+    Choose it to rank filters and neurons by themselves, as the first papers did.
+
+    Source: Li et al., Pruning filters for efficient ConvNets, arXiv 1608.08710, section 3.1.
+    """
+    return _whole("filter", "output")
 
 
 _NM = re.compile(r"^\s*(\d+)\s*:\s*(\d+)\s*$")

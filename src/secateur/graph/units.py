@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,7 +30,8 @@ class Family:
     """Units with equal footprint, which compete with each other: a pool.
 
     Attributes:
-        name: where its first weight lies, and which axis of it.
+        name: where its first weight lies, which axis of it, and how many positions a unit takes there: the rows of
+            a head are ``q_proj.weight:0 x64``.
         units: what may go.
         slots: slot numbers that every unit touches.
         frozen: units of this footprint that may not go -> why; counted.
@@ -192,7 +193,7 @@ def dependencies(trace: Trace) -> Dependencies:
         key = tuple((i, len(p)) for i, p in unit.places.items())
         if key not in families:
             slots = tuple(unit.places)
-            families[key] = Family(_name(trace, slots), [], slots)
+            families[key] = Family(_name(trace, slots, unit), [], slots)
         families[key].units.append(unit)
     reached = {g for family in families.values() for unit in family.units for g in unit.gone}
     reasons_of: dict[tuple[str, int], str] = {}
@@ -210,8 +211,9 @@ def dependencies(trace: Trace) -> Dependencies:
     return Dependencies(trace, list(families.values()), reasons_of)
 
 
-def _name(trace: Trace, slots: Iterable[int]) -> str:
-    """The first weight whose output axis the units lie on, else the first axis at all."""
-    chosen: Iterator[Slot] = (trace.slots[i] for i in slots if trace.slots[i].is_parameter)
-    ordered = sorted(chosen, key=lambda s: s.axis != 0 or s.tensor.dim() < 2)
-    return f"{ordered[0].names[0]}:{ordered[0].axis}"
+def _name(trace: Trace, slots: Iterable[int], unit: Unit) -> str:
+    """The first weight whose output axis the units lie on, else the first axis at all, and its share in a unit."""
+    chosen = [i for i in slots if trace.slots[i].is_parameter]
+    first = sorted(chosen, key=lambda i: trace.slots[i].axis != 0 or trace.slots[i].tensor.dim() < 2)[0]
+    slot, width = trace.slots[first], len(unit.places[first])
+    return f"{slot.names[0]}:{slot.axis}" + (f" x{width}" if width > 1 else "")

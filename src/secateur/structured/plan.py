@@ -21,6 +21,7 @@ from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import kept_by_name, shrink
 from .allocate import ALLOCATIONS, gone, meet
 from .score import Scores, unit_scores, weight_scores
+from .stock import stock_config
 from .targets import Target
 
 #: Rounds of dropping what cannot be proven and allocating the rest again.
@@ -46,6 +47,8 @@ class StructuredPlan:
         before, after: parameters and FLOPs of one forward pass of the example.
         proof: that the smaller model computes what the masked one does.
         notes: what a reader should know, such as a target that was not met.
+        kept: tensor name -> axis -> positions that stay.
+        sizes: length of an axis anywhere in the run -> what such axes become.
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class StructuredPlan:
     proof: Proof
     notes: list[str]
     kept: dict[str, dict[int, Any]] = field(repr=False)
+    sizes: dict[int, list[int]] = field(repr=False)
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(repr=False)
 
     def mask(self) -> nn.Module:
@@ -85,10 +89,28 @@ class StructuredPlan:
         args, kwargs = self.example
         with plain_operations(small):
             small(*args, **kwargs)
-        small.secateur_surgery = describe(self)  # type: ignore[assignment]
+        surgery = describe(self)
+        config = stock_config(small, self.sizes, args, kwargs)
+        if config is not None:
+            small.config = config
+            surgery["format"] = "transformers"
+        small.secateur_surgery = surgery  # type: ignore[assignment]
         return small
 
     run = shrink
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "target": str(self.target),
+            "before": self.before,
+            "after": self.after,
+            "families": [vars(f) for f in self.families],
+            "frozen": [{"name": n, "axis": a, "reason": r} for (n, a), r in self.frozen.items()],
+            "proof": {"proven": self.proof.proven, "error": self.proof.error, "reason": self.proof.reason},
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -117,11 +139,14 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
     tensors = stored_tensors(plan.model)
     return {
         "version": 1,
+        "format": "secateur",
         "recipe": plan.recipe.to_dict(),
         "target": str(plan.target),
         "before": plan.before,
         "after": plan.after,
         "error": plan.proof.error,
+        "sizes": {str(a): b for a, b in plan.sizes.items()},
+        "example": [_described(x) for x in (*plan.example[0], *plan.example[1].values())],
         "kept": {
             name: {str(axis): {"of": tensors[name].shape[axis], "keep": _ranges(p)} for axis, p in axes.items()}
             for name, axes in plan.kept.items()
@@ -131,6 +156,10 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
             for m in plan.proof.mends
         ],
     }
+
+
+def _described(value: Any) -> Any:
+    return {"shape": list(value.shape), "dtype": str(value.dtype)} if isinstance(value, Tensor) else None
 
 
 def _ranges(positions: Any) -> list[list[int]]:
@@ -168,7 +197,7 @@ def plan_structured(
     twin, twin_args, twin_kwargs = _twin(model, args, kwargs)
     found = dependencies(trace(twin, twin_args, twin_kwargs))
     scores = unit_scores(found, weight_scores(model, recipe, evidence or {}), where)
-    active, left = _chosen(found, recipe)
+    active, left = _chosen(found, recipe, model)
     notes: list[str] = []
     proof, labels = Proof(False, None, 0.0, (), ""), frozenset[int]()
     counts: dict[int, int] = {}
@@ -205,7 +234,18 @@ def plan_structured(
     ]
     kept_names = kept_by_name(found, labels) if labels else {}
     return StructuredPlan(
-        model, recipe, wanted, families, found.frozen, before, after, proof, notes, kept_names, (args, kwargs)
+        model,
+        recipe,
+        wanted,
+        families,
+        found.frozen,
+        before,
+        after,
+        proof,
+        notes,
+        kept_names,
+        _sizes(found, labels),
+        (args, kwargs),
     )
 
 
@@ -240,8 +280,9 @@ def _twin(
     raise ModelError(f"the model does not run on the example: {type(problem).__name__}: {problem}") from problem
 
 
-def _chosen(found: Dependencies, recipe: Recipe) -> tuple[list[int], dict[int, str]]:
+def _chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[int], dict[int, str]]:
     """Families that may be cut, and why others may not."""
+    made = _made_by_config(model)
     active, left = [], {}
     for i, family in enumerate(found.families):
         names = [n for s in family.slots for n in found.slots[s].names]
@@ -250,9 +291,22 @@ def _chosen(found: Dependencies, recipe: Recipe) -> tuple[list[int], dict[int, s
             left[i] = "not chosen by --only"
         elif any(fnmatchcase(n, g) for n in paths for g in recipe.skip):
             left[i] = "chosen by --skip"
+        elif not recipe.only and made & set(names):
+            left[i] = f"{sorted(made & set(names))[0]} is not saved: stock loaders would compute it anew (use --only)"
         else:
             active.append(i)
     return active, left
+
+
+def _made_by_config(model: nn.Module) -> set[str]:
+    """Buffers of a transformers model that are computed when it is built, such as rotary frequencies."""
+    if not hasattr(model, "save_pretrained"):
+        return set()
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }
 
 
 def _failing(
@@ -286,6 +340,17 @@ def _failing(
         else:
             left.update(dict.fromkeys(kinds[kind], proof.reason))
     return left
+
+
+def _sizes(found: Dependencies, labels: frozenset[int]) -> dict[int, list[int]]:
+    lost = np.fromiter(labels, dtype=np.int64)
+    sizes: dict[int, list[int]] = {}
+    for axes in found.trace.seen.values():
+        for axis in axes:
+            left = int((~np.isin(found.trace.labels.roots(axis), lost)).sum())
+            if left not in sizes.setdefault(len(axis), []):
+                sizes[len(axis)].append(left)
+    return {a: b for a, b in sizes.items() if b != [a]}
 
 
 def _statistics(found: Dependencies, labels: frozenset[int]) -> bool:

@@ -25,6 +25,9 @@ _OVER = 1 << 31
 def save(model: nn.Module, out: str | Path) -> Path:
     """Write a model that `StructuredPlan.shrink` made: ``model.safetensors`` and ``surgery.json``.
 
+    A transformers model whose sizes its config can say is written as ``save_pretrained`` does, so that stock
+    ``from_pretrained`` loads it; ``surgery.json`` says ``"format": "transformers"`` then.
+
     Raises:
         ModelError: the model was not made by `StructuredPlan.shrink`.
         OutputError: ``out`` exists and is not empty.
@@ -38,10 +41,15 @@ def save(model: nn.Module, out: str | Path) -> Path:
     part = target.with_name(target.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    state, aliases = _unique(model)
-    save_file(state, part / _WEIGHTS)
-    record = {**surgery, "tied": aliases, "shapes": {n: list(t.shape) for n, t in state.items()}}
-    record["sha256"] = _digest(part / _WEIGHTS)
+    record = dict(surgery)
+    if surgery["format"] == "transformers":
+        model.save_pretrained(part)  # type: ignore[operator]
+    else:
+        state, aliases = _unique(model)
+        save_file(state, part / _WEIGHTS)
+        record["tied"] = aliases
+        record["shapes"] = {n: list(t.shape) for n, t in state.items()}
+        record["sha256"] = _digest(part / _WEIGHTS)
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
     if target.exists():
         target.rmdir()
@@ -49,11 +57,12 @@ def save(model: nn.Module, out: str | Path) -> Path:
     return target
 
 
-def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Make a fresh model smaller as the surgery plan says, and give it the saved weights, in place.
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` wrote: make a fresh model smaller as the surgery plan says, and give it the saved weights.
 
     Args:
-        model: from the same factory as the model that was pruned; its weights do not matter.
+        model: from the same factory as the model that was pruned; its weights do not matter, and it is changed
+            in place. Not needed where the directory is in transformers' format.
 
     Raises:
         ModelError: a file is missing, was changed, or does not fit the model; nothing is changed then.
@@ -61,9 +70,14 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     folder = Path(path)
     try:
         record = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
-        digest = _digest(folder / _WEIGHTS)
+        stock = isinstance(record, dict) and record.get("format") == "transformers"
+        digest = "" if stock else _digest(folder / _WEIGHTS)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} is not a model that secateur saved: {error}") from None
+    if stock:
+        return _load_stock(folder)
+    if model is None:
+        raise ModelError(f"{folder} needs a fresh model from the factory of the original: load(path, model)")
     if not isinstance(record, dict) or record.get("version") != 1:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if digest != record.get("sha256"):
@@ -83,6 +97,18 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             buffer.copy_(state[name])  # also those that a state dict leaves out
     model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256")}  # type: ignore[assignment]
     return model
+
+
+def _load_stock(folder: Path) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = getattr(config, "architectures", None) or []
+    kind: Any = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ModelError(f"{folder / 'config.json'} names no model of transformers: {names}")
+    loaded: nn.Module = kind.from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
+    return loaded
 
 
 def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,251 @@
+"""Structured pruning from the command line: any module in, a smaller one on disk out."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import windows
+from .errors import ModelError, OutputError, RecipeError
+from .measure import count_parameters, machine, versions
+from .measure.flops import flops
+from .measure.latency import latency
+from .models import load_model, load_tokenizer, resolve
+from .prune import plan_coupled
+from .recipe import Recipe
+from .record import dumps
+from .structured import StructuredPlan, load, save
+from .structured.plan import inputs
+
+
+def load_module(source: str, weights: bool = True) -> nn.Module:
+    """A model from what a user writes.
+
+    Args:
+        source: ``timm:NAME`` (``timm-config:NAME`` with random weights), ``FILE.py:callable``, or what
+            `models.resolve` accepts. A file is run only because the user named it.
+        weights: False where a plan alone is wanted: timm models are then not fetched.
+
+    Raises:
+        ModelError: nothing is there, or it is not a module.
+    """
+    if source.startswith(("timm:", "timm-config:")):
+        kind, _, name = source.partition(":")
+        return _timm(name, weights and kind == "timm")
+    path, colon, name = source.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _from_file(Path(path), name)
+    found: nn.Module = load_model(resolve(source), torch.float32)
+    return found
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"timm models need timm: pip install 'secateur[vision]' ({error})") from None
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"timm:{name} cannot be made: {reason} (timm-config:{name} has random weights and fetches nothing)"
+        ) from None
+    return model.eval()
+
+
+def _from_file(path: Path, name: str) -> nn.Module:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    made = getattr(module, name, None)
+    if callable(made) and not isinstance(made, nn.Module):
+        made = made()
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{path} has no callable '{name}' that returns a torch.nn.Module")
+    return made.eval()
+
+
+def example_inputs(text: str | None, model: nn.Module) -> Any:
+    """Inputs of one forward pass: a shape as a user writes it, or what the model itself says it takes.
+
+    >>> example_inputs("2x3x8x8", nn.Identity()).shape
+    torch.Size([2, 3, 8, 8])
+    """
+    generator = torch.Generator().manual_seed(0)
+    if text is not None:
+        try:
+            shape = [int(n) for n in text.lower().split("x")]
+        except ValueError:
+            raise RecipeError(f"--example '{text}' is not understood: write a shape, e.g. 1x3x224x224") from None
+        if not shape or min(shape) < 1:
+            raise RecipeError(f"--example '{text}' has a size below 1")
+        if _vocabulary(model):
+            return {"input_ids": torch.randint(0, _vocabulary(model), shape, generator=generator)}
+        return torch.randn(shape, generator=generator)
+    if _vocabulary(model):
+        return {"input_ids": torch.randint(0, _vocabulary(model), (1, 16), generator=generator)}
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if size is None:
+        raise RecipeError("this model does not say what it takes: give a shape, e.g. --example 1x3x224x224")
+    return torch.randn(1, *size, generator=generator)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "config", None), "vocab_size", None) or 0)
+
+
+def plan_source(
+    source: str,
+    recipe: Recipe,
+    *,
+    target: str | None,
+    example: str | None,
+    data: str | None = None,
+    count: int = 64,
+    length: int = 512,
+    weights: bool = True,
+) -> StructuredPlan:
+    """The plan for a model named on the command line.
+
+    Without ``weights`` the plan is a preview: where the method ranks by data that is not given, sizes are those
+    that magnitude would give, and a note says so.
+    """
+    net = load_module(source, weights)
+    note = None
+    batches, loss = None, None
+    if recipe.needs_data and data is not None and _vocabulary(net):
+        cut = windows(data, load_tokenizer(resolve(source)), count=count, length=length)
+        batches = list(cut.ids.split(1))
+        loss = _next_token
+    elif recipe.needs_data and not weights:
+        note = f"method '{recipe.method}' ranks by data: which units go is shown for magnitude, until data is given"
+        recipe = recipe.override(criterion="magnitude")
+    plan = plan_coupled(net, recipe, target=target, example=example_inputs(example, net), data=batches, loss=loss)
+    plan.notes += [note] if note else []
+    return plan
+
+
+def _next_token(model: nn.Module, batch: Tensor) -> Tensor:
+    """The loss of a causal language model on its own input."""
+    loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
+    return loss
+
+
+def prune_source(
+    source: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    target: str | None,
+    example: str | None,
+    data: str | None,
+    count: int = 64,
+    length: int = 512,
+    force: bool = False,
+    command: str = "",
+) -> tuple[StructuredPlan, dict[str, Any]]:
+    """Make a smaller model and write it, with ``run.json`` beside it; returns the plan and the record.
+
+    Raises:
+        ModelError: nothing can be removed; nothing is written then.
+        OutputError: ``out`` exists.
+    """
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
+        raise OutputError(f"{out} exists: choose another directory or --force")
+    begun = time.perf_counter()
+    plan = plan_source(source, recipe, target=target, example=example, data=data, count=count, length=length)
+    planned = time.perf_counter() - begun
+    small = plan.shrink()
+    args, kwargs = plan.example
+    speed = latency({"before": plan.model, "after": small}, args, kwargs)
+    run = {
+        "secateur": versions().get("secateur", "0"),
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command,
+        "recipe": plan.recipe.to_dict(),
+        "digest": plan.recipe.digest,
+        "cite": plan.recipe.cite(),
+        "model": {"source": source, "class": type(plan.model).__name__},
+        "target": str(plan.target),
+        "proof": {"proven": plan.proof.proven, "error": plan.proof.error, "effect": plan.proof.effect},
+        "families": [vars(f) for f in plan.families],
+        "frozen": [{"name": n, "axis": a, "reason": r} for (n, a), r in plan.frozen.items()],
+        "before": {**plan.before, "seconds": speed["before"]},
+        "after": {**plan.after, "seconds": speed["after"]},
+        "timings": {"plan": round(planned, 3), "total": round(time.perf_counter() - begun, 3)},
+        "versions": versions(),
+        "machine": machine(),
+        "notes": plan.notes,
+    }
+    part = out.with_name(out.name + ".new")
+    shutil.rmtree(part, ignore_errors=True)
+    surgery: Any = small.secateur_surgery
+    surgery["source"] = source
+    save(small, part)
+    if hasattr(small, "save_pretrained") and _vocabulary(small):
+        load_tokenizer(resolve(source)).save_pretrained(part)
+    (part / "run.json").write_text(dumps(run), encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    part.rename(out)
+    return plan, run
+
+
+def is_structured(path: str | Path) -> bool:
+    """Whether a directory holds a smaller model that only a fresh model of its factory can load."""
+    try:
+        record = json.loads((Path(path) / "surgery.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == "secateur"
+
+
+def measure_structured(path: str | Path, factory: str | None, example: str | None) -> dict[str, dict[str, Any]]:
+    """Parameters, FLOPs, bytes and latency of a saved smaller model beside the original.
+
+    Args:
+        factory: how to make the original (as for `load_module`). Where the surgery plan names a timm model or a
+            model directory it is not needed; a Python file is run only when the user names it here.
+    """
+    folder = Path(path)
+    record: Mapping[str, Any] = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
+    source = factory or str(record.get("source", ""))
+    if factory is None and (not source or source.rpartition(":")[0].endswith(".py")):
+        raise ModelError(f"{folder} was made of {source or 'a module in memory'}: name its factory with --against")
+    dense = load_module(source, weights=False)
+    small = load(folder, load_module(source, weights=False)).eval()
+    args, kwargs = inputs(example_inputs(example or _shape_of(record), dense))
+    speed = latency({"dense": dense, "small": small}, args, kwargs)
+    found = {}
+    for name, key, model in ((str(path), "small", small), (source, "dense", dense)):
+        total, nonzero = count_parameters(model)
+        found[name] = {
+            "parameters": total,
+            "nonzero": nonzero,
+            "flops": flops(model, *args, **kwargs).total,
+            "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) if key == "small" else None,
+            "latency": speed[key],
+        }
+    return found
+
+
+def _shape_of(record: Mapping[str, Any]) -> str | None:
+    given = record.get("example") or []
+    shapes = [x["shape"] for x in given if isinstance(x, dict)]
+    return "x".join(str(int(n)) for n in shapes[0]) if len(shapes) == 1 else None

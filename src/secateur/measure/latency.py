@@ -1,0 +1,40 @@
+"""Wall time of a forward pass."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def latency(
+    models: Mapping[str, nn.Module], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, repeats: int = 9
+) -> dict[str, float]:
+    """Median seconds of one forward pass of each model, in evaluation mode on the same inputs.
+
+    The models take turns, so that whatever else the machine does falls on all of them alike. On a GPU the clock
+    waits for the work to end.
+    """
+    given = dict(kwargs or {})
+    times: dict[str, list[float]] = {name: [] for name in models}
+    training = [(m, m.training) for model in models.values() for m in model.modules()]
+    try:
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode():
+            for turn in range(repeats + 2):
+                for name, model in models.items():
+                    begun = time.perf_counter()
+                    model(*args, **given)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    if turn >= 2:  # the first passes allocate and choose kernels
+                        times[name].append(time.perf_counter() - begun)
+    finally:
+        for module, was in training:
+            module.training = was
+    return {name: statistics.median(found) for name, found in times.items()}

@@ -1,0 +1,71 @@
+"""The options that commands share, and how they become a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import RecipeError
+from .recipe import Recipe
+
+Model = Annotated[
+    str, typer.Argument(help="A model directory, a hub id, 'demo', hf-config:FILE, timm:NAME or FILE.py:callable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="A named method (secateur methods).")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file (YAML).")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights that goes, in [0, 1).")]
+Gran = Annotated[
+    str | None, typer.Option("--granularity", help="element, row, 2:4, any N:M, block(r,c), coupled, filter.")
+]
+Alloc = Annotated[str | None, typer.Option("--allocation", help="How the sparsity is spread over layers.")]
+Crit = Annotated[str | None, typer.Option("--criterion", help="What a weight is worth.")]
+Solver = Annotated[str | None, typer.Option("--solver", help="Whether and how the survivors move.")]
+Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the model.")]
+Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set solver.damp=0.02; may be repeated.")]
+Goal = Annotated[str | None, typer.Option("--target", help="For coupled units: 'flops 50%' or 'params to 2M'.")]
+Example = Annotated[str | None, typer.Option("--example", help="Shape of one input, e.g. 1x3x224x224.")]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
+
+
+def _number(value: str) -> Any:
+    """A knob's value as YAML would read it."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(value)
+
+
+def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
+    knobs: dict[str, dict[str, Any]] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        axis, dot, knob = name.partition(".")
+        if not (equals and dot and knob):
+            raise RecipeError(f"--set '{item}' is not understood: write --set solver.damp=0.02")
+        knobs.setdefault(axis, {})[knob] = _number(value)
+    return knobs
+
+
+def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
+    """The recipe of a method or a file, with what the options override."""
+    given = {k: v for k, v in axes.items() if v is not None and v != []}
+    if knobs:
+        given["knobs"] = _knobs(knobs)
+    if file is not None:
+        if not file.exists():
+            raise RecipeError(f"there is no recipe file {file}")
+        recipe = Recipe.load(file)
+        if not given and method is None:
+            return recipe
+        merged = {**recipe.to_dict(), **given}
+        merged.pop("method")
+        return Recipe.from_dict({"method": method or recipe.method, **merged})
+    return Recipe.of(method or "wanda", **given)

@@ -1,0 +1,58 @@
+"""Smaller transformers models that stock ``from_pretrained`` loads: the config that describes their sizes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..surgery.prove import outputs
+
+_TRIES = 512
+
+
+def stock_config(
+    model: nn.Module, sizes: Mapping[int, Sequence[int]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any | None:
+    """A config from which the model's own class builds exactly this model, or None.
+
+    No table of field names: every whole number in the config that equals a size which changed may take its new
+    value, and the choice that reproduces every shape, and with these weights the very outputs, is the config. There is
+    none where layers differ.
+
+    Args:
+        model: the smaller model, with the config of the original.
+        sizes: old size -> what axes of that size have become.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
+        return None
+    due = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    fields = {k: v for k, v in config.to_dict().items() if type(v) is int and v in sizes}
+    options = [(*sizes[v], v) for v in fields.values()]
+    for choice in itertools.islice(itertools.product(*options), _TRIES):
+        trial = copy.deepcopy(config)
+        for field, value in zip(fields, choice, strict=True):
+            setattr(trial, field, value)
+        try:
+            with torch.device("meta"):
+                built = type(model)(trial)
+        except Exception:  # sizes that do not go together, as the class itself finds
+            continue
+        if {name: tuple(p.shape) for name, p in built.named_parameters()} == due:
+            return trial if _same(model, trial, args, kwargs) else None
+    return None
+
+
+def _same(model: nn.Module, config: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a fresh model of the config, given these weights, computes the same."""
+    state = model.state_dict()
+    with torch.random.fork_rng():
+        fresh = type(model)(config)
+    fresh.to(next(model.parameters()).dtype).load_state_dict(state, strict=False)
+    a, b = (outputs(m, args, kwargs) for m in (model, fresh))
+    return len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y) for x, y in zip(a, b, strict=True))
