@@ -7,6 +7,7 @@ import pytest
 from secateur import Recipe, registry, testing  # registers everything
 from secateur.evidence.gradients import GRADIENT_FACTS
 from secateur.evidence.inputs import INPUT_FACTS
+from secateur.granularity import parse
 from secateur.registry import Part, parts
 
 PARTS = [part for kind in registry.kinds() for part in parts(kind).values()]
