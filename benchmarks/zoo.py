@@ -213,6 +213,8 @@ def show(stored: dict[str, Any], chosen: list[str], sides: list[str]) -> str:
             r = newest.get((name, which))
             if r and r["reason"]:
                 remarks.append(f"- {name}, {SIDES[which]}, {r['outcome']}: {r['reason']}")
+            elif r and r.get("check", {}).get("kind") == "statistics":
+                remarks.append(f"- {name}, {SIDES[which]}, {r['outcome']}: by the library's own proof alone")
     head = ["", "M params", "secateur", "gone", "proof", "check", "gradients", "save, load", "plan s", "shrink s"]
     head += ["torch-pruning", "gone", "s"] if "peer" in sides else []
     parts = [table(head, rows), "\n".join(remarks)]

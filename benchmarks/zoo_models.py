@@ -55,7 +55,7 @@ def case(name: str) -> Case:
         return grouped_case(name, rest)
     if name == "none:linear":
         return Case(name, lambda x: seeded(x, lambda: nn.Linear(16, 8)), lambda x: noise(x, 1, 16), (8,), kind)
-    raise SystemExit(f"no model '{name}': write timm:NAME, hf:FAMILY, gqa:RATIO[:cache] or none:linear")
+    raise ValueError(f"no model '{name}': write timm:NAME, hf:FAMILY, gqa:RATIO[:cache] or none:linear")
 
 
 def seeded(seed: int, make: Callable[[], Any]) -> Any:
@@ -77,7 +77,7 @@ def timm_case(name: str, model: str) -> Case:
     import timm
 
     if not timm.is_model(model):
-        raise SystemExit(f"timm knows no model '{model}'")
+        raise ValueError(f"timm knows no model '{model}'")
     config = timm.get_pretrained_cfg(model)
     channels, size, fixed, least = 3, 224, False, 0
     if config is not None:
@@ -106,7 +106,7 @@ def grouped_case(name: str, rest: str) -> Case:
     except (ValueError, ZeroDivisionError):
         groups = 0
     if groups < 1 or (ratio != "mqa" and groups * int(ratio) != heads) or cache not in ("", "cache"):
-        raise SystemExit(f"'{name}': the ratio is a divisor of {heads} or 'mqa', then ':cache' or nothing")
+        raise ValueError(f"'{name}': the ratio is a divisor of {heads} or 'mqa', then ':cache' or nothing")
     given = sizes(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups)
     return hf_case(name, "llama", cache=bool(cache), **given)
 

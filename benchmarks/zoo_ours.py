@@ -213,7 +213,7 @@ def over(module: nn.Module, own: Mapping[str, nn.Parameter], keep: Tensor) -> Ca
     if isinstance(small, nn.GroupNorm):
         small.num_groups, small.num_channels = len(torch.unique(keep // (size // small.num_groups))), len(keep)
     first = isinstance(module, nn.GroupNorm) or "2d" in type(module).__name__
-    axis = 1 if first or getattr(module, "data_format", "") == "channels_first" else -1
+    axis = 1 if first or getattr(module, "data_format", "") == "channels_first" else getattr(module, "channel_dim", -1)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = small(x.index_select(axis, keep), *args, **kwargs)

@@ -18,7 +18,7 @@ from zoo_models import Case
 
 os.environ["TIMM_FUSED_ATTN"] = "0"  # as its timm example does, before timm is imported
 
-SPLIT = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
+SPLIT = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 FUSED = ("qkv", "qkv_proj", "query_key_value")
 
 
@@ -95,6 +95,7 @@ def follow(module: nn.Module, layers: list[nn.Module], heads: Mapping[nn.Module,
         "attention_head_size": width // left,
         "attn_dim": width,
         "all_head_size": width,
+        "inner_dim": width,
     }
     if len(layers) > 1:
         values["num_key_value_groups"] = left // max(heads[layers[1]], 1)

@@ -312,13 +312,22 @@ def test_of_a_single_layer_nothing_can_go() -> None:
 
 
 def test_a_layer_of_which_a_unit_is_everything_stays() -> None:
-    model = nets.Call(lambda m, x: m.b(F.relu(m.a(x)).flatten(1)), a=nn.Conv2d(3, 2, 1), b=nn.Linear(8, 3))
-    x = nets.noise(2, 3, 2, 2)
-    assert len(units(analysis(model, x))) == 2
-    tied = nets.Call(lambda m, x: m.b(m.a(x).chunk(2, 1)[0] * m.a(x).chunk(2, 1)[1]), a=nn.Conv2d(3, 2, 1))
-    tied.b = nn.Conv2d(1, 3, 1)
-    found = analysis(tied, x)
-    assert not found.families and found.frozen["a.weight", 0]
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(y[..., 1:] * y[..., :-1])  # each position with the next, so all with all
+
+    found = analysis(nets.Call(forward, a=nn.Linear(4, 5), b=nn.Linear(4, 3)), nets.noise(2, 4))
+    assert not found.families and found.frozen["a.weight", 0].startswith("it is all of a.weight")
+
+
+def test_the_parts_of_a_split_stay_equal() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.a(x).chunk(2, -1)
+        return m.c(torch.cat([b, torch.tanh(a)], -1))
+
+    model = nets.Call(forward, a=nn.Linear(3, 8), c=nn.Linear(8, 2))
+    pairs = [everywhere(f"{i},{4 + i}", "a.weight:0", "a.bias:0", "c.weight:1") for i in range(4)]
+    assert units(analysis(model, nets.noise(2, 3))) == {words(pair) for pair in pairs}
 
 
 @torch.library.custom_op("secateur_test::twist", mutates_args=())

@@ -279,3 +279,40 @@ def test_what_the_example_does_not_reach_still_works() -> None:
     x, other = nets.noise(3, 4), nets.noise(3, 6)
     small = planned(model, {"x": x}).shrink()
     assert small(x, other=other)["logits"].shape == (3, 2)
+
+
+def windowed(m: Any, x: Tensor) -> Tensor:
+    """Reads the last tokens only, as many as a number says that has nothing to do with the width."""
+    return m.b(F.relu(m.a(x)))[:, -m.window :]
+
+
+@pytest.mark.xfail(strict=True, reason="a number that equals a size is changed, where nothing in the example needs it")
+def test_numbers_that_only_happen_to_equal_a_size_stay() -> None:
+    torch.manual_seed(0)
+    model = nets.Call(windowed, a=nn.Linear(5, 8), b=nn.Linear(8, 3), window=8)
+    plan = planned(model, nets.noise(2, 4, 5))
+    assert plan.proof.proven and plan.shrink().window == 8
+
+
+def flat(m: Any, x: Tensor) -> Tensor:
+    """As many heads as the layer before has channels; the heads can be any number that divides."""
+    x = m.b(F.gelu(m.a(x)))
+    q, k, v = (layer(x).view(*x.shape[:2], m.heads, -1).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    return m.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an error of 1e-7 counts as proven, and flat attention hardly tells its heads apart"
+)
+def test_another_number_of_heads_is_found_out_where_attention_is_flat() -> None:
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(5, 2), "b": nn.Linear(2, 8), "o": nn.Linear(8, 3), "v": nn.Linear(8, 8)}
+    model = nets.Call(flat, q=nn.Linear(8, 8), k=nn.Linear(8, 8), heads=2, **layers).double()
+    with torch.no_grad():
+        for parameter in (*model.q.parameters(), *model.k.parameters()):
+            parameter.mul_(3e-3)
+    x = nets.noise(2, 6, 5).double()
+    found = dependencies(trace(model, (x,)))
+    inner = next(i for i, f in enumerate(found.families) if f.name == "a.weight:0")
+    proof = prove(model, found, first(found, inner, 1), (x,), {})
+    assert proof.proven and not proof.mends and proof.error is not None and proof.error <= 1e-12

@@ -250,8 +250,11 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     for key, tensor in tensors.items():
         axes: list[Axis] = [None] * tensor.dim()
         if tensor.is_floating_point() or tensor.is_complex():
+            wide = [i for i, n in enumerate(tensor.shape) if n > 1]
+            if not isinstance(tensor, nn.Parameter) and len(wide) > 1:
+                wide = [i for i in wide if i == tensor.dim() - 1]  # masks and position tables: rows are positions
             for i, n in enumerate(tensor.shape):
-                if n > 1:
+                if i in wide:
                     axes[i] = labels = found.labels.fresh(n)
                     found.slots.append(Slot(tuple(names[key]), tensor, i, labels))
         tracer.put(tensor, axes)

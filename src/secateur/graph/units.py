@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .labels import Array
 from .trace import Slot, Trace
@@ -69,22 +70,28 @@ class Dependencies:
 
     def kept(self, gone: Iterable[int]) -> dict[int, Array]:
         """Slot number -> positions that stay, for every slot that loses some."""
-        removed = np.fromiter(gone, dtype=np.int64)
+        mask = self.mask(gone)
         found = {}
         for i, roots in enumerate(self.roots):
-            lost = np.isin(roots, removed)
+            lost = mask[roots]
             if lost.any():
                 found[i] = np.flatnonzero(~lost)
         return found
 
+    def mask(self, gone: Iterable[int]) -> NDArray[np.bool_]:
+        """Whether each label is one of these."""
+        mask = np.zeros(len(self.trace.labels), dtype=bool)
+        mask[np.fromiter(gone, dtype=np.int64)] = True
+        return mask
+
     def flops(self, gone: Iterable[int] = ()) -> int:
         """Floating point operations of the traced run without these labels; two to a multiply-add."""
-        labels = self.trace.labels
-        mask = np.zeros(len(labels), dtype=bool)
-        mask[np.fromiter(gone, dtype=np.int64)] = True
-        if not hasattr(self, "_cost_roots"):
-            self._cost_roots = [(f, [labels.roots(a) for a in axes]) for f, axes in self.trace.costs]
-        return sum(f * int(np.prod([len(r) - int(mask[r].sum()) for r in axes])) for f, axes in self._cost_roots)
+        mask = self.mask(gone)
+        return sum(f * int(np.prod([len(r) - int(mask[r].sum()) for r in axes])) for f, axes in self._costs)
+
+    @cached_property
+    def _costs(self) -> list[tuple[int, list[Array]]]:
+        return [(f, [self.trace.labels.roots(a) for a in axes]) for f, axes in self.trace.costs]
 
     def parameters(self, gone: Iterable[int]) -> int:
         """How many parameters the model has without these labels."""

@@ -41,14 +41,14 @@ def unit_scores(found: Dependencies, scores: Mapping[str, Tensor], where: str = 
 
     Args:
         where: ``coupled`` sums over every weight that would go (DepGraph, arXiv 2301.12900, equation 4);
-            ``output`` over the weights that compute the unit alone (Li et al., arXiv 1608.08710).
+            ``output`` over the weights that compute the unit alone (Li et al., arXiv 1608.08710), where any do.
     """
     if where not in ("coupled", "output"):
         raise RecipeError(f"scores are summed over 'coupled' or 'output' weights, not '{where}'")
     lines: dict[int, Scores] = {}
     for i, slot in enumerate(found.slots):
         score = next((scores[n] for n in slot.names if n in scores), None)
-        if score is None or (where == "output" and slot.axis != 0):
+        if score is None:
             continue
         line = score.sum([d for d in range(score.dim()) if d != slot.axis]) if score.dim() > 1 else score
         lines[i] = line.numpy()
@@ -56,8 +56,8 @@ def unit_scores(found: Dependencies, scores: Mapping[str, Tensor], where: str = 
     for family in found.families:
         total = np.zeros(len(family.units))
         used = [i for i in family.slots if i in lines]
-        if not used and where == "output":
-            raise NumericalError(f"family {family.name} has no weights that compute it: use the coupled sum")
+        if where == "output":  # some units are computed by nothing, such as features of a constant
+            used = [i for i in used if found.slots[i].axis == 0] or used
         for k, unit in enumerate(family.units):
             total[k] = sum(float(lines[i][unit.places[i]].sum()) for i in used)
         if not np.isfinite(total).all():

@@ -25,7 +25,7 @@ from ..graph.units import Dependencies
 from .shrink import Mend, candidates, kept_by_name, shrink
 
 _SCATTERED = ("_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm")
-_TRIES = 24
+_TRIES = 12
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,11 @@ def prove(
     kept = kept_by_name(found, gone)
     failed = Proof(False, None, effect, (), "nothing was tried")
     for mends in itertools.islice(_choices(model, found, gone), _TRIES):
-        small = copy.deepcopy(model)
+        small = _twin(model)
         try:
+            problem = _shapes_fail(model, kept, mends, args, kwargs)
+            if problem is not None:
+                raise problem
             shrink(small, kept, mends)
             result = outputs(small, args, kwargs)
         except Exception as problem:  # the model's own code, on sizes it may not expect
@@ -187,6 +190,41 @@ def prove(
         why = "its outputs have other shapes" if error is None else f"it computes something else (off by {error:.1e})"
         failed = Proof(False, error, effect, mends, why)
     return failed
+
+
+def _twin(model: nn.Module, meta: bool = False) -> nn.Module:
+    """A copy that shares the tensors, which `shrink` replaces and an evaluation only reads; or one without data."""
+    memo: dict[int, Any] = {}
+    for tensor in stored_tensors(model).values():
+        new = tensor
+        if meta:
+            new = tensor.detach().to("meta")
+            new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        memo[id(tensor)] = new
+    return copy.deepcopy(model, memo)
+
+
+def _shapes_fail(
+    model: nn.Module,
+    kept: Mapping[str, Mapping[int, Array]],
+    mends: Sequence[Mend],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Exception | None:
+    """Run the smaller model without data, which costs nothing, and see whether its shapes fit."""
+    small = _twin(model, meta=True)
+    on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (list(args), dict(kwargs)))
+    try:
+        shrink(small, kept, mends)
+        with torch.device("meta"):
+            outputs(small, *on_meta)
+    except (RuntimeError, ValueError, IndexError) as problem:
+        # What cannot run without data says nothing about shapes: a number is read, or an operation has no such form.
+        text = str(problem).lower()
+        return None if isinstance(problem, NotImplementedError) or "meta" in text or "item()" in text else problem
+    except Exception:
+        return None
+    return None
 
 
 def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Iterator[tuple[Mend, ...]]:

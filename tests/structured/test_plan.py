@@ -1,0 +1,332 @@
+"""Targets, counts, choices and notes of a plan, and that planning changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import nets
+from torch import nn
+
+from secateur import Recipe
+from secateur.errors import ModelError, NumericalError, RecipeError, SecateurError
+from secateur.graph import Family, Unit, dependencies, trace
+from secateur.measure.flops import flops
+from secateur.structured import StructuredPlan, Target, plan_structured
+from secateur.structured.allocate import gone, ranked, rounded, step_of, uniform
+from secateur.structured.score import unit_scores, weight_scores
+
+
+def planned(model: nn.Module, example: Any, target: str = "params 40%", **options: Any) -> StructuredPlan:
+    recipe = options.pop("recipe", None) or Recipe.of("magnitude", **options.pop("fields", {}))
+    return plan_structured(model, recipe, target=target, example=example, **{"multiple": 1, **options})
+
+
+def wide() -> nn.Module:
+    """Wide enough that rounding hardly counts."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 64, 3), nn.ReLU(), nn.Conv2d(64, 5, 1)
+    ).eval()
+
+
+IMAGE = nets.noise(1, 3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "text, quantity, before, remaining, shown",
+    [
+        ("params 50%", "params", 1000, 500, "params to 50%"),
+        ("flops 40%", "flops", 1000, 600, "flops to 60%"),
+        ("FLOPs to 30%", "flops", 1000, 300, "flops to 30%"),
+        ("params to 2M", "params", 9e6, 2e6, "params to 2,000,000"),
+        ("params to 1.5k", "params", 9e6, 1500, "params to 1,500"),
+        ("flops to 3g", "flops", 9e9, 3e9, "flops to 3,000,000,000"),
+        ("flops to 3B", "flops", 9e9, 3e9, "flops to 3,000,000,000"),
+        ("params to 700", "params", 1000, 700, "params to 700"),
+        ("  params   12.5 % ", "params", 1000, 875, "params to 87.5%"),
+    ],
+)
+def test_targets(text: str, quantity: str, before: float, remaining: float, shown: str) -> None:
+    target = Target.parse(text)
+    assert target.quantity == quantity and target.remaining(before) == pytest.approx(remaining)
+    assert str(target) == shown
+    assert Target.parse(str(target).replace(",", "")) == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "params", "50%", "params fifty%", "weights 50%", "params 50 percent", "params -50%", "params 50%%"),
+        *("params 0%", "params 100%", "params to 0%", "params to 100%", "params 150%", "params to 150%"),
+        *("params 2M", "flops 1000", "params 5q", "params to"),
+    ],
+)
+def test_targets_that_are_not_understood(text: str) -> None:
+    with pytest.raises(RecipeError, match="target"):
+        Target.parse(text)
+
+
+@pytest.mark.xfail(strict=True, reason="ValueError of float")
+@pytest.mark.parametrize("text", ["params 5.0.1%", "params .%"])
+def test_numbers_that_are_none(text: str) -> None:
+    with pytest.raises(RecipeError, match="target"):
+        Target.parse(text)
+
+
+def test_a_plan_refuses_what_it_cannot_read() -> None:
+    model = wide()
+    for target in ("half", "params 2M"):
+        with pytest.raises(RecipeError):
+            planned(model, IMAGE, target)
+    with pytest.raises(RecipeError, match="uniform"):
+        planned(model, IMAGE, fields={"allocation": "erk"})
+    with pytest.raises(RecipeError, match="coupled"):
+        planned(model, IMAGE, where="everywhere")
+    for example in (3, None, [], "text"):
+        with pytest.raises(ModelError, match="example"):
+            planned(model, example)
+    for wrong in (nets.noise(1, 4, 6, 6), {}, {"image": IMAGE}, (IMAGE, IMAGE)):
+        with pytest.raises(ModelError, match="does not run"):
+            planned(model, wrong)
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NumericalError):
+        planned(model, IMAGE)
+
+
+@pytest.mark.xfail(strict=True, reason="the copy of the model is made outside of what turns failures into ModelError")
+@pytest.mark.parametrize("kind", ["lazy", "meta", "graph"])
+def test_models_that_cannot_be_copied_and_run(kind: str) -> None:
+    x = nets.noise(2, 4)
+    if kind == "lazy":
+        model: nn.Module = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 2))
+    else:
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    if kind == "meta":
+        model, x = model.to("meta"), x.to("meta")
+    if kind == "graph":
+        model.cached = model(x)  # not a leaf: deepcopy refuses
+    try:
+        planned(model, x)
+    except ModelError:
+        return
+
+
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("share", [20, 50, 80])
+def test_targets_are_met_closely(quantity: str, allocation: str, share: int) -> None:
+    model = wide()
+    plan = planned(model, IMAGE, f"{quantity} {share}%", fields={"allocation": allocation})
+    limit = plan.before[quantity] * (1 - share / 100)
+    assert plan.proof.proven and limit - 0.05 * plan.before[quantity] <= plan.after[quantity] <= limit
+    assert not any("not met" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("target", ["flops 70%"])
+def test_a_target_is_met_or_the_note_says_not(name: str, target: str) -> None:
+    plan = planned(*nets.build(name), target)
+    quantity = plan.target.quantity
+    met = plan.after[quantity] <= plan.target.remaining(plan.before[quantity])
+    assert met != any("the target is not met" in note for note in plan.notes)
+
+
+def test_a_count_that_remains() -> None:
+    plan = planned(wide(), IMAGE, "params to 9k")
+    assert 8000 < plan.after["params"] <= 9000
+    whole = planned(wide(), IMAGE, "params to 1G")
+    assert whole.after == whole.before and not whole.kept and not any("not met" in note for note in whole.notes)
+    with pytest.raises(ModelError, match="nothing can be removed"):
+        whole.shrink()
+
+
+def family(count: int, width: int = 1) -> Family:
+    units = [Unit(frozenset({k}), {0: np.arange(width) + k * width}) for k in range(count)]
+    return Family("f", units, (0,))
+
+
+@given(st.integers(1, 200), st.floats(0, 1), st.sampled_from([1, 2, 8, 16]), st.integers(1, 3))
+def test_counts_are_rounded_and_never_run_out(count: int, keep: float, multiple: int, width: int) -> None:
+    some = family(count, width)
+    step = step_of(some, multiple)
+    assert step == (multiple if width == 1 and count >= 2 * multiple else 1)
+    kept = rounded(some, keep, multiple)
+    assert 1 <= kept <= count and kept >= count / 10
+    assert kept % step == 0 or kept == count
+    assert abs(kept - keep * count) <= step or kept <= count / 10 + step
+    assert uniform([some], [np.zeros(count)], keep, multiple) == [kept]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_sizes_are_multiples_of_eight(allocation: str) -> None:
+    plan = planned(wide(), IMAGE, "params 45%", multiple=8, fields={"allocation": allocation})
+    assert [f.units for f in plan.families] == [48, 64] and all(f.kept % 8 == 0 for f in plan.families)
+    least = planned(wide(), IMAGE, "params 99.9%", multiple=8)
+    assert [f.kept for f in least.families] == [8, 8] and "not met" in least.notes[0]
+    assert [f.kept for f in planned(wide(), IMAGE, "params 99.9%").families] == [5, 7]  # a tenth, rounded up
+
+
+def test_uniform_keeps_fractions_and_global_follows_scores() -> None:
+    model = wide()
+    with torch.no_grad():
+        model[3].weight[10:] *= 1e-3  # most of the second layer is worth nothing
+    even = {f.name: f.kept / f.units for f in planned(model, IMAGE).families}
+    assert abs(even["0.weight:0"] - even["3.weight:0"]) < 0.03
+    plan = planned(model, IMAGE, fields={"allocation": "global"})
+    kept = {f.name: f.kept / f.units for f in plan.families}
+    assert kept["3.weight:0"] < even["3.weight:0"] < kept["0.weight:0"]
+    assert set(range(10)) <= set(plan.kept["3.weight"][0].tolist())
+    scores = [np.array([1.0, 2.0, 3.0, 6.0]), np.array([10.0, 20.0, 30.0, 60.0])]
+    assert ranked([family(4), family(4)], scores, 0.5, 1) == [2, 2]  # scales between families do not matter
+
+
+def test_what_is_kept_scores_highest() -> None:
+    model = wide()
+    plan = planned(model, IMAGE)
+    found = dependencies(trace(model, (IMAGE,)))
+    expected = [
+        model[0].weight.abs().sum((1, 2, 3)) + model[3].weight.abs().sum((0, 2, 3)),
+        model[3].weight.abs().sum((1, 2, 3)) + model[5].weight.abs().sum((0, 2, 3)),
+    ]
+    scores = unit_scores(found, weight_scores(model, Recipe.of("magnitude"), {}))
+    for score, hand, name in zip(scores, expected, ("0.weight", "3.weight"), strict=True):
+        np.testing.assert_allclose(score, hand.detach().double().numpy(), rtol=1e-5)
+        kept = plan.kept[name][0]
+        lost = np.setdiff1d(np.arange(len(score)), kept)
+        assert score[kept].min() >= score[lost].max()
+    outputs = unit_scores(found, weight_scores(model, Recipe.of("magnitude"), {}), "output")
+    hand = model[0].weight.abs().sum((1, 2, 3)).detach().double().numpy()
+    np.testing.assert_allclose(outputs[0], hand, rtol=1e-5)
+    assert len(gone(found.families, scores, [40, 60])) == 8 + 4
+
+
+def test_only_and_skip() -> None:
+    model, example = nets.build("vgg")
+    everything = {f.name: f for f in planned(model, example).families}
+    assert not any(f.reason for f in everything.values())
+    for fields, cut in (
+        ({"only": ["c2"]}, {"c1.weight:0", "c2.weight:0"}),  # the first is what c2 reads
+        ({"only": ["f2*"]}, {"f1.weight:0"}),
+        ({"skip": ["c1"]}, {"c2.weight:0", "f1.weight:0"}),
+        ({"skip": ["f1", "c1.weight"]}, set()),
+        ({"only": ["c*"], "skip": ["f1"]}, {"c1.weight:0"}),
+    ):
+        plan = planned(model, example, fields=fields)
+        assert {f.name for f in plan.families if not f.reason} == cut
+        assert all(f.kept == f.units for f in plan.families if f.reason)
+        assert all(f.reason.startswith(("not chosen", "chosen by")) for f in plan.families if f.name not in cut)
+        if cut:
+            assert plan.proof.proven and {n.split(".")[0] for n in plan.kept} <= {n for c in cut for n in reads(c)}
+
+
+def reads(name: str) -> set[str]:
+    order = ["c1", "c2", "f1", "f2"]
+    k = order.index(name.split(".")[0])
+    return {order[k], order[k + 1]}
+
+
+def same(a: StructuredPlan, b: StructuredPlan) -> bool:
+    if a.kept.keys() != b.kept.keys():
+        return False
+    return all(np.array_equal(p, b.kept[n][axis]) for n, axes in a.kept.items() for axis, p in axes.items())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_the_same_seed_gives_the_same_plan(criterion: str) -> None:
+    model, example = nets.build("residual")
+    plans = [planned(model, example, fields={"criterion": criterion, "seed": s}) for s in (1, 1, 2)]
+    assert same(plans[0], plans[1]) and str(plans[0]) == str(plans[1])
+    assert same(plans[0], plans[2]) == (criterion == "magnitude")
+    assert nets.same(nets.snapshot(plans[0].shrink()), plans[1].shrink())
+
+
+@pytest.mark.parametrize("name", ["residual", "unet", "tied", "gru", "scaled"])
+def test_planning_and_shrinking_change_nothing(name: str) -> None:
+    model, example = nets.build(name)
+    model.train()
+    next(model.children()).eval()
+    tensors = {k: t.data_ptr() for k, t in model.state_dict().items()}
+    before, modes, shown = nets.snapshot(model), [m.training for m in model.modules()], str(model)
+    random, gradients = torch.get_rng_state(), [p.requires_grad for p in model.parameters()]
+    values = list(example.values()) if isinstance(example, dict) else [example]
+    inputs = [x.clone() for x in values]
+    small = planned(model, example).shrink()
+    assert nets.same(before, model) and tensors == {k: t.data_ptr() for k, t in model.state_dict().items()}
+    assert [m.training for m in model.modules()] == modes and str(model) == shown
+    assert not any(m._forward_hooks or m._forward_pre_hooks for top in (model, small) for m in top.modules())
+    assert torch.equal(random, torch.get_rng_state()) and all(map(torch.equal, values, inputs))
+    assert [p.requires_grad for p in model.parameters()] == gradients and all(
+        p.grad is None for p in model.parameters()
+    )
+    assert [m.training for m in small.modules()] == modes and type(small) is type(model)
+    assert not {t.data_ptr() for t in small.state_dict().values()} & set(tensors.values())
+    assert torch.is_grad_enabled() and torch.backends.mkldnn.enabled and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_plan_prints_as_a_table() -> None:
+    plan = planned(*nets.build("unet"))
+    text = str(plan)
+    for family in plan.families:
+        assert family.name in text
+    for word in ("params", "flops", "frozen:", "proven, error", "output of the model", "note: normalizations"):
+        assert word in text
+    assert f"{plan.before['params']:,}" in text and f"{plan.after['flops']:,}" in text
+    assert "NOT proven" in str(planned(*nets.build("single")))
+
+
+def test_a_smaller_model_can_be_made_smaller_again() -> None:
+    model = wide()
+    once = planned(model, IMAGE, "params 30%").shrink()
+    plan = planned(once, IMAGE, "params 30%")
+    twice = plan.shrink()
+    assert plan.proof.proven and nets.parameters(twice) == plan.after["params"]
+    assert nets.parameters(twice) < 0.5 * nets.parameters(model) and flops(twice, IMAGE).total == plan.after["flops"]
+
+
+def test_masking_works_in_place() -> None:
+    model = wide()
+    plan = planned(model, IMAGE)
+    assert plan.mask() is model
+    lost = np.setdiff1d(np.arange(48), plan.kept["0.weight"][0])
+    assert float(model[0].weight[lost].detach().abs().sum()) == 0 == float(model[1].bias[lost].detach().abs().sum())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGE), plan.shrink()(IMAGE), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mqa-fused"])
+def test_heads_go_whole_where_single_dimensions_cannot(kind: str) -> None:
+    plan = planned(*nets.build(kind), "params 30%")
+    cut = [f.name for f in plan.families if f.kept < f.units and f.name.startswith("q.weight:0")]
+    assert plan.proof.proven and cut
+
+
+@pytest.mark.xfail(strict=True, reason="counts of all families round together, and no note says what it costs")
+@pytest.mark.parametrize("name, share", [("shuffle", 20), ("gqa", 20), ("group-norm", 30)])
+def test_far_more_than_asked_goes_only_with_a_note(name: str, share: int) -> None:
+    plan = planned(*nets.build(name), f"params {share}%")
+    beyond = plan.target.remaining(plan.before["params"]) - plan.after["params"]
+    assert beyond <= 0.05 * plan.before["params"] or any("more" in note for note in plan.notes)
+
+
+def test_models_of_functions_of_their_own() -> None:
+    model = nets.Call(lambda m, x: torch.einsum("ti,ih->th", x, m.w), w=nn.Parameter(nets.noise(4, 3)))
+    for net in (model, nn.ReLU()):
+        with pytest.raises(SecateurError):
+            planned(net, nets.noise(2, 4))
+    gated = nets.Call(lambda m, x: m.b(F.glu(m.a(x))), a=nn.Linear(4, 16), b=nn.Linear(8, 2))
+    plan = planned(gated, nets.noise(2, 4))
+    assert plan.proof.proven or any("glu" in note for note in plan.notes)
+
+
+@pytest.mark.xfail(strict=True, reason="groups and places in a group are one family, of which all of a kind may go")
+def test_something_of_every_tensor_stays() -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 3, 1)]
+    plan = planned(nn.Sequential(*layers), nets.noise(2, 3, 4, 4), "params 80%")  # as many groups as places
+    assert all(len(p) for axes in plan.kept.values() for p in axes.values())
