@@ -350,7 +350,6 @@ def test_a_fourier_transform_is_not_known() -> None:
     assert units(found) == {words(everywhere(str(i), "b.weight:0", "b.bias:0", "c.weight:1")) for i in range(6)}
 
 
-@pytest.mark.xfail(strict=True, reason="what the example does not reach is offered for cutting, tensor by tensor")
 def test_what_the_example_does_not_reach_stays() -> None:
     model, example = nets.build("keyword")
     found = analysis(model, {"x": example["x"]})

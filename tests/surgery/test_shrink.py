@@ -172,7 +172,6 @@ def test_a_smaller_model_trains() -> None:
         assert not torch.equal(one, model(example))  # the layer reads its parameters, not copies of the old ones
 
 
-@pytest.mark.xfail(strict=True, reason="its groups are counted anew under each of its names")
 def test_a_grouped_convolution_under_two_names() -> None:
     layer = nn.Conv2d(8, 8, 1, groups=8)
     net = nets.Call(lambda m, x: m.b(F.relu(m.a(x))), a=layer, b=layer)

@@ -68,7 +68,10 @@ class Trace:
         unknown: operations no rule knows -> how often they were met; their inputs are frozen.
         costs: of each product, the factor and the labelled axes whose lengths multiply it to floating point
             operations.
-        operations: how many operations ran.
+        sequence: the names of the operations, in order.
+        unread: parameters that no operation of the run read.
+        single: how many parameters of one element there are, which have no slot.
+        low_precision: a floating point result of less than 64 bits was met, which bounds how exact a proof can be.
     """
 
     labels: Labels
@@ -77,7 +80,15 @@ class Trace:
     seen: dict[str, list[Array]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
     costs: list[tuple[int, tuple[Array, ...]]] = field(default_factory=list)
-    operations: int = 0
+    sequence: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    single: int = 0
+    low_precision: bool = False
+
+    @property
+    def operations(self) -> int:
+        """How many operations ran."""
+        return len(self.sequence)
 
 
 Rule = Callable[["Tracer", Any, Sequence[Any], Mapping[str, Any], Any], None]
@@ -96,12 +107,13 @@ class Tracer(TorchDispatchMode):
         self.trace, self.labels, self._rules = trace, trace.labels, rules
         self._axes: Any = WeakIdKeyDictionary()
         self.modules: list[str] = [""]
+        self.read: set[int] = set()
         self._met: dict[str, set[bytes]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        self.trace.operations += 1
+        self.trace.sequence.append(str(func))
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if any(x in self._axes for x in inputs):  # else it is a constant, which stays without an entry
             rule = self._rules(func)
@@ -112,6 +124,9 @@ class Tracer(TorchDispatchMode):
             for x in tree_iter((inputs, out)):
                 if isinstance(x, Tensor):
                     self._meet(x)
+                    self.read.add(id(x))
+                    if x.is_floating_point() and x.dtype != torch.float64:
+                        self.trace.low_precision = True
         return out
 
     def _meet(self, x: Tensor) -> None:
@@ -257,12 +272,19 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
                 if i in wide:
                     axes[i] = labels = found.labels.fresh(n)
                     found.slots.append(Slot(tuple(names[key]), tensor, i, labels))
+        if isinstance(tensor, nn.Parameter) and tensor.numel() == 1:
+            found.single += 1
         tracer.put(tensor, axes)
     for x in tree_iter((args, dict(kwargs or {}))):
         if isinstance(x, Tensor):
             tracer.rigid(x)
     with plain_operations(model), _entering(model, tracer.modules), tracer:
         output = model(*args, **(kwargs or {}))
+    for slot in found.slots:
+        if id(slot.tensor) not in tracer.read:
+            if slot.is_parameter and slot.names[0] not in found.unread:
+                found.unread.append(slot.names[0])
+            found.labels.freeze(slot.labels, "no operation of this run reads it")
     for x in tree_iter(visible(output)):
         if isinstance(x, Tensor):
             for axis in tracer.axes(x):

@@ -102,7 +102,7 @@ class Dependencies:
                 shape = sizes.setdefault(id(slot.tensor), list(slot.tensor.shape))
                 if i in kept:
                     shape[slot.axis] = len(kept[i])
-        return int(sum(np.prod(shape) for shape in sizes.values()))
+        return self.trace.single + int(sum(np.prod(shape) for shape in sizes.values()))
 
 
 class _Closure:
@@ -175,7 +175,8 @@ def dependencies(trace: Trace) -> Dependencies:
                 found.setdefault(int(where_slot[k]), []).append(int(where_position[k]))
         return {i: np.unique(np.array(found[i], dtype=np.int64)) for i in sorted(found)}
 
-    families: dict[tuple[tuple[int, int], ...], Family] = {}
+    families: dict[tuple[tuple[int, int], ...], list[Family]] = {}
+    taken: dict[int, set[int]] = {}  # of each family: what goes with its units; they share nothing
     stuck: dict[int, str] = {}
     seen: set[frozenset[int]] = set()
     seeds = np.unique(np.concatenate([flat, np.array(sorted(closure.children), dtype=np.int64)]))
@@ -198,11 +199,17 @@ def dependencies(trace: Trace) -> Dependencies:
             stuck[seed] = f"it is all of {trace.slots[whole[0]].names[0]}"
             continue
         key = tuple((i, len(p)) for i, p in unit.places.items())
-        if key not in families:
+        alike = families.setdefault(key, [])
+        family = next((f for f in alike if taken[id(f)].isdisjoint(gone)), None)
+        if family is None:
             slots = tuple(unit.places)
-            families[key] = Family(_name(trace, slots, unit), [], slots)
-        families[key].units.append(unit)
-    reached = {g for family in families.values() for unit in family.units for g in unit.gone}
+            family = Family(_name(trace, slots, unit), [], slots)
+            alike.append(family)
+            taken[id(family)] = set()
+        family.units.append(unit)
+        taken[id(family)] |= gone
+    every = [family for alike in families.values() for family in alike]
+    reached = {g for family in every for unit in family.units for g in unit.gone}
     reasons_of: dict[tuple[str, int], str] = {}
     for i, slot in enumerate(trace.slots):
         mine = set(roots[i].tolist())
@@ -215,7 +222,7 @@ def dependencies(trace: Trace) -> Dependencies:
             if why is None:
                 why = "its positions only go with others that cannot"
             reasons_of[slot.names[0], slot.axis] = why
-    return Dependencies(trace, list(families.values()), reasons_of)
+    return Dependencies(trace, every, reasons_of)
 
 
 def _name(trace: Trace, slots: Iterable[int], unit: Unit) -> str:

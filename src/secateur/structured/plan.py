@@ -223,6 +223,16 @@ def plan_structured(
     after = {k: f(labels) for k, f in counted.items()}
     if after[wanted.quantity] > wanted.remaining(before[wanted.quantity]):
         notes.append(f"the target is not met: {wanted.quantity} can only go to {after[wanted.quantity]:,} here")
+    elif labels and after[wanted.quantity] < 0.9 * wanted.remaining(before[wanted.quantity]):
+        notes.append(
+            f"more goes than was asked: the next larger sizes of these families leave more than {wanted} "
+            f"(they are rounded to a multiple of {multiple}; heads and groups go whole)"
+        )
+    if found.trace.unread:
+        notes.append(
+            f"{len(found.trace.unread)} parameters are not read on this example and stay as they are, e.g. "
+            f"{found.trace.unread[0]}: the proof says nothing of the path that reads them"
+        )
     if found.trace.unknown:
         notes.append("operations without a rule froze what they read: " + ", ".join(sorted(found.trace.unknown)))
     if proof.proven and _statistics(found, labels):
@@ -266,18 +276,19 @@ def _twin(
     """An awake copy in float64, or in the model's own dtype where its code does not take float64."""
     problem: Exception | None = None
     for convert in (True, False):
-        twin = copy.deepcopy(model)
         a, k = args, kwargs
-        if convert:
-            twin, a, k = twin.double(), doubled(args), doubled(kwargs)
-        wake(twin)
         try:
+            twin = copy.deepcopy(model)
+            if convert:
+                twin, a, k = twin.double(), doubled(args), doubled(kwargs)
+            wake(twin)
             with plain_operations(twin):
                 twin(*a, **k)
             return twin, a, k
         except Exception as error:  # the user's own code
             problem = error
-    raise ModelError(f"the model does not run on the example: {type(problem).__name__}: {problem}") from problem
+    reason = f"{type(problem).__name__}: {problem}"
+    raise ModelError(f"the model cannot be copied and run on the example: {reason}") from problem
 
 
 def _chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[int], dict[int, str]]:

@@ -41,6 +41,8 @@ def stock_config(
         try:
             with torch.device("meta"):
                 built = type(model)(trial)
+            if callable(check := getattr(trial, "validate", None)):
+                check()  # as save_pretrained will
         except Exception:  # sizes that do not go together, as the class itself finds
             continue
         if {name: tuple(p.shape) for name, p in built.named_parameters()} == due:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,23 @@ def save(model: nn.Module, out: str | Path) -> Path:
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists: choose another directory")
-    part = target.with_name(target.name + ".partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error}") from None
+    part.chmod(0o755)
+    try:
+        _write(model, surgery, part)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
     record = dict(surgery)
     if surgery["format"] == "transformers":
         model.save_pretrained(part)  # type: ignore[operator]
@@ -51,10 +66,6 @@ def save(model: nn.Module, out: str | Path) -> Path:
         record["shapes"] = {n: list(t.shape) for n, t in state.items()}
         record["sha256"] = _digest(part / _WEIGHTS)
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    part.rename(target)
-    return target
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -72,7 +83,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         record = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
         stock = isinstance(record, dict) and record.get("format") == "transformers"
         digest = "" if stock else _digest(folder / _WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder} is not a model that secateur saved: {error}") from None
     if stock:
         return _load_stock(folder)
@@ -102,7 +113,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def _load_stock(folder: Path) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} says it is in transformers' format, but {str(error).splitlines()[0]}") from None
     names = getattr(config, "architectures", None) or []
     kind: Any = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -134,7 +148,7 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
         for name, axes in record["kept"].items():
             for axis, entry in axes.items():
                 axis, size = int(axis), int(entry["of"])
-                if name not in tensors or axis >= tensors[name].dim() or tensors[name].shape[axis] != size:
+                if name not in tensors or not 0 <= axis < tensors[name].dim() or tensors[name].shape[axis] != size:
                     raise ModelError(
                         f"{folder / _PLAN} expects {name} with {size} positions on axis {axis}, which this model has "
                         "not: give the model that was pruned, from the same factory"
@@ -147,8 +161,10 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
         modules = dict(model.named_modules())
         for m in record["mends"]:
             mend = Mend(str(m["module"]), str(m["attribute"]), m["item"], int(m["old"]), int(m["new"]))
-            value = getattr(modules.get(mend.module), mend.attribute, None)
-            value = value if mend.item is None or value is None else value[int(mend.item)]
+            value: Any = vars(modules[mend.module]).get(mend.attribute)
+            if mend.item is not None:
+                several = type(value) in (tuple, list) and type(mend.item) is int and 0 <= mend.item < len(value)
+                value = value[mend.item] if several else None
             if type(value) is not int or value != mend.old or mend.attribute.startswith("_"):
                 raise ModelError(
                     f"{folder / _PLAN} would change {mend.module}.{mend.attribute}, which is not {mend.old}"
@@ -156,9 +172,12 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
             if not 0 < mend.new < _OVER:
                 raise ModelError(f"{folder / _PLAN} sets {mend.module}.{mend.attribute} to {mend.new}")
             mends.append(mend)
-        if not isinstance(record["tied"], dict) or not isinstance(record["shapes"], dict):
+        tied = record["tied"]
+        if not isinstance(record["shapes"], dict):
+            raise ModelError(f"{folder / _PLAN} is damaged: it lists no shapes")
+        if not isinstance(tied, dict) or not all(isinstance(v, str) for v in tied.values()):
             raise ModelError(f"{folder / _PLAN} is damaged")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
     return kept, mends
 
@@ -172,7 +191,14 @@ def _check_shapes(
         if name not in given:
             raise ModelError(f"{folder / _PLAN} ties {alias} to {name}, which is not saved")
         given[alias] = given[name]
+    if more := sorted(set(given) - set(tensors)):
+        raise ModelError(f"{folder / _WEIGHTS} holds {more[0]}, which this model has not")
     for name, tensor in tensors.items():
+        if name in state and state[name].dtype != tensor.dtype:
+            raise ModelError(
+                f"{folder / _WEIGHTS} holds {name} in {state[name].dtype}, and the model has it in {tensor.dtype}: "
+                "convert the fresh model first"
+            )
         shape = [len(kept[name][a]) if a in kept.get(name, {}) else n for a, n in enumerate(tensor.shape)]
         if name not in given or list(given[name]) != shape:
             have = list(given[name]) if name in given else "nothing"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import RecipeError
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_TARGET = re.compile(r"(params|flops)\s+(to\s+)?([\d.]+)\s*(%|[kmgbt]?)", re.IGNORECASE)
+_TARGET = re.compile(r"(params|flops)\s+(to\s+)?(\d+(?:\.\d+)?|\.\d+)\s*(%|[kmgbt]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,17 @@ def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
         mends: numbers to change in modules; those of torch's own layers follow from the tensors by themselves.
     """
     made: dict[int, Tensor] = {}
+    regrouped: set[int] = set()
     for name, axes in kept.items():
-        if 0 in axes:
-            _regroup(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], axes[0])
+        module = model.get_submodule(name.rpartition(".")[0])
+        if 0 in axes and id(module) not in regrouped and name.rpartition(".")[2] == "weight":
+            regrouped.add(id(module))  # a module may have several names
+            _regroup(module, axes[0])
+    before = {name: _stored(model, name) for name in kept}
     for name, axes in kept.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        old = getattr(module, leaf)
+        old = before[name]
         if id(old) not in made:
             data = old.detach()
             for axis, positions in axes.items():
@@ -72,11 +76,17 @@ def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
         _follow(module)
 
 
-def _regroup(module: nn.Module, leaf: str, positions: Array) -> None:
+def _stored(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), leaf)
+    return found
+
+
+def _regroup(module: nn.Module, positions: Array) -> None:
     """The number of groups that a convolution or a group norm has left: those with a position that stays."""
     attribute = "groups" if isinstance(module, nn.modules.conv._ConvNd) else "num_groups"
     weight = getattr(module, "weight", None)
-    if leaf == "weight" and isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)) and weight is not None:
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)) and weight is not None:
         groups = int(getattr(module, attribute))
         if groups > 1:
             setattr(module, attribute, len(np.unique(positions // (weight.shape[0] // groups))))
