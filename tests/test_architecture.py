@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("registry",),
-    ("select", "schedule"),
+    ("select", "schedule", "symmetric"),
     ("layers", "graph", "formats", "kernels", "data", "printing"),
     ("masks", "evidence", "surgery", "measure"),
     ("criteria", "granularity"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError
 from ..layers import Layer
 from ..select import is_finite
+from ..symmetric import add_gram, mirror
 from .watch import as_ni, watch
 
 #: What a criterion or solver may name, and what it is.
@@ -23,7 +24,6 @@ INPUT_FACTS = {
     "tokens": "how many rows were seen",
 }
 
-_STRIPE = 384  # width of a stripe of the Gram matrix; only the upper triangle of stripes is computed
 _ROWS = 256  # squares of so many rows fit the cache: ten times the speed of one reduction over all
 
 
@@ -57,10 +57,7 @@ class InputEvidence:
         x = x_ni if x_ni.dtype in (torch.float32, torch.float64) else x_ni.float()
         self.tokens += x.shape[0]
         if self._gram is not None:
-            x32 = x.float()
-            for a in range(0, self.size, _STRIPE):
-                b = min(a + _STRIPE, self.size)
-                self._gram[a:b, a:].addmm_(x32[:, a:b].t(), x32[:, a:])
+            add_gram(self._gram, x.float())
         if self._square is not None:
             for rows in x.split(_ROWS):
                 wide = rows.double() if self._square.dtype == torch.float64 else rows
@@ -113,9 +110,7 @@ class InputEvidence:
     def _symmetric(self) -> Tensor:
         if self._gram is None:
             raise KeyError("gram")
-        for a in range(0, self.size, _STRIPE):  # mirror the upper stripes in place
-            b = min(a + _STRIPE, self.size)
-            self._gram[b:, a:b] = self._gram[a:b, b:].t()
+        mirror(self._gram)
         return self._gram
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..select import is_finite
+from ..symmetric import invert_upper, quadratic
 
 
 class Curvature:
@@ -91,20 +92,16 @@ class Curvature:
 
 
 def _inverse_factor(h: Tensor) -> Tensor | None:
-    upper: Tensor
-    lower, info = torch.linalg.cholesky_ex(h)
+    """``U`` with ``h^-1 = U^T U``: factorize ``h = R R^T`` from its last row upwards, then ``U = R^-1``."""
+    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
     if int(info):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(info) or not torch.isfinite(upper).all():
-        return None
-    return upper
+    upper = invert_upper(lower.flip(0, 1))
+    return upper if is_finite(upper) else None
 
 
 def output_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     """Relative output error ``||(W - W') X||^2 / ||W X||^2`` from the Gram matrix."""
     change = (weight - pruned).float()
-    lost = float(((change @ gram) * change).sum())
-    whole = float(((weight.float() @ gram) * weight.float()).sum())
+    lost, whole = quadratic(change, gram), quadratic(weight.float(), gram)
     return max(lost, 0.0) / whole if whole > 0 else 0.0
