@@ -116,14 +116,14 @@ def main() -> None:
                 found.setdefault((name, method, target), []).append(answer)
                 what = " ".join(x for x in (name, method, target) if x)
                 print(f"{repeat + 1}/{args.repeats}  {what}: {answer['seconds']:.1f} s", file=sys.stderr, flush=True)
-    rows = [summary(key, runs) for key, runs in found.items()]
-    result = {
-        "environment": env,
-        "peer_versions": next((r["versions"] for runs in found.values() for r in runs if "versions" in r), None),
-        "settings": {"model": args.model, "data": data, "repeats": args.repeats, "threads": args.threads},
-        "rows": rows,
-    }
-    write_json(args.out, result)
+            versions = next((r["versions"] for runs in found.values() for r in runs if "versions" in r), None)
+            result = {
+                "environment": env,
+                "peer_versions": versions,
+                "settings": {"model": args.model, "data": data, "repeats": repeat + 1, "threads": args.threads},
+                "rows": [summary(key, runs) for key, runs in found.items()],
+            }
+            write_json(args.out, result)  # after each round, so that a run which is cut off leaves whole rounds
     print(show(result))
 
 

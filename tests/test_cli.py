@@ -171,7 +171,6 @@ def test_lists_and_explains(run: Run) -> None:
         (["--set", "damp=1"], "write --set solver.damp=0.02"),
         (["--set", "allocation.lam=1"], "has no knob 'lam'"),
         (["--only", "*.nothing"], "no layer is named '*.nothing'"),
-        (["--method", "snip"], "needs a loss"),
         (["--recipe", "/nowhere.yaml"], "there is no recipe file"),
         (["--windows", "1000"], "18 windows of 32, and 1000 were asked for"),
         (["--length", "4096"], "less than one window of 4096"),
@@ -189,6 +188,21 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert "Traceback" not in err
     assert printed == ""
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "snip"],
+        ["--criterion", "fisher", "--allocation", "global"],
+    ],
+)
+def test_gradients_of_the_next_token_loss(run: Run, model: Path, text: Path, tmp_path: Path, words: list[str]) -> None:
+    status, _, err = prune(run, model, text, tmp_path / "out", *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sparsity"]["pruned_layers"] == 0.5
+    assert record["data"]["sha256"]
 
 
 def test_empty_text(run: Run, model: Path, tmp_path: Path) -> None:

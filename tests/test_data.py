@@ -216,3 +216,11 @@ def test_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
     _datasets(monkeypatch, fails)
     with pytest.raises(DataError, match="dataset some/dataset cannot be read: offline"):
         read_text("hf:some/dataset")
+
+
+def test_padding_is_refused() -> None:
+    mask = torch.ones_like(IDS)
+    assert len(windows([{"input_ids": IDS, "attention_mask": mask}])) == len(IDS)
+    mask[0, -1] = 0
+    with pytest.raises(DataError, match="padding"):
+        windows([{"input_ids": IDS, "attention_mask": mask}])

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur import Masks, Pruned, Recipe, prune, registry
+from secateur.allocation import LayerFacts
 from secateur.data import windows
 from secateur.errors import DataError, NumericalError, OutputError, RecipeError
 from secateur.granularity import parse
 from secateur.layers import find_layers
 from secateur.select import keep_count
+from secateur.solve import allocate
 
 
 class Cnn(nn.Module):
@@ -498,3 +500,17 @@ def test_any_module_is_saved_without_pickle(tmp_path: Path) -> None:
     load_model(other, str(out / "model.safetensors"))
     assert same(state(other), state(net))
     assert not [p for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_no_round_gives_back_what_an_earlier_one_took() -> None:
+    layers = {n: LayerFacts((size, 10), size * 10) for n, size in (("a", 4), ("b", 8), ("c", 2))}
+    recipe = Recipe.of("magnitude")
+
+    def keeps(before: dict[str, float], sparsity: float) -> dict[str, float]:
+        return allocate(recipe, layers, sparsity, before)
+
+    found = keeps({"a": 0.3, "b": 0.9, "c": 0.55}, 0.5)  # uniform asks for 0.5 of each
+    assert found["a"] == 0.3 and found["c"] <= 0.55 and found["b"] <= 0.9
+    assert sum(found[n] * layers[n].numel for n in layers) == pytest.approx(0.5 * 140)
+    assert keeps({"a": 0.3, "b": 0.3, "c": 0.3}, 0.5) == {"a": 0.3, "b": 0.3, "c": 0.3}  # nothing left to give
+    assert keeps({"a": 0.6, "b": 0.6, "c": 0.6}, 0.5) == keeps({}, 0.5)

@@ -156,6 +156,12 @@ def test_the_digest_ignores_only_the_label() -> None:
     assert len(digests | {recipe.digest}) == len(changes) + 1
 
 
+def test_a_knob_at_its_default_is_the_same_recipe() -> None:
+    recipe = Recipe.of("sparsegpt")
+    assert recipe.override(knobs={"solver": {"damp": 0.01}}).digest == recipe.digest
+    assert recipe.override(knobs={"solver": {"damp": 0.02}}).digest != recipe.digest
+
+
 # -- check --------------------------------------------------------------------------------------------------------
 
 

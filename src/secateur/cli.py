@@ -131,19 +131,24 @@ def prune(
 
     Interrupted at any moment, the same command goes on at the block it was in.
     """
-    from .directory import prune_directory
+    from .directory import prune_directory, works_on_the_whole
 
     axes = {
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
         "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
     }  # fmt: skip
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), {}, target, example)
+    free = {} if recipe_file else {"recovery": recovery}
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
     if parse(recipe.granularity).coupled:
         with _interruptible(f"stopped: {out} was not written"):
             return _prune_coupled(model, recipe, out, target, example, data, windows, length, force, as_json)
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
-    again = "its state is dropped" if resident else "the same command goes on at the block it was in"
+    again = (
+        "its state is dropped"
+        if resident or works_on_the_whole(recipe)
+        else "the same command goes on at the block it was in"
+    )
     with _interruptible(f"stopped: {out} was not written, and {again}"), _bar(recipe.method, None, not as_json) as bar:
         run = prune_directory(
             model,
@@ -232,7 +237,8 @@ def plan(
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
         "solver": solver, "recovery": recovery, "only": only, "skip": skip,
     }  # fmt: skip
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), {}, target, example)
+    free = {} if recipe_file else {"recovery": recovery}
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
     made: Any
     if parse(recipe.granularity).coupled:
         from .coupled import plan_source

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from .data import windows
-from .errors import ModelError, OutputError, RecipeError
+from .errors import DataError, ModelError, OutputError, RecipeError
 from .measure import count_parameters, machine, versions
 from .measure.flops import flops
 from .measure.latency import latency
-from .models import load_model, load_tokenizer, resolve
-from .prune import plan_coupled
+from .models import load_model, load_tokenizer, next_token_loss, resolve
 from .recipe import Recipe
 from .record import dumps
-from .structured import StructuredPlan, load, save
+from .structured import DepthPlan, StructuredPlan, load, save
 from .structured.plan import inputs
+from .units import plan_coupled
 
 
 def load_module(source: str, weights: bool = True) -> nn.Module:
@@ -65,6 +65,16 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_file(path: Path, name: str) -> nn.Module:
+    made = _named(path, name)
+    if callable(made) and not isinstance(made, nn.Module):
+        made = made()
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{path} has no callable '{name}' that returns a torch.nn.Module")
+    return made.eval()
+
+
+def _named(path: Path, name: str) -> Any:
+    """What a Python file, which the user named, calls so; None when it has no such name."""
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -73,12 +83,32 @@ def _from_file(path: Path, name: str) -> nn.Module:
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
-    made = getattr(module, name, None)
-    if callable(made) and not isinstance(made, nn.Module):
-        made = made()
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"{path} has no callable '{name}' that returns a torch.nn.Module")
-    return made.eval()
+    return getattr(module, name, None)
+
+
+def batches_of(source: str, data: str | None, net: nn.Module, count: int, length: int) -> tuple[list[Any], Any]:
+    """Calibration batches and a loss for them: text for a language model, or ``FILE.py:callable``.
+
+    The callable returns batches: tensors, or pairs of inputs and class indices, which have a loss. A model that is
+    no language model has no data where none is named.
+    """
+    path, colon, name = (data or "").rpartition(":")
+    if colon and path.endswith(".py"):
+        made = _named(Path(path), name)
+        batches = list(made() if callable(made) else made or [])
+        if not batches:
+            raise DataError(f"{path} has nothing named '{name}' that gives batches")
+        labelled = isinstance(batches[0], (tuple, list)) and len(batches[0]) == 2
+        return batches, _cross_entropy if labelled else None
+    if data is None or not _vocabulary(net):
+        return [], None
+    return list(
+        windows(data, load_tokenizer(resolve(source)), count=count, length=length).ids.split(1)
+    ), next_token_loss
+
+
+def _cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def example_inputs(text: str | None, model: nn.Module) -> Any:
@@ -120,7 +150,7 @@ def plan_source(
     count: int = 64,
     length: int = 512,
     weights: bool = True,
-) -> StructuredPlan:
+) -> StructuredPlan | DepthPlan:
     """The plan for a model named on the command line.
 
     Without ``weights`` the plan is a preview: where the method ranks by data that is not given, sizes are those
@@ -128,23 +158,20 @@ def plan_source(
     """
     net = load_module(source, weights)
     note = None
-    batches, loss = None, None
-    if recipe.needs_data and data is not None and _vocabulary(net):
-        cut = windows(data, load_tokenizer(resolve(source)), count=count, length=length)
-        batches = list(cut.ids.split(1))
-        loss = _next_token
-    elif recipe.needs_data and not weights:
+    batches: list[Any] = []
+    loss = None
+    if not weights:  # a preview heals nothing
+        recipe = recipe.override(recovery="none")
+    if recipe.needs_data or recipe.recovery != "none":
+        batches, loss = batches_of(source, data, net, count, length)
+    if recipe.needs_data and not batches and not weights:
         note = f"method '{recipe.method}' ranks by data: which units go is shown for magnitude, until data is given"
         recipe = recipe.override(criterion="magnitude")
-    plan = plan_coupled(net, recipe, target=target, example=example_inputs(example, net), data=batches, loss=loss)
+    plan = plan_coupled(
+        net, recipe, target=target, example=example_inputs(example, net), data=batches or None, loss=loss
+    )
     plan.notes += [note] if note else []
     return plan
-
-
-def _next_token(model: nn.Module, batch: Tensor) -> Tensor:
-    """The loss of a causal language model on its own input."""
-    loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
-    return loss
 
 
 def prune_source(
@@ -159,7 +186,7 @@ def prune_source(
     length: int = 512,
     force: bool = False,
     command: str = "",
-) -> tuple[StructuredPlan, dict[str, Any]]:
+) -> tuple[StructuredPlan | DepthPlan, dict[str, Any]]:
     """Make a smaller model and write it, with ``run.json`` beside it; returns the plan and the record.
 
     Raises:
@@ -175,23 +202,18 @@ def prune_source(
     args, kwargs = plan.example
     speed = latency({"before": plan.model, "after": small}, args, kwargs)
     run = {
+        **plan.to_dict(),
         "secateur": versions().get("secateur", "0"),
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
-        "recipe": plan.recipe.to_dict(),
         "digest": plan.recipe.digest,
         "cite": plan.recipe.cite(),
         "model": {"source": source, "class": type(plan.model).__name__},
-        "target": str(plan.target),
-        "proof": {"proven": plan.proof.proven, "error": plan.proof.error, "effect": plan.proof.effect},
-        "families": [vars(f) for f in plan.families],
-        "frozen": [{"name": n, "axis": a, "reason": r} for (n, a), r in plan.frozen.items()],
         "before": {**plan.before, "seconds": speed["before"]},
         "after": {**plan.after, "seconds": speed["after"]},
         "timings": {"plan": round(planned, 3), "total": round(time.perf_counter() - begun, 3)},
         "versions": versions(),
         "machine": machine(),
-        "notes": plan.notes,
     }
     part = out.with_name(out.name + ".new")
     shutil.rmtree(part, ignore_errors=True)

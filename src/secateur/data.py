@@ -202,6 +202,12 @@ def _ids(item: Any) -> Tensor:
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             raise DataError(f"a batch has no 'input_ids'; it has {sorted(map(str, item))}")
+        seen = item.get("attention_mask")
+        if seen is not None and not bool(torch.as_tensor(seen).all()):
+            raise DataError(
+                "a batch has padding (zeros in its attention_mask), on which nothing should be calibrated: "
+                "cut the text into windows of one length"
+            )
         item = item["input_ids"]
     elif (isinstance(item, tuple) and item and not isinstance(item[0], int)) or (
         isinstance(item, list) and item and isinstance(item[0], Tensor)

@@ -17,8 +17,8 @@ from .errors import ModelError, OutputError, RecipeError
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
-from .models import load_model, load_tokenizer, resolve, skeleton
-from .prune import MEMORY, Progress, block_keeps, plan_coupled, prune, recipe_of
+from .models import load_model, load_tokenizer, next_token_loss, resolve, skeleton
+from .prune import MEMORY, Progress, block_keeps, prune, recipe_of
 from .recipe import Recipe
 from .record import dumps, run_record
 from .registry import get
@@ -27,7 +27,8 @@ from .solve import LayerRecord, allocate, layer_facts
 from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
-from .structured import StructuredPlan
+from .structured import DepthPlan, StructuredPlan
+from .units import plan_coupled
 
 WINDOWS = 64
 
@@ -103,13 +104,14 @@ def plan(
     data: Any = None,
     loss: Any = None,
     **axes: Any,
-) -> Plan | StructuredPlan:
+) -> Plan | StructuredPlan | DepthPlan:
     """What `prune` would do, without doing it.
 
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
-        target, example, data, loss: for coupled units, as for `prune`; the plan is then a `StructuredPlan`.
+        target, example, data, loss: for coupled units, as for `prune`; the plan is then a `StructuredPlan` or, of
+            whole blocks, a `DepthPlan`.
         axes: fields of the recipe that override the method's.
     """
     recipe = recipe_of(method, axes, target, example)
@@ -157,7 +159,8 @@ def prune_directory(
         data: calibration data; read only when the recipe needs it.
         windows_count: windows of text to calibrate on (64 when None); of given tensors, how many to take.
         resident: load the whole model through transformers instead (needed where its files name parameters
-            differently from the model, as for fused experts); not resumable.
+            differently from the model, as for fused experts); not resumable. Recipes that measure gradients, of
+            the model's own next-token loss, or that take several steps always do.
         stop: prune only the first ``stop`` blocks and copy the others.
         evaluate: called with a model directory; measures the dense model before and the pruned one after.
 
@@ -167,13 +170,7 @@ def prune_directory(
     target = Path(out)
     started = time.perf_counter()
     path = resolve(model)
-    if recipe.needs_loss:
-        raise RecipeError(
-            f"method '{recipe.method}' needs a loss, which the command line has for no task yet: call secateur.prune "
-            "with loss= from Python"
-        )
-    if recipe.steps > 1:
-        raise RecipeError("a model directory is pruned in one step: leave steps at 1")
+    resident = resident or works_on_the_whole(recipe)
     _refuse_overlap(path, target, force)
     tokens: Windows | None = None
     if recipe.needs_data:
@@ -183,7 +180,7 @@ def prune_directory(
     with Peak() as peak:
         job = _resident if resident else _streamed
         records, skipped, described, timings, output = job(path, recipe, target, tokens, memory, force, stop, progress)
-    timings["total"] = time.perf_counter() - started
+    timings["total"] = timings.pop("earlier", 0.0) + time.perf_counter() - started
     output.index(output.state["weight_map"])
     before = after = None
     if evaluate is not None:
@@ -207,6 +204,11 @@ def prune_directory(
     write_report(output.part / "report.html", run)
     output.finish()
     return run
+
+
+def works_on_the_whole(recipe: Recipe) -> bool:
+    """Whether the whole model must be in memory: gradients go through all of it, and rounds come back to it."""
+    return recipe.needs_loss or recipe.steps > 1
 
 
 def _refuse_overlap(path: Path, target: Path, force: bool) -> None:
@@ -297,6 +299,7 @@ def _streamed(
     records = [_record(r) for r in output.state["records"]]
     weight_map = dict(output.state.get("weight_map", {}))
     seconds = float(output.state["seconds"])
+    timings["earlier"] = seconds  # spent before an interruption
     end = len(blocks) if stop is None else min(stop, len(blocks))
     for k, block_path in enumerate(blocks.paths()):
         if k < output.done:
@@ -358,11 +361,13 @@ def _resident(
     progress: Progress | None,
 ) -> _Result:
     if stop is not None:
-        raise RecipeError("--blocks goes with streaming: leave --resident out")
+        raise RecipeError(
+            "--blocks goes with streaming, not with --resident, gradients or steps, which need the whole model"
+        )
     started = time.perf_counter()
     net = load_model(path)
     loaded = time.perf_counter()
-    pruned = prune(net, recipe, data=tokens, memory=memory, progress=progress)
+    pruned = prune(net, recipe, data=tokens, loss=next_token_loss, memory=memory, progress=progress)
     output = Output(target, force, {"recipe": recipe.digest, "resident": time.time_ns()})
     net.save_pretrained(output.part)
     output.copy(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ModelError
 
@@ -170,3 +170,9 @@ def skeleton(path: Path) -> Any:
         raise ModelError(f"{path} does not describe a causal language model: {str(error).splitlines()[0]}") from None
     eager_experts(model)
     return model.eval()
+
+
+def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """The loss of a causal language model on a batch of token ids ``(batch, length)``: mean over next tokens, nats."""
+    loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
+    return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import granularity
+from .calibrate import Loss, batches_of, evidence_of
 from .data import Windows, windows
-from .errors import DataError, OutputError, RecipeError
-from .evidence import gather_gradients, gather_inputs
+from .errors import OutputError, RecipeError
 from .evidence.inputs import INPUT_FACTS
 from .layers import Layer, Skipped, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
-from .recipe import GRADIENTS, Recipe
+from .recipe import Recipe
 from .record import dumps, run_record
 from .registry import get
 from .schedule import sparsity_at
-from .solve import LayerRecord, allocate, layer_facts, layer_generator, sketch_layer, solve_layer
+from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
-from .structured import StructuredPlan, plan_structured
+from .units import plan_coupled
 
 MEMORY = 2 << 30
-Loss = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[Tick], None]
 
 
@@ -158,7 +157,8 @@ def prune(
                     described = tokens.describe()
                 records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
             else:
-                described = {"source": "batches"} if recipe.needs_data else None
+                if recipe.needs_data:
+                    described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
                 records, masks = _whole(model, recipe, layers, data, loss)
         finally:
             for module, training in modes:
@@ -183,6 +183,8 @@ def prune(
 def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None, example: Any) -> Recipe:
     """The recipe; a target or an example means coupled units where the method names none.
 
+    A named method that makes a smaller model is healed by ``refit`` unless another recovery, or none, is asked for.
+
     Raises:
         RecipeError: coupled units without an example, or an example that nothing would use.
     """
@@ -195,43 +197,11 @@ def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None,
                 "sparsity (or choose granularity coupled)"
             )
         recipe = recipe.override(granularity="coupled")
+    coupled = granularity.parse(recipe.granularity).coupled
+    asked = "recovery" in given if isinstance(method, Recipe) else True
+    if coupled and coupled != "depth" and asked and recipe.recovery == "none" and given.get("recovery") is None:
+        recipe = recipe.override(recovery="refit")
     return recipe
-
-
-def plan_coupled(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    target: str | None = None,
-    example: Any = None,
-    data: Any = None,
-    loss: Loss | None = None,
-    multiple: int = 8,
-) -> StructuredPlan:
-    """A plan for coupled units: evidence from data where the criterion needs it, then `plan_structured`.
-
-    Raises:
-        RecipeError: an example, data or a loss is missing, or the solver or recovery is not one for units.
-    """
-    if example is None:
-        raise RecipeError(
-            f"granularity '{recipe.granularity}' follows one forward pass: give inputs for it with example="
-        )
-    if recipe.solver != "rank" or recipe.recovery != "none" or recipe.steps > 1:
-        raise RecipeError(
-            f"coupled units are removed in one step by solver rank without recovery; method '{recipe.method}' asks for "
-            f"solver '{recipe.solver}', recovery '{recipe.recovery}', {recipe.steps} steps"
-        )
-    recipe.check(data=data is not None, loss=loss is not None)
-    layers, _ = find_layers(model)
-    evidence = {}
-    if recipe.needs_data:
-        evidence = _evidence(model, recipe, layers, _batches(data), loss)
-    wanted = target if target is not None else f"params {100 * recipe.sparsity:g}%"
-    scored = granularity.parse(recipe.granularity).coupled
-    return plan_structured(
-        model, recipe, target=wanted, example=example, evidence=evidence, multiple=multiple, where=scored
-    )
 
 
 def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:
@@ -240,7 +210,7 @@ def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: l
         return False
     inside = tuple(f"{p}." for p in blocks.paths())
     if not all(layer.name.startswith(inside) for layer in layers) or not hasattr(model, "config"):
-        if recipe.propagate != "off" and get("recovery", recipe.recovery).facts.get("data"):
+        if recipe.propagate != "off" and get("recovery", recipe.recovery).facts.get("data") == "block":
             raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, and not all layers are in one")
         return False
     return True
@@ -319,25 +289,26 @@ def _whole(
     model: nn.Module, recipe: Recipe, layers: list[Layer], data: Any, loss: Loss | None
 ) -> tuple[list[LayerRecord], Masks]:
     """All layers at once, in as many rounds as the recipe has steps; every round scores what is left."""
-    if get("recovery", recipe.recovery).facts.get("data"):
+    if get("recovery", recipe.recovery).facts.get("data") == "block":
         raise RecipeError(
             f"recovery '{recipe.recovery}' works on repeated blocks in one step, from inputs alone: "
             "this model or recipe does not (choose --recovery none)"
         )
-    batches = _batches(data) if recipe.needs_data else []
+    batches = batches_of(data) if recipe.needs_data else []
     records: dict[str, LayerRecord] = {}
     masks: dict[str, Tensor] = {}
     blocks = find_blocks(model)
     paths = blocks.paths() if blocks else []
+    keeps: dict[str, float] = {}
     for step in range(1, recipe.steps + 1):
         sparsity = sparsity_at(recipe.schedule, step / recipe.steps, recipe.sparsity)
-        evidence = _evidence(model, recipe, layers, batches, loss)
+        evidence = evidence_of(model, recipe, layers, batches, loss)
         facts = {}
         for x in layers:
             block = next((p for p in paths if x.name.startswith(f"{p}.")), None)
             sketch = sketch_layer(x, recipe, evidence.get(x.name), True, masks.get(x.name))
             facts[x.name] = layer_facts(x, block, sketch)
-        keeps = allocate(recipe, facts, sparsity)
+        keeps = allocate(recipe, facts, sparsity, keeps)
         for x in layers:
             found = evidence.get(x.name)
             number = next((k for k, p in enumerate(paths) if x.name.startswith(f"{p}.")), None)
@@ -345,46 +316,3 @@ def _whole(
                 x, recipe, keeps[x.name], evidence=found, block=number, mask=masks.get(x.name)
             )
     return list(records.values()), Masks(masks)
-
-
-def _evidence(
-    model: nn.Module, recipe: Recipe, layers: list[Layer], batches: list[Any], loss: Loss | None
-) -> dict[str, Any]:
-    needs = recipe.needs()
-    found: dict[str, Any] = {}
-    if needs & set(INPUT_FACTS):
-        found = dict(gather_inputs(model, layers, needs, batches, run_model))
-    if needs & GRADIENTS:
-        assert loss is not None
-        generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)
-        gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, generator=generator)
-        found = {n: _Both(found.get(n), g) for n, g in gradients.items()}
-    return found
-
-
-class _Both:
-    """Evidence of inputs and of gradients, as one."""
-
-    def __init__(self, inputs: Any, gradients: Any) -> None:
-        self.inputs, self.gradients = inputs, gradients
-
-    def __getitem__(self, fact: str) -> Any:
-        return self.gradients[fact] if fact in GRADIENTS or self.inputs is None else self.inputs[fact]
-
-
-def run_model(model: nn.Module, batch: Any) -> Any:
-    """One forward pass: a dict is passed as keywords, of a tuple the first item is the input."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _batches(data: Iterable[Any] | Tensor) -> list[Any]:
-    if isinstance(data, str):
-        raise RecipeError("text data needs a language model with repeated blocks: give batches of tensors")
-    if isinstance(data, Windows):
-        return list(data.ids.split(1))
-    batches = [data] if isinstance(data, (Tensor, Mapping)) else list(data)
-    if not batches:
-        raise DataError("the calibration data is empty: give at least one batch")
-    return batches

@@ -25,9 +25,10 @@ _PUBLISHED = re.compile(r"arXiv|\b(19|20)\d\d\b")  # a source with a number or a
 Propagate = Literal["layer", "block", "off"]
 
 #: Facts that the engine makes itself; every other fact that a part names is evidence from data.
-DERIVED = frozenset({"weight", "score", "keep", "granularity", "generator", "curvature"})
+DERIVED = frozenset({"weight", "score", "keep", "granularity", "generator", "curvature", "count", "scale"})
 #: Evidence that needs a loss and labels, or targets; the rest needs only inputs.
 GRADIENTS = frozenset({"gradient", "fisher", "fisher_inverse", "hessian"})
+_LOSS = GRADIENTS | {"block_loss"}
 
 
 def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -117,6 +118,20 @@ class Recipe:
             raise RecipeError(f"knobs for {sorted(unknown)}, but this recipe has parts on {sorted(self.parts())}")
         if "sparsity" in self.knobs.get("allocation", {}):
             raise RecipeError("sparsity is a field of the recipe, not a knob of its allocation: write sparsity=")
+        if _heals_units(self.recovery) and not pattern.coupled:
+            raise RecipeError(
+                f"recovery '{self.recovery}' heals a smaller model, and granularity '{pattern.name}' makes none: "
+                "choose another recovery or none"
+            )
+        of = get("criterion", self.criterion).facts.get("of") if self.criterion is not None else None
+        if of == "block" and pattern.coupled != "depth":
+            raise RecipeError(
+                f"criterion '{self.criterion}' ranks whole blocks: choose granularity depth, or another criterion"
+            )
+        if of == "norm" and pattern.coupled in ("", "depth"):
+            raise RecipeError(
+                f"criterion '{self.criterion}' ranks units by the normalization behind them: choose granularity coupled"
+            )
         solver = get("solver", self.solver)
         if "score" in solver.needs and self.criterion is None:
             raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
@@ -163,6 +178,8 @@ class Recipe:
         pattern = granularity_module.parse(given.get("granularity", base.granularity))
         if pattern.keep is not None and "sparsity" not in given:
             given["sparsity"] = 1.0 - pattern.keep
+        if not pattern.coupled and "recovery" not in given and _heals_units(base.recovery):
+            given["recovery"] = "none"  # there is no smaller model to heal
         new = given.get("knobs", {})
         if _is_knobs(new):
             kept = {a: k for a, k in base.knobs.items() if given.get(a, getattr(base, a)) == getattr(base, a)}
@@ -206,7 +223,7 @@ class Recipe:
         if "curvature" in names:
             names.add("gram")
         needs = names - DERIVED
-        if get("recovery", self.recovery).facts.get("data"):
+        if get("recovery", self.recovery).facts.get("data") == "block":
             needs.add("inputs")
         return frozenset(needs)
 
@@ -216,7 +233,7 @@ class Recipe:
 
     @property
     def needs_loss(self) -> bool:
-        return bool(self.needs() & GRADIENTS)
+        return bool(self.needs() & _LOSS)
 
     def check(self, layers: Iterable[Any] = (), *, data: bool = True, loss: bool = True) -> None:
         """Say before any work what is missing and what cannot be.
@@ -234,7 +251,7 @@ class Recipe:
             part = self._who_needs(needs[0])
             raise RecipeError(f"{part} needs {needs[0]}, which is measured on data: pass --data")
         if self.needs_loss and not loss:
-            name = sorted(self.needs() & GRADIENTS)[0]
+            name = sorted(self.needs() & _LOSS)[0]
             raise RecipeError(f"{self._who_needs(name)} needs {name}, which is measured with a loss: pass loss=")
         pattern = granularity_module.parse(self.granularity)
         for layer in layers:
@@ -289,8 +306,12 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the recipe, the same in every process; ``method`` is only a label."""
+        """First 16 hex digits of the SHA-256 of the recipe, the same in every process.
+
+        Knobs count with their values, set or left at their defaults; ``method`` is only a label.
+        """
         content = {k: v for k, v in self.to_dict().items() if k != "method"}
+        content["knobs"] = {axis: self.knobs_of(axis) for axis in self.parts()}
         text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -308,6 +329,10 @@ class Recipe:
             if part.facts.get("paper") or _PUBLISHED.search(part.card.source):
                 lines.setdefault(part.card.source)
         return list(lines)
+
+
+def _heals_units(recovery: str) -> bool:
+    return get("recovery", recovery).facts.get("data") == "units"
 
 
 def _granularity_part(text: str) -> str:

@@ -216,17 +216,41 @@ def sketch_layer(
     return Sketch(measure(*[facts[n] for n in names]), exact)
 
 
-def allocate(recipe: Recipe, layers: Mapping[str, LayerFacts], sparsity: float | None = None) -> dict[str, float]:
+def allocate(
+    recipe: Recipe,
+    layers: Mapping[str, LayerFacts],
+    sparsity: float | None = None,
+    before: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """The fraction that each layer keeps, as its granularity can hold it.
 
     With N:M the keeps are rounded to multiples of 1/M so that the total stays what was asked for.
+    ``before`` is what an earlier round left: no layer keeps more than that.
     """
     sparsity = recipe.sparsity if sparsity is None else sparsity
     keeps: dict[str, float] = get("allocation", recipe.allocation).function(
         layers, sparsity=sparsity, **{k: v for k, v in recipe.knobs_of("allocation").items() if k != "sparsity"}
     )
+    if before:
+        keeps = _within(keeps, before, layers)
     pattern = granularity_module.parse(recipe.granularity)
     return keeps if pattern.keep is None else _whole_units(keeps, layers, pattern)
+
+
+def _within(
+    keeps: Mapping[str, float], before: Mapping[str, float], layers: Mapping[str, LayerFacts]
+) -> dict[str, float]:
+    """No layer above what it had; what that costs is shared out among the others, in proportion to their keeps."""
+    found = dict(keeps)
+    while over := {n for n, k in found.items() if k > before[n]}:
+        excess = sum((found[n] - before[n]) * layers[n].numel for n in over)
+        found.update({n: before[n] for n in over})
+        room = {n: found[n] * layers[n].numel for n in found if found[n] < before[n]}
+        if not room:
+            break
+        factor = 1 + excess / max(sum(room.values()), 1e-12)
+        found.update({n: found[n] * factor for n in room})
+    return found
 
 
 def _whole_units(

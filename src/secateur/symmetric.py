@@ -56,7 +56,8 @@ def invert_upper(upper: Tensor, leaf: int = 64) -> Tensor:
     size = upper.shape[0]
     if size <= leaf:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return solved
     middle = size // 2
     inverse = torch.zeros_like(upper)
     inverse[:middle, :middle] = first = invert_upper(upper[:middle, :middle], leaf)

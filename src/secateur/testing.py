@@ -125,6 +125,8 @@ def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None
     """
     part, facts = get("criterion", name), facts or {}
     check_card(part)
+    if part.facts.get("of"):
+        return _check_unit_criterion(part)
     for shape in ((6, 8), (1, 8), (6, 1)):
         for dtype in (torch.float32, torch.float64):
             given = _facts(part, part.needs, shape, dtype, facts)
@@ -146,6 +148,25 @@ def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None
         given[zero] = torch.zeros_like(given[zero])
         assert torch.isfinite(part(given)).all(), _say(part, f"is not finite where '{zero}' is zero")
     _check_scales(part, facts)
+
+
+def _check_unit_criterion(part: Part) -> None:
+    """A criterion of whole blocks or of scales gives one finite number for each."""
+    units = 6
+    generator = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {
+        "scale": torch.randn(units, generator=generator),
+        "block_cosine": torch.rand(units, generator=generator),
+        "block_loss": torch.rand(units, generator=generator),
+        "block_path": torch.randn(units + 1, 3, 4, generator=generator),
+        "count": 2,
+    }
+    facts = {n: given[n] for n in part.needs}
+    before = _copies(facts)
+    score = part(facts)
+    assert tuple(score.shape) == (units,), _say(part, f"returns shape {tuple(score.shape)} for {units} units")
+    assert torch.isfinite(score).all(), _say(part, "returns scores that are not finite")
+    _check_unmodified(part, facts, before)
 
 
 def _check_scales(part: Part, facts: Mapping[str, Maker]) -> None:

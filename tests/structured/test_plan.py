@@ -326,3 +326,99 @@ def test_something_of_every_tensor_stays() -> None:
     layers = [nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 3, 1)]
     plan = planned(nn.Sequential(*layers), nets.noise(2, 3, 4, 4), "params 80%")  # as many groups as places
     assert all(len(p) for axes in plan.kept.values() for p in axes.values())
+
+
+# -- bytes, latency, and criteria of whole units --------------------------------------------------------------------
+
+
+def test_bytes_count_each_tensor_in_its_dtype() -> None:
+    net = wide()
+    plan = planned(net, IMAGE, "bytes 40%")
+    assert plan.before["bytes"] == 4 * plan.before["params"] and plan.after["bytes"] == 4 * plan.after["params"]
+    assert plan.after["bytes"] <= 0.6 * plan.before["bytes"]
+
+
+@pytest.mark.parametrize("text", ["latency to 20", "params to 3ms", "latency to 5M"])
+def test_units_belong_to_their_quantities(text: str) -> None:
+    with pytest.raises(RecipeError, match="unit of time"):
+        Target.parse(text)
+
+
+def test_latency_targets() -> None:
+    assert Target.parse("latency to 20ms").remaining(0.5) == pytest.approx(0.02)
+    assert Target.parse("latency 40%").remaining(0.5) == pytest.approx(0.3)
+    assert str(Target.parse("latency to 20ms")) == "latency to 20ms"
+
+
+def test_the_latency_search_meets_a_target_on_a_clock_that_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is replaced by FLOPs with an overhead, so that the search is tested and not the machine."""
+    from secateur.structured import measured
+
+    def clock(models: dict[str, nn.Module], args: Any, kwargs: Any) -> dict[str, float]:
+        return {n: 1e-3 + 1e-9 * flops(m, *args, **kwargs).total for n, m in models.items()}
+
+    monkeypatch.setattr(measured, "latency", clock)
+    net, image = wide(), nets.noise(1, 3, 24, 24)
+
+    def make(goal: Target) -> StructuredPlan:
+        return planned(net, image, goal)  # type: ignore[arg-type]
+
+    dense = clock({"net": net}, (image,), {})["net"]
+    for share in (0.7, 0.5):
+        wanted = Target("latency", fraction=share)
+        plan = measured.plan_latency(net, wanted, image, make)
+        reached = clock({"net": plan.shrink()}, (image,), {})["net"] / dense
+        assert share * 0.93 <= reached <= share * 1.05, (share, reached, plan.notes)
+        assert plan.target == wanted and plan.after["latency us"] < plan.before["latency us"]
+    out_of_reach = measured.plan_latency(net, Target("latency", fraction=0.02), image, make)
+    assert any("could only be brought to" in n for n in out_of_reach.notes)
+
+
+def test_norm_scale_ranks_by_the_batch_norm_alone() -> None:
+    net = wide()
+    scale = torch.linspace(0.1, 1.0, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(3))]
+    with torch.no_grad():
+        net[1].weight.copy_(scale)  # type: ignore[index, union-attr]
+    plan = planned(net, IMAGE, "params 30%", recipe=Recipe.of("network-slimming", recovery="none"))
+    kept = plan.kept["0.weight"][0]
+    lost = np.setdiff1d(np.arange(48), kept)
+    assert scale[torch.from_numpy(lost)].max() < scale[torch.from_numpy(kept)].min()
+    assert "3.weight" not in {n for n, axes in plan.kept.items() if 0 in axes}  # nothing normalizes behind it
+    assert any("has no score" in f.reason for f in plan.families)
+
+
+def test_channel_scores_look_at_readers_and_filter_scores_at_writers() -> None:
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.arange(1.0, 17)[:, None].expand(16, 4))  # type: ignore[union-attr]
+        net[2].weight.copy_(torch.arange(16.0, 0, -1)[None].expand(3, 16))  # type: ignore[union-attr]
+    found = dependencies(trace(net, (nets.noise(2, 4),), {}))
+    scores = weight_scores(net, Recipe.of("magnitude"), {})
+    family = next(i for i, f in enumerate(found.families) if len(f) == 16)
+    written = unit_scores(found, scores, "output")[family]
+    read = unit_scores(found, scores, "input")[family]
+    both = unit_scores(found, scores, "coupled")[family]
+    assert np.allclose(written, 4 * np.arange(1, 17)) and np.allclose(read, 3 * np.arange(16, 0, -1))
+    assert np.allclose(both, written + read)
+
+
+def test_isomorphic_families_compete_only_with_their_like() -> None:
+    torch.manual_seed(1)
+
+    class Block(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+            with torch.no_grad():
+                self.up.weight.mul_(scale)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    net = nn.Sequential(Block(1.0), Block(4.0)).eval()
+    fields = {"allocation": "isomorphic", "granularity": "coupled", "skip": ["@residual"]}
+    plan = planned(net, nets.noise(2, 16), "params 30%", fields=fields)
+    kept = {f.name: f.kept for f in plan.families if len(f.name) and f.units == 32}
+    assert len(kept) == 2 and len(set(kept.values())) > 1  # scores are divided by each family's mean
+    residual = [f for f in plan.families if f.units == 16]
+    assert residual and all(f.reason == "chosen by --skip" for f in residual)

@@ -29,6 +29,44 @@ def global_(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, f
     return _rank_all(layers, sparsity)
 
 
+def _standard_score(score: Tensor) -> Tensor:
+    """Scores of a layer with mean 0 and variance 1."""
+    wide = score.double()
+    return ((wide - wide.mean()) / wide.std().clamp_min(torch.finfo(torch.float64).tiny)).float()
+
+
+@register("allocation", paper="2312.11983", measure=_standard_score)
+def standardized(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float]:
+    """One ranking of the whole model after each layer's scores are brought to mean 0 and variance 1.
+
+    :: s' = (s - mean(s)) / std(s)
+
+    Choose it for structured pruning of language models, whose layers' scores differ by orders of magnitude.
+
+    Beware: a layer with a few very large scores keeps little beside them.
+
+    Source: An et al., FLAP, arXiv 2312.11983, section "Adaptive structure search".
+    """
+    return _rank_all(layers, sparsity)
+
+
+@register("allocation", paper="2407.04616", measure=_score)
+def isomorphic(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float]:
+    """Rank only what has the same shape together; every shape keeps the same share.
+
+    Choose it for structured pruning of transformers and of networks that mix kinds of layers, where scores of
+    heads, neurons and channels do not compare.
+
+    Source: Fang et al., Isomorphic pruning for vision models, arXiv 2407.04616; of coupled units, families with
+    the same footprint are isomorphic.
+    """
+    groups: dict[tuple[object, ...], dict[str, LayerFacts]] = {}
+    for name, facts in layers.items():
+        groups.setdefault((facts.kind, facts.shape, facts.dims), {})[name] = facts
+    keeps = {name: keep for group in groups.values() for name, keep in _rank_all(group, sparsity).items()}
+    return {name: keeps[name] for name in layers}
+
+
 def lamp_score(weight: Tensor) -> Tensor:
     """Squared weight over the sum of squares of all weights of the layer that are at least as large.
 

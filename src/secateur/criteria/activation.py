@@ -69,3 +69,62 @@ def activation_norm(weight: Tensor, input_norm: Tensor) -> Tensor:
     Source: Molchanov et al., Pruning convolutional neural networks, arXiv 1611.06440, section 2.2 (activation).
     """
     return torch.ones_like(weight) * input_norm
+
+
+@register("criterion", family="activation", paper="2312.11983", scales={"weight": 2, "input_var": 1})
+def fluctuation(weight: Tensor, input_var: Tensor) -> Tensor:
+    """The variance of the input a weight reads, times the squared weight.
+
+    :: s = var(x) w^2
+
+    Choose it for structured pruning of language models with granularity channel: an input that hardly varies can
+    be replaced by its mean, which a bias carries.
+
+    Beware: it presumes that the mean is made up for; without recovery refit or a bias it underrates inputs with a
+    large mean.
+
+    >>> import torch
+    >>> fluctuation(torch.tensor([[-2.0, 1.0]]), torch.tensor([0.5, 3.0])).tolist()
+    [[2.0, 3.0]]
+
+    Source: An et al., FLAP, arXiv 2312.11983, equation 5 (WIFV), summed over a unit's weights.
+    """
+    return weight.square() * input_var
+
+
+@register("criterion", name="activation-mean", family="activation", paper="2407.14679", scales={"input_abs": 1})
+def activation_mean(weight: Tensor, input_abs: Tensor) -> Tensor:
+    """The mean size of the input a weight reads, whatever the weight.
+
+    :: s = E|x|
+
+    Choose it for structured pruning of language models with granularity channel, when training follows.
+
+    Beware: what a layer does with the input is not looked at.
+
+    >>> import torch
+    >>> activation_mean(torch.tensor([[-2.0, 1.0]]), torch.tensor([0.5, 3.0])).tolist()
+    [[0.5, 3.0]]
+
+    Source: Muralidharan et al., Minitron, arXiv 2407.14679, section 2.2 (activation-based importance, mean).
+    """
+    return torch.ones_like(weight) * input_abs
+
+
+@register("criterion", family="activation", paper="1607.03250", scales={"input_nonzero": 1})
+def apoz(weight: Tensor, input_nonzero: Tensor) -> Tensor:
+    """How often the input a weight reads is not zero.
+
+    :: s = 1 - APoZ = P(x != 0)
+
+    Choose it for networks with ReLU and granularity channel: units that rarely fire go first.
+
+    Beware: without ReLU nothing is ever zero, and all units tie.
+
+    >>> import torch
+    >>> apoz(torch.tensor([[-2.0, 1.0]]), torch.tensor([0.25, 1.0])).tolist()
+    [[0.25, 1.0]]
+
+    Source: Hu et al., Network trimming, arXiv 1607.03250, equation 1.
+    """
+    return torch.ones_like(weight) * input_nonzero

@@ -20,6 +20,7 @@ INPUT_FACTS = {
     "input_mean": "mean of each input feature, (i,)",
     "input_var": "variance of each input feature over tokens, (i,)",
     "input_abs": "mean absolute value of each input feature, (i,)",
+    "input_nonzero": "share of rows in which each input feature is not zero, (i,)",
     "gram": "sum over tokens of x x^T, (i, i), float32",
     "tokens": "how many rows were seen",
 }
@@ -51,6 +52,7 @@ class InputEvidence:
             self._square = zeros(size)
         self._sum = zeros(size).double() if {"input_mean", "input_var"} & self.needs else None
         self._abs = zeros(size).double() if "input_abs" in self.needs else None
+        self._nonzero = zeros(size).double() if "input_nonzero" in self.needs else None
 
     def update(self, x_ni: Tensor) -> None:
         """Add rows."""
@@ -66,11 +68,13 @@ class InputEvidence:
             self._sum += x.sum(0, dtype=torch.float64)
         if self._abs is not None:
             self._abs += x.abs().sum(0, dtype=torch.float64)
+        if self._nonzero is not None:
+            self._nonzero += torch.count_nonzero(x, 0)
 
     def merge(self, other: InputEvidence) -> None:
         """Take in what another worker saw."""
         self.tokens += other.tokens
-        for name in ("_gram", "_square", "_sum", "_abs"):
+        for name in ("_gram", "_square", "_sum", "_abs", "_nonzero"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += theirs.to(mine.device)
@@ -90,6 +94,8 @@ class InputEvidence:
             return (self._square / max(self.tokens, 1) - mean**2).clamp_min(0).float()
         if fact == "input_abs" and self._abs is not None:
             return (self._abs / max(self.tokens, 1)).float()
+        if fact == "input_nonzero" and self._nonzero is not None:
+            return (self._nonzero / max(self.tokens, 1)).float()
         raise KeyError(fact)
 
     def check_finite(self, name: str) -> None:

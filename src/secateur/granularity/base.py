@@ -26,7 +26,8 @@ class Granularity:
         keep: the fraction that the pattern itself fixes (N / M), or None.
         run: columns that a sequential solver must treat together (M of N:M, the width of a block).
         coupled: units are found in the whole model, across layers, and no matrix is cut by itself; then the
-            value is which weights a unit's score sums: ``coupled`` or ``output``.
+            value is which weights a unit's score sums: ``coupled``, ``output`` or ``input``; or
+            ``depth``, where units are whole blocks.
     """
 
     name: str
@@ -193,6 +194,34 @@ def filters() -> Granularity:
     Source: Li et al., Pruning filters for efficient ConvNets, arXiv 1608.08710, section 3.1.
     """
     return _whole("filter", "output")
+
+
+@register("granularity", name="channel", paper="1707.06168", survey="A3.1")
+def channels() -> Granularity:
+    """The same units as ``coupled``, scored by the weights that read them alone.
+
+    Choose it for criteria that look at a layer's input, such as wanda and fluctuation: what a unit carries to the
+    next layer is what its removal costs there.
+
+    Source: He et al., Channel pruning, arXiv 1707.06168, and An et al., FLAP, arXiv 2312.11983, which rank the
+    inputs of a layer.
+    """
+    return _whole("channel", "input")
+
+
+@register("granularity", survey="A3.2")
+def depth() -> Granularity:
+    """Whole blocks of a model that repeats them: the layers of a transformer, the residual blocks of a ResNet.
+
+    A block may go where nothing is missing once its parameters are zero, which is tried.
+
+    Choose it for latency at small batch sizes, where a shorter model is faster than a narrower one.
+
+    Beware: steps are coarse; a block is a large part of a small model.
+
+    Source: the depth pruning of the survey; Men et al., ShortGPT, arXiv 2403.03853.
+    """
+    return _whole("depth", "depth")
 
 
 _NM = re.compile(r"^\s*(\d+)\s*:\s*(\d+)\s*$")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,6 +45,11 @@ class Family:
 
     def __len__(self) -> int:
         return len(self.units)
+
+    @property
+    def kind(self) -> str:
+        """What families of the same place in other blocks share: the name without numbers, and the length."""
+        return f"{re.sub(r'[0-9]+', '#', self.name)} {len(self)}"
 
 
 @dataclass(eq=False)
@@ -93,16 +99,23 @@ class Dependencies:
     def _costs(self) -> list[tuple[int, list[Array]]]:
         return [(f, [self.trace.labels.roots(a) for a in axes]) for f, axes in self.trace.costs]
 
-    def parameters(self, gone: Iterable[int]) -> int:
-        """How many parameters the model has without these labels."""
+    def parameters(self, gone: Iterable[int], each: Mapping[str, int] | None = None) -> int:
+        """How many parameters the model has without these labels.
+
+        Args:
+            each: what one parameter of a tensor counts, by the tensor's name, such as its bytes; 1 by default.
+        """
         kept = self.kept(gone)
         sizes: dict[int, list[int]] = {}
+        counts: dict[int, int] = {}
         for i, slot in enumerate(self.slots):
             if slot.is_parameter:
                 shape = sizes.setdefault(id(slot.tensor), list(slot.tensor.shape))
+                counts[id(slot.tensor)] = 1 if each is None else each[slot.names[0]]
                 if i in kept:
                     shape[slot.axis] = len(kept[i])
-        return self.trace.single + int(sum(np.prod(shape) for shape in sizes.values()))
+        single = self.trace.single * (1 if each is None else max(each.values(), default=1))
+        return single + int(sum(np.prod(shape) * counts[key] for key, shape in sizes.items()))
 
 
 class _Closure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .oneshot import method
 
-_WHOLE = ("coupled", "filter")
+_WHOLE = ("coupled", "filter", "channel")
 
 method(
     "l1-norm",
@@ -17,6 +17,7 @@ method(
     granularities=_WHOLE,
     criterion="magnitude",
     granularity="filter",
+    recovery="refit",
 )
 method(
     "group-norm",
@@ -31,6 +32,7 @@ method(
     granularity="coupled",
     allocation="global",
     knobs={"criterion": {"p": 2.0}},
+    recovery="refit",
 )
 method(
     "taylor",
@@ -46,4 +48,154 @@ method(
     criterion="saliency",
     granularity="coupled",
     allocation="global",
+    recovery="refit",
+)
+method(
+    "flap",
+    "Remove the heads and neurons whose output, on its way to the next layer, hardly varies.",
+    choose="Choose it for a smaller language model in one shot, from calibration text alone.",
+    beware="a bias that is not there is not added: where the layers have none, as in Llama, the least-squares "
+    "refit takes its place. The hidden width stays as it is, as in the paper.",
+    source="An et al., Fluctuation-based adaptive structured pruning for LLMs (FLAP), arXiv 2312.11983.",
+    paper="2312.11983",
+    family="activation",
+    granularities=_WHOLE,
+    criterion="fluctuation",
+    granularity="channel",
+    allocation="standardized",
+    recovery="refit",
+    skip=("@residual",),
+)
+method(
+    "wanda-sp",
+    "Remove the heads and neurons whose outgoing weights, times the norm of what they carry, are smallest.",
+    choose="Choose it as the simplest structured method that looks at activations.",
+    source="An et al., FLAP, arXiv 2312.11983, where wanda is summed over structures as a baseline (Wanda-sp); "
+    "the criterion is of Sun et al., arXiv 2306.11695.",
+    paper="2306.11695",
+    family="activation",
+    granularities=_WHOLE,
+    criterion="wanda",
+    granularity="channel",
+    allocation="uniform",
+    recovery="refit",
+    skip=("@residual",),
+)
+method(
+    "llm-pruner",
+    "Remove the heads and neurons whose coupled weights change the loss least, to first order.",
+    choose="Choose it for language models when gradients fit in memory.",
+    beware="the paper keeps the first and last blocks whole (use --skip) and trains a LoRA afterwards; here the "
+    "survivors are refitted by least squares.",
+    source="Ma et al., LLM-Pruner, arXiv 2305.11627, element-wise Taylor score summed over a group, uniform blocks.",
+    paper="2305.11627",
+    family="saliency",
+    granularities=_WHOLE,
+    criterion="saliency",
+    granularity="coupled",
+    allocation="uniform",
+    recovery="refit",
+    skip=("@residual",),
+)
+method(
+    "isomorphic",
+    "Remove the coupled units whose removal changes the loss least, ranked among those of the same shape.",
+    choose="Choose it for vision transformers and mixed networks when there are labels and a loss.",
+    source="Fang et al., Isomorphic pruning for vision models, arXiv 2407.04616.",
+    paper="2407.04616",
+    family="saliency",
+    granularities=_WHOLE,
+    criterion="saliency",
+    granularity="coupled",
+    allocation="isomorphic",
+    recovery="refit",
+)
+method(
+    "fpgm",
+    "Remove the filters nearest to the geometric median of their layer.",
+    choose="Choose it for convolutional networks whose filters have norms alike.",
+    beware="the paper prunes softly while it trains; this is its ranking, in one shot.",
+    source="He et al., Filter pruning via geometric median, arXiv 1811.00250.",
+    paper="1811.00250",
+    family="redundancy",
+    granularities=_WHOLE,
+    criterion="fpgm",
+    granularity="filter",
+    recovery="refit",
+)
+method(
+    "network-slimming",
+    "Remove the channels whose batch norm scales are smallest in the whole network.",
+    choose="Choose it after training with a penalty on the scales.",
+    beware="the penalty is part of the training, not of this recipe.",
+    source="Liu et al., Network slimming, arXiv 1708.06519.",
+    paper="1708.06519",
+    family="norm",
+    granularities=_WHOLE,
+    criterion="norm-scale",
+    granularity="coupled",
+    allocation="global",
+    recovery="refit",
+)
+method(
+    "apoz",
+    "Remove the channels and neurons that are most often zero.",
+    choose="Choose it for networks with ReLU and data without labels.",
+    source="Hu et al., Network trimming, arXiv 1607.03250.",
+    paper="1607.03250",
+    family="activation",
+    granularities=_WHOLE,
+    criterion="apoz",
+    granularity="channel",
+    recovery="refit",
+)
+method(
+    "minitron",
+    "Remove the heads, neurons and hidden features with the smallest mean activation.",
+    choose="Choose it for language models that will be distilled afterwards.",
+    beware="depth is taken out by granularity depth; the distillation, to which the paper owes its quality, is not "
+    "part of this recipe.",
+    source="Muralidharan et al., Minitron, arXiv 2407.14679, width pruning.",
+    paper="2407.14679",
+    family="activation",
+    granularities=_WHOLE,
+    criterion="activation-mean",
+    granularity="channel",
+    recovery="refit",
+)
+_DEPTH = ("depth",)
+
+method(
+    "shortgpt",
+    "Take out the blocks that turn the hidden state least.",
+    choose="Choose it for a shorter language model from one forward pass.",
+    source="Men et al., ShortGPT, arXiv 2403.03853.",
+    paper="2403.03853",
+    family="activation",
+    granularities=_DEPTH,
+    criterion="block-influence",
+    granularity="depth",
+)
+method(
+    "sleb",
+    "Take out one block after the other: each time the one without which the loss is lowest.",
+    choose="Choose it for the best shorter language model without training; it costs many forward passes.",
+    source="Song et al., SLEB, arXiv 2402.09025.",
+    paper="2402.09025",
+    family="loss",
+    granularities=_DEPTH,
+    criterion="loss-without",
+    granularity="depth",
+)
+method(
+    "angular-depth",
+    "Take out the run of successive blocks between whose ends the hidden state turns least.",
+    choose="Choose it for taking much depth out of a large language model, before a short healing.",
+    beware="the paper never takes out the last block, which this does where it turns little; keep it with --skip.",
+    source="Gromov et al., The unreasonable ineffectiveness of the deeper layers, arXiv 2403.17887.",
+    paper="2403.17887",
+    family="activation",
+    granularities=_DEPTH,
+    criterion="angular",
+    granularity="depth",
 )

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import blockwise
+from . import blockwise, units
 
-__all__ = ["blockwise"]
+__all__ = ["blockwise", "units"]

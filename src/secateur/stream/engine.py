@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError, SecateurError
 from ..evidence import InputEvidence, Stop, watch
 from ..evidence.watch import as_ni
+from ..lanes import Lanes, Parted, lane_size
 from ..layers import Layer
 from ..recipe import Recipe
 from ..registry import get
@@ -21,7 +22,6 @@ from ..select import is_finite
 from ..solve import LayerRecord, sample_rows, solve_layer
 from ..solvers import Curvature
 from .blocks import Entry, call_block
-from .lanes import Lanes, Parted, lane_size
 
 Enter = Callable[[int, int], Entry]
 
@@ -52,7 +52,7 @@ class Engine:
     def __init__(self, recipe: Recipe, enter: Enter | None, windows: int, memory: int, dtype: torch.dtype) -> None:
         self.recipe, self._enter, self.windows, self.memory = recipe, enter, windows, memory
         self.needs = recipe.needs()
-        self.recovers = bool(get("recovery", recipe.recovery).facts.get("data"))
+        self.recovers = get("recovery", recipe.recovery).facts.get("data") == "block"
         #: The dense model's own activations travel along when they are the target.
         self.teacher = self.recovers and recipe.knobs_of("recovery").get("teacher") == "model"
         self.dtype = dtype

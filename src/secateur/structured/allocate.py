@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..graph import Dependencies, Family
+from ..graph import Family
 from ..select import select
 from .score import Scores
 from .targets import Target
@@ -36,15 +36,40 @@ def uniform(families: Sequence[Family], scores: Sequence[Scores], keep: float, m
 
 def ranked(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
     """One threshold for all families, on scores divided by their family's mean."""
-    level = [s / (s.mean() or 1.0) for s in scores]
+    return _over(families, [s / (s.mean() or 1.0) for s in scores], keep, multiple)
+
+
+def _over(families: Sequence[Family], level: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """How many units of each family are among the best share of all."""
     everything = np.sort(np.concatenate(level))
     edge = everything[min(len(everything) - 1, int((1 - keep) * len(everything)))]
     return [rounded(f, float((s >= edge).mean()), multiple) for f, s in zip(families, level, strict=True)]
 
 
+def standardized(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """One threshold for all families, on scores of mean 0 and variance 1 in each (FLAP, arXiv 2312.11983)."""
+    level = [(s - s.mean()) / (s.std() or 1.0) for s in scores]
+    return _over(families, level, keep, multiple)
+
+
+def isomorphic(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """One threshold for the families of one footprint; every footprint keeps the same share (arXiv 2407.04616)."""
+    kinds: dict[str, list[int]] = {}
+    for i, family in enumerate(families):
+        kinds.setdefault(family.kind, []).append(i)
+    counts = [0] * len(families)
+    for members in kinds.values():
+        found = ranked([families[i] for i in members], [scores[i] for i in members], keep, multiple)
+        for i, count in zip(members, found, strict=True):
+            counts[i] = count
+    return counts
+
+
 ALLOCATIONS: dict[str, Callable[[Sequence[Family], Sequence[Scores], float, int], list[int]]] = {
     "uniform": uniform,
     "global": ranked,
+    "standardized": standardized,
+    "isomorphic": isomorphic,
 }
 
 
@@ -60,28 +85,30 @@ def gone(families: Sequence[Family], scores: Sequence[Scores], counts: Sequence[
 
 
 def meet(
-    found: Dependencies,
     families: Sequence[Family],
     scores: Sequence[Scores],
     target: Target,
     allocation: str,
     multiple: int,
+    counts_of: Callable[[frozenset[int]], int],
 ) -> tuple[frozenset[int], list[int]]:
     """The largest model within the target, by bisection on the fraction that is kept.
+
+    Args:
+        counts_of: how much of the target's quantity is left without these labels.
 
     Returns:
         The labels that go and how many units each family keeps. Where even the smallest model is above the
         target, that one.
     """
-    count = found.parameters if target.quantity == "params" else found.flops
-    limit = target.remaining(count(frozenset()))
+    limit = target.remaining(counts_of(frozenset()))
     low, high = 0.0, 1.0
     best = None
     for _ in range(20):
         keep = (low + high) / 2
         counts = ALLOCATIONS[allocation](families, scores, keep, multiple)
         labels = gone(families, scores, counts)
-        if count(labels) <= limit:
+        if counts_of(labels) <= limit:
             best, low = (labels, counts), keep
         else:
             high = keep

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import kept_by_name, shrink
 from .allocate import ALLOCATIONS, gone, meet
+from .choose import chosen
 from .score import Scores, unit_scores, weight_scores
 from .stock import stock_config
 from .targets import Target
@@ -49,6 +48,7 @@ class StructuredPlan:
         notes: what a reader should know, such as a target that was not met.
         kept: tensor name -> axis -> positions that stay.
         sizes: length of an axis anywhere in the run -> what such axes become.
+        healed: tensors of the smaller model that a recovery changed, by name.
     """
 
     model: nn.Module
@@ -63,9 +63,13 @@ class StructuredPlan:
     kept: dict[str, dict[int, Any]] = field(repr=False)
     sizes: dict[int, list[int]] = field(repr=False)
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(repr=False)
+    healed: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self) -> nn.Module:
-        """Set to zero, in place, every parameter position that goes; shapes stay as they are."""
+        """Set to zero, in place, every parameter position that goes; shapes stay as they are.
+
+        What stays gets the values that a recovery gave it.
+        """
         tensors = stored_tensors(self.model)
         with torch.no_grad():
             for name, axes in self.kept.items():
@@ -74,7 +78,19 @@ class StructuredPlan:
                     for axis, positions in axes.items():
                         lost = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
                         tensor.index_fill_(axis, torch.from_numpy(lost).to(tensor.device), 0)
+            for name, values in self.healed.items():
+                tensor, axes = tensors[name], self.kept.get(name, {})
+                index = np.ix_(*[np.asarray(axes.get(a, np.arange(n))) for a, n in enumerate(tensor.shape)])
+                tensor[tuple(torch.from_numpy(i) for i in index)] = values
         return self.model
+
+    def heal(self, recover: Callable[[nn.Module], list[str]]) -> None:
+        """Let a recovery change the smaller model's tensors; `mask` and `shrink` give them from then on."""
+        small = self.shrink()
+        before = {n: t.detach().clone() for n, t in stored_tensors(small).items()}
+        self.notes += recover(small)
+        after = stored_tensors(small)
+        self.healed = {n: after[n].detach() for n, old in before.items() if not torch.equal(old, after[n])}
 
     def shrink(self) -> nn.Module:
         """A smaller copy of the model. The model itself stays as it is.
@@ -86,6 +102,10 @@ class StructuredPlan:
             raise ModelError("nothing can be removed: " + "; ".join(self.notes or ["no family is free"]))
         small = copy.deepcopy(self.model)
         shrink(small, self.kept, self.proof.mends)
+        tensors = stored_tensors(small)
+        with torch.no_grad():
+            for name, values in self.healed.items():
+                tensors[name].copy_(values)
         args, kwargs = self.example
         with plain_operations(small):
             small(*args, **kwargs)
@@ -108,7 +128,12 @@ class StructuredPlan:
             "after": self.after,
             "families": [vars(f) for f in self.families],
             "frozen": [{"name": n, "axis": a, "reason": r} for (n, a), r in self.frozen.items()],
-            "proof": {"proven": self.proof.proven, "error": self.proof.error, "reason": self.proof.reason},
+            "proof": {
+                "proven": self.proof.proven,
+                "error": self.proof.error,
+                "effect": self.proof.effect,
+                "reason": self.proof.reason,
+            },
             "notes": self.notes,
         }
 
@@ -117,8 +142,8 @@ class StructuredPlan:
             f"{self.recipe.method}, target {self.target}",
             f"{'':12}{'before':>18}{'after':>18}{'ratio':>10}",
         ]
-        for key in ("params", "flops"):
-            a, b = self.before[key], self.after[key]
+        for key, a in self.before.items():
+            b = self.after[key]
             lines.append(f"{key:12}{a:>18,}{b:>18,}{b / max(a, 1):>10.3f}")
         lines.append("")
         for family in self.families:
@@ -192,20 +217,33 @@ def plan_structured(
     """
     wanted = target if isinstance(target, Target) else Target.parse(target)
     if recipe.allocation not in ALLOCATIONS:
-        raise RecipeError(f"coupled units are allocated 'uniform' or 'global', not '{recipe.allocation}'")
+        raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
     args, kwargs = inputs(example)
-    twin, twin_args, twin_kwargs = _twin(model, args, kwargs)
+    twin, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
     found = dependencies(trace(twin, twin_args, twin_kwargs))
     scores = unit_scores(found, weight_scores(model, recipe, evidence or {}), where)
-    active, left = _chosen(found, recipe, model)
+    active, left = chosen(found, recipe, model)
+    left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
+    active = [i for i in active if i not in left]
     notes: list[str] = []
+    bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
+    counted: dict[str, Callable[[frozenset[int]], int]] = {
+        "params": found.parameters,
+        "flops": found.flops,
+        "bytes": lambda gone: found.parameters(gone, bytes_of),
+    }
     proof, labels = Proof(False, None, 0.0, (), ""), frozenset[int]()
     counts: dict[int, int] = {}
     for _ in range(_ROUNDS):
         if not active:
             break
         labels, kept = meet(
-            found, [found.families[i] for i in active], [scores[i] for i in active], wanted, recipe.allocation, multiple
+            [found.families[i] for i in active],
+            [scores[i] for i in active],
+            wanted,
+            recipe.allocation,
+            multiple,
+            counted[wanted.quantity],
         )
         counts = dict(zip(active, kept, strict=True))
         proof = prove(twin, found, labels, twin_args, twin_kwargs)
@@ -218,7 +256,6 @@ def plan_structured(
         active = [i for i in active if i not in left]
     if not proof.proven:
         labels, counts = frozenset(), {}
-    counted = {"params": found.parameters, "flops": found.flops}
     before = {k: f(frozenset()) for k, f in counted.items()}
     after = {k: f(labels) for k, f in counted.items()}
     if after[wanted.quantity] > wanted.remaining(before[wanted.quantity]):
@@ -270,7 +307,7 @@ def inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ModelError("give example inputs of one forward pass: a tensor, a tuple of inputs or a dict of keywords")
 
 
-def _twin(
+def waking_twin(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """An awake copy in float64, or in the model's own dtype where its code does not take float64."""
@@ -291,35 +328,6 @@ def _twin(
     raise ModelError(f"the model cannot be copied and run on the example: {reason}") from problem
 
 
-def _chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[int], dict[int, str]]:
-    """Families that may be cut, and why others may not."""
-    made = _made_by_config(model)
-    active, left = [], {}
-    for i, family in enumerate(found.families):
-        names = [n for s in family.slots for n in found.slots[s].names]
-        paths = [*names, *(n.rpartition(".")[0] for n in names)]
-        if recipe.only and not any(fnmatchcase(n, g) for n in paths for g in recipe.only):
-            left[i] = "not chosen by --only"
-        elif any(fnmatchcase(n, g) for n in paths for g in recipe.skip):
-            left[i] = "chosen by --skip"
-        elif not recipe.only and made & set(names):
-            left[i] = f"{sorted(made & set(names))[0]} is not saved: stock loaders would compute it anew (use --only)"
-        else:
-            active.append(i)
-    return active, left
-
-
-def _made_by_config(model: nn.Module) -> set[str]:
-    """Buffers of a transformers model that are computed when it is built, such as rotary frequencies."""
-    if not hasattr(model, "save_pretrained"):
-        return set()
-    return {
-        f"{name}.{buffer}" if name else buffer
-        for name, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-    }
-
-
 def _failing(
     twin: nn.Module,
     found: Dependencies,
@@ -336,7 +344,7 @@ def _failing(
     kinds: dict[str, list[int]] = {}
     for i, count in counts.items():
         if count < len(found.families[i]):
-            kinds.setdefault(re.sub(r"\d+", "#", found.families[i].name), []).append(i)
+            kinds.setdefault(found.families[i].kind, []).append(i)
 
     def labels_of(members: Sequence[int]) -> frozenset[int]:
         return gone([found.families[i] for i in members], [scores[i] for i in members], [counts[i] for i in members])

@@ -46,11 +46,11 @@ def stock_config(
         except Exception:  # sizes that do not go together, as the class itself finds
             continue
         if {name: tuple(p.shape) for name, p in built.named_parameters()} == due:
-            return trial if _same(model, trial, args, kwargs) else None
+            return trial if same(model, trial, args, kwargs) else None
     return None
 
 
-def _same(model: nn.Module, config: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def same(model: nn.Module, config: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a fresh model of the config, given these weights, computes the same."""
     state = model.state_dict()
     with torch.random.fork_rng():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, OutputError
 from ..graph.trace import stored_tensors
+from ..surgery.depth import remove, without
 from ..surgery.shrink import Mend, shrink
 
 _PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
@@ -93,12 +94,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if digest != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
+    removed = _check_removed(record, model, folder)
     kept, mends = _check(record, model, folder)
     try:
         state = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
-    _check_shapes(record, state, model, kept, folder)
+    _check_shapes(record, state, without(model, removed) if removed else model, kept, folder)
+    remove(model, removed)
     shrink(model, kept, mends)
     for alias, name in record["tied"].items():
         state[alias] = state[name]
@@ -180,6 +183,26 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
     return kept, mends
+
+
+def _check_removed(record: Mapping[str, Any], model: nn.Module, folder: Path) -> dict[str, list[int]]:
+    """Which blocks the plan takes out, refused where the model has not that many."""
+    found: dict[str, list[int]] = {}
+    try:
+        for path, entry in record.get("removed", {}).items():
+            size, gone = int(entry["of"]), [int(k) for k in entry["gone"]]
+            blocks = dict(model.named_modules()).get(path)
+            if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != size:
+                raise ModelError(
+                    f"{folder / _PLAN} takes blocks out of {path}, which has not {size} in this model: give the model "
+                    "that was pruned, from the same factory"
+                )
+            if not gone or gone != sorted(set(gone)) or gone[0] < 0 or gone[-1] >= size or len(gone) == size:
+                raise ModelError(f"{folder / _PLAN} takes blocks out of {path} that do not exist")
+            found[path] = gone
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
+    return found
 
 
 def _check_shapes(

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from ..errors import RecipeError
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_TARGET = re.compile(r"(params|flops)\s+(to\s+)?(\d+(?:\.\d+)?|\.\d+)\s*(%|[kmgbt]?)", re.IGNORECASE)
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_TARGET = re.compile(
+    r"(params|flops|bytes|latency)\s+(to\s+)?(\d+(?:\.\d+)?|\.\d+)\s*(%|[kmgbt]?|ms|us|s)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Target:
     """A count and what of it may remain.
 
     Attributes:
-        quantity: ``params`` (stored parameters) or ``flops`` (of one forward pass of the example).
+        quantity: ``params`` (stored parameters), ``bytes`` (of the parameters), ``flops`` (of one forward pass of
+            the example) or ``latency`` (seconds of that pass, measured on this machine).
         fraction: what remains, of what was; or None.
         limit: what remains, as a count; or None.
     """
@@ -30,7 +34,7 @@ class Target:
         """Read a target.
 
         ``"flops 50%"`` takes half of the FLOPs away, as a sparsity of 0.5 takes half of the weights;
-        ``"flops to 30%"`` and ``"params to 2M"`` say what remains.
+        ``"flops to 30%"``, ``"params to 2M"`` and ``"latency to 20ms"`` say what remains.
 
         >>> Target.parse("flops 40%").remaining(1000)
         600.0
@@ -43,8 +47,8 @@ class Target:
         found = _TARGET.fullmatch(text.strip())
         if found is None:
             raise RecipeError(
-                f"target '{text}' is not understood: write 'params 50%' or 'flops 50%' (what goes), "
-                "'flops to 50%' or 'params to 2M' (what remains)"
+                f"target '{text}' is not understood: write 'params 50%', 'flops 50%', 'bytes 50%' or 'latency 50%' "
+                "(what goes), 'flops to 50%', 'params to 2M' or 'latency to 20ms' (what remains)"
             )
         quantity, to, number, unit = found[1].lower(), bool(found[2]), float(found[3]), found[4].lower()
         if unit == "%":
@@ -56,7 +60,9 @@ class Target:
             raise RecipeError(
                 f"target '{text}' is a count: write '{quantity} to {found[3]}{found[4]}' for what remains"
             )
-        return Target(quantity, limit=number * _UNITS[unit])
+        if (unit in _TIMES) != (quantity == "latency"):
+            raise RecipeError(f"target '{text}': latency has a unit of time (s, ms, us), and nothing else has")
+        return Target(quantity, limit=number * (_TIMES | _UNITS)[unit])
 
     def remaining(self, before: float) -> float:
         """How much may remain of ``before``."""
@@ -65,4 +71,6 @@ class Target:
     def __str__(self) -> str:
         if self.fraction is not None:
             return f"{self.quantity} to {100 * self.fraction:g}%"
+        if self.quantity == "latency":
+            return f"latency to {1e3 * (self.limit or 0):g}ms"
         return f"{self.quantity} to {self.limit:,.0f}"

@@ -182,14 +182,14 @@ def prove(
     if not all(bool(torch.isfinite(x).all()) for x in masked):
         return Proof(False, None, 0.0, (), "the masked model's output is not finite")
     scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
-    effect = _distance(dense, masked, scale) or 0.0
+    effect = distance(dense, masked, scale) or 0.0
     tolerance = 1e-9
     if found.trace.low_precision:
         tolerance = 2e-5 if all(x.dtype == torch.float64 for x in masked) else 2e-4
     kept = kept_by_name(found, gone)
 
     def attempt(mends: tuple[Mend, ...]) -> Proof:
-        small = _twin(model)
+        small = twin(model)
         try:
             problem = _shapes_fail(model, kept, mends, args, kwargs)
             if problem is not None:
@@ -197,8 +197,8 @@ def prove(
             shrink(small, kept, mends)
             result = outputs(small, args, kwargs)
         except Exception as problem:  # the model's own code, on sizes it may not expect
-            return Proof(False, None, effect, mends, f"{type(problem).__name__}: {_first_line(problem)}")
-        error = _distance(result, masked, scale)
+            return Proof(False, None, effect, mends, f"{type(problem).__name__}: {first_line(problem)}")
+        error = distance(result, masked, scale)
         if error is not None and error <= tolerance:
             return Proof(True, error, effect, mends)
         why = "its outputs have other shapes" if error is None else f"it computes something else (off by {error:.1e})"
@@ -228,7 +228,7 @@ def _fewer(model: nn.Module, proof: Proof, attempt: Callable[[tuple[Mend, ...]],
     return proof
 
 
-def _twin(model: nn.Module, meta: bool = False) -> nn.Module:
+def twin(model: nn.Module, meta: bool = False) -> nn.Module:
     """A copy that shares the tensors, which `shrink` replaces and an evaluation only reads; or one without data."""
     memo: dict[int, Any] = {}
     for tensor in stored_tensors(model).values():
@@ -248,7 +248,7 @@ def _shapes_fail(
     kwargs: Mapping[str, Any],
 ) -> Exception | None:
     """Run the smaller model without data, which costs nothing, and see whether its shapes fit."""
-    small = _twin(model, meta=True)
+    small = twin(model, meta=True)
     on_meta = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (list(args), dict(kwargs)))
     try:
         shrink(small, kept, mends)
@@ -296,12 +296,12 @@ def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Ite
             yield chosen(choice)
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     lines = str(problem).strip().splitlines()
     return lines[0][:200] if lines else ""
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> float | None:
+def distance(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> float | None:
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return None
     if not all(bool(torch.isfinite(x).all()) for x in a):

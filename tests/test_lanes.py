@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from tests import tiny
 
 import secateur
+from secateur.lanes import Lanes, Parted, lane_size
 from secateur.stream import engine
-from secateur.stream.lanes import Lanes, Parted, lane_size
+from tests import tiny
 
 
 def trace(paths: list[str], log: list[str]) -> Lanes[int]:

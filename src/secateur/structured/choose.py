@@ -1,0 +1,64 @@
+"""Which units a recipe may take, by its globs and by what stock loaders need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..graph import Dependencies
+from ..recipe import Recipe
+
+#: What ``--only`` and ``--skip`` call units that several blocks share: the hidden width of a transformer.
+RESIDUAL = "@residual"
+
+
+def chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[int], dict[int, str]]:
+    """Families that may be cut, and why others may not."""
+    made, block_of = _made_by_config(model), _block_of(model)
+    active, left = [], {}
+    for i, family in enumerate(found.families):
+        names = [n for s in family.slots for n in found.slots[s].names]
+        paths = [
+            *names,
+            *(n.rpartition(".")[0] for n in names),
+            *([RESIDUAL] if len({b for n in names if (b := block_of(n))}) > 1 else []),
+        ]
+        if why := globbed(recipe, paths):
+            left[i] = why
+        elif not recipe.only and made & set(names):
+            left[i] = f"{sorted(made & set(names))[0]} is not saved: stock loaders would compute it anew (use --only)"
+        else:
+            active.append(i)
+    return active, left
+
+
+def globbed(recipe: Recipe, names: Sequence[str]) -> str:
+    """Why the recipe's globs leave alone what has these names; empty when they do not."""
+    if recipe.only and not any(fnmatchcase(n, g) for n in names for g in recipe.only):
+        return "not chosen by --only"
+    return "chosen by --skip" if any(fnmatchcase(n, g) for n in names for g in recipe.skip) else ""
+
+
+def _block_of(model: nn.Module) -> Callable[[str], str | None]:
+    """Which repeated block the tensor of a name lies in, by path; None outside of all."""
+    paths = [
+        f"{path}.{k}."
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(m) for m in module}) == 1 < len(module)
+        for k, member in enumerate(module)
+        if next(member.children(), None) is not None
+    ]
+    return lambda name: next((p for p in paths if name.startswith(p)), None)
+
+
+def _made_by_config(model: nn.Module) -> set[str]:
+    """Buffers of a transformers model that are computed when it is built, such as rotary frequencies."""
+    if not hasattr(model, "save_pretrained"):
+        return set()
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+    }

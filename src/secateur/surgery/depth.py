@@ -1,0 +1,116 @@
+"""Take whole blocks out of a model: those in whose place nothing is missing once their parameters are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .prove import distance, first_line, outputs, twin
+
+#: Path of a list of blocks -> numbers of those that go.
+Removed = Mapping[str, Sequence[int]]
+
+
+def block_lists(model: nn.Module, within: str = "") -> dict[str, list[nn.Module]]:
+    """The outermost lists, by path, of at least two modules of one type that have children of their own.
+
+    Args:
+        within: look only inside the members of this list.
+    """
+    found: dict[str, list[nn.Module]] = {}
+    for path, module in model.named_modules():
+        if (within and not path.startswith(f"{within}.")) or any(path.startswith(f"{p}.") for p in found):
+            continue
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            members = list(module)
+            own = all(next(m.children(), None) is not None for m in members)
+            if own and len({type(m) for m in members}) == 1 and len({id(m) for m in members}) == len(members):
+                found[path] = members
+    return found
+
+
+def members_of(model: nn.Module, path: str) -> list[nn.Module]:
+    """The blocks of a list, by its path."""
+    return [m for m in model.get_submodule(path)._modules.values() if m is not None]
+
+
+def remove(model: nn.Module, removed: Removed) -> None:
+    """Take blocks out in place, renumber what the others say of their place, and cut the config's lists to fit."""
+    for path, gone in removed.items():
+        members = members_of(model, path)
+        numbers = list(_numbers(members))
+        kept = [m for k, m in enumerate(members) if k not in set(gone)]
+        model.get_submodule(path)._modules = {str(k): m for k, m in enumerate(kept)}
+        for name, attribute in numbers:
+            for k, member in enumerate(kept):
+                setattr(member.get_submodule(name), attribute, k)
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            for key, value in list(getattr(config, "__dict__", {}).items()):
+                if isinstance(value, list) and len(value) == len(members):
+                    setattr(config, key, [v for k, v in enumerate(value) if k not in set(gone)])
+
+
+def _numbers(members: Sequence[nn.Module]) -> Iterator[tuple[str, str]]:
+    """Attributes, by path within a block, that hold the block's own number in every block."""
+    within = [dict(m.named_modules()) for m in members]
+    for name, module in within[0].items():
+        for attribute, value in vars(module).items():
+            if type(value) is int and value == 0 and not attribute.startswith("_"):
+                values = [vars(w[name]).get(attribute) if name in w else None for w in within]
+                if all(type(v) is int and v == k for k, v in enumerate(values)):
+                    yield name, attribute
+
+
+def without(model: nn.Module, removed: Removed) -> nn.Module:
+    """A copy without these blocks that shares the tensors of the others."""
+    copy = twin(model)
+    remove(copy, removed)
+    return copy
+
+
+def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
+    """A copy in which every parameter of these blocks is zero; it shares the other tensors."""
+    copy = twin(model)
+    for path, gone in removed.items():
+        for k in gone:
+            for module in copy.get_submodule(f"{path}.{k}").modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[name] = nn.Parameter(torch.zeros_like(parameter))
+    return copy
+
+
+def prove_depth(
+    model: nn.Module, removed: Removed, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[float | None, str]:
+    """The largest relative difference between the model with these blocks at zero and without them.
+
+    Returns:
+        ``(error, "")``, or ``(None, why)`` when the smaller model does not run or its outputs have other shapes.
+    """
+    try:
+        masked = outputs(zeroed(model, removed), args, kwargs)
+        small = outputs(without(model, removed), args, kwargs)
+    except Exception as problem:  # the model's own code
+        return None, f"{type(problem).__name__}: {first_line(problem)}"
+    scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
+    error = distance(small, masked, scale)
+    return error, "" if error is not None else "its outputs have other shapes"
+
+
+def parameters_of(model: nn.Module, removed: Removed) -> dict[int, int]:
+    """How many parameters lie in these blocks and nowhere else, by the bytes of one."""
+    inside = {id(p): p for path, gone in removed.items() for k in gone for p in _of(model, path, k)}
+    outside = {id(p) for p in without(model, removed).parameters()}
+    found: dict[int, int] = {}
+    for i, p in inside.items():
+        if i not in outside:
+            found[p.element_size()] = found.get(p.element_size(), 0) + p.numel()
+    return found
+
+
+def _of(model: nn.Module, path: str, k: int) -> Iterable[Tensor]:
+    return model.get_submodule(f"{path}.{k}").parameters()
