@@ -26,12 +26,16 @@ GLOBS = st.lists(
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    granularity = draw(st.sampled_from(["element", "row", "1:2", "2:4", "4:8", "3:7", "block(2,8)"]))
+    whole = ["coupled", "filter", "channel", "depth"]
+    granularity = draw(st.sampled_from(["element", "row", "1:2", "2:4", "4:8", "3:7", "block(2,8)", *whole]))
     fixed = [int(x) for x in granularity.split(":")] if ":" in granularity else None
-    criterion: str | None = draw(st.sampled_from([*parts("criterion")]))
+    fits = {None} | ({"norm"} if granularity in whole[:3] else {"block"} if granularity == "depth" else set())
+    criterion: str | None = draw(
+        st.sampled_from([n for n, p in parts("criterion").items() if p.facts.get("of") in fits])
+    )
     allocation = draw(st.sampled_from([*parts("allocation")]))
     solver = draw(st.sampled_from([*parts("solver")]))
-    if parts("solver")[solver].facts.get("chooses") and allocation != "global":
+    if parts("solver")[solver].facts.get("chooses") and allocation not in ("global", "standardized", "isomorphic"):
         criterion = None
     steps = draw(st.integers(1, 20)) if solver == "rank" else 1
     knobs: dict[str, dict[str, object]] = {}
@@ -50,7 +54,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         schedule=draw(st.sampled_from(["linear", "cubic", "geometric"])) if steps > 1 else "one-shot",
         steps=steps,
         solver=solver,
-        recovery=draw(st.sampled_from([*parts("recovery")])),
+        recovery=draw(
+            st.sampled_from(
+                [n for n, p in parts("recovery").items() if p.facts.get("data") != "units" or granularity in whole]
+            )
+        ),
         sparsity=1 - fixed[0] / fixed[1] if fixed else draw(st.floats(0, 1, exclude_max=True)),
         propagate=draw(st.sampled_from(["layer", "block", "off"])),
         only=tuple(draw(GLOBS)),

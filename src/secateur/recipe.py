@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -311,7 +312,10 @@ class Recipe:
         Knobs count with their values, set or left at their defaults; ``method`` is only a label.
         """
         content = {k: v for k, v in self.to_dict().items() if k != "method"}
-        content["knobs"] = {axis: self.knobs_of(axis) for axis in self.parts()}
+        content["knobs"] = {
+            axis: {k: v for k, v in self.knobs_of(axis).items() if v is not inspect.Parameter.empty}  # sparsity
+            for axis in self.parts()
+        }
         text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

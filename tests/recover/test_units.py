@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.recover.units import Smaller, bias, refit
 from secateur.structured import StructuredPlan
+from secateur.surgery.shrink import shrink
 
 
 class Wide(nn.Module):
@@ -23,8 +24,9 @@ class Wide(nn.Module):
         self.up = nn.Linear(6, 16)
         self.down = nn.Linear(16, 5, bias=biased)
         with torch.no_grad():
-            self.up.weight[8:] = 0.5 * self.up.weight[:8]
-            self.up.bias[8:] = 0.5 * self.up.bias[:8]
+            self.up.weight[8:] = 0.01 * self.up.weight[:8]
+            self.up.bias[8:] = 0.01 * self.up.bias[:8]
+            self.down.weight[:, 8:] *= 50
             if constant:
                 self.up.weight[8:] = 0
                 self.up.bias[8:] = torch.linspace(0.1, 0.4, 8)
@@ -60,9 +62,10 @@ def test_refit_is_the_least_squares_solution(biased: bool) -> None:
     net = Wide(biased=biased)
     with torch.no_grad():
         net.up.weight[8:] = 0.3 * torch.randn(8, 6)
+        net.down.weight[:, 8:] /= 50
     small = copy.deepcopy(net)
     kept = {"up.weight": {0: np.arange(8)}, "up.bias": {0: np.arange(8)}, "down.weight": {1: np.arange(8)}}
-    secateur.surgery.shrink.shrink(small, kept)
+    shrink(small, kept)
     batches = [torch.randn(40, 6) for _ in range(4)]
     refit(Smaller(net, small, kept, batches, lambda m, x: m(x)), damp=0.0)
     x = torch.cat(batches[:3])  # the last batch is held out
@@ -88,7 +91,7 @@ def test_without_a_bias_none_is_made_up() -> None:
     net = Wide(constant=True, biased=False)
     small = copy.deepcopy(net)
     kept = {"up.weight": {0: np.arange(8)}, "up.bias": {0: np.arange(8)}, "down.weight": {1: np.arange(8)}}
-    secateur.surgery.shrink.shrink(small, kept)
+    shrink(small, kept)
     notes = bias(Smaller(net, small, kept, [torch.randn(9, 6)] * 2, lambda m, x: m(x)))
     assert any("1 layers have no bias" in note for note in notes)
     assert torch.equal(small.down.weight, net.down.weight[:, :8])
@@ -116,6 +119,8 @@ def test_masked_and_smaller_agree_after_healing() -> None:
 def test_healing_that_does_harm_is_taken_back() -> None:
     torch.manual_seed(4)
     net = Wide()
+    with torch.no_grad():
+        net.up.weight[8:] = 0.01 * torch.randn(8, 6)  # nothing repeats: what is lost must be guessed
     far = [torch.randn(3, 6), 100 + torch.randn(200, 6)]  # fitted on three points, judged far away
     plan = halved(net, "refit", far, knobs={"recovery": {"damp": 0.0}})
     assert any(n.startswith("taken back") for n in plan.notes), plan.notes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.criteria.depth import angular, block_influence
 from secateur.errors import ModelError, RecipeError
+from secateur.measure.flops import flops
 from secateur.structured import DepthPlan
 from secateur.surgery.depth import block_lists, remove
 
@@ -165,7 +166,7 @@ def test_a_convolutional_network_loses_blocks_but_not_those_that_change_the_size
     assert set(plan.left) == {("2.0", 0), ("2.1", 0)}
     assert all(0 not in gone for gone in plan.removed.values())
     small = plan.shrink()
-    assert secateur.measure.flops.flops(small, x).total == plan.after["flops"]
+    assert flops(small, x).total == plan.after["flops"]
     secateur.save(small, tmp_path / "small")
     again = secateur.load(tmp_path / "small", factory())
     assert torch.equal(again(x), small(x))

@@ -415,7 +415,7 @@ def test_isomorphic_families_compete_only_with_their_like() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(torch.relu(self.up(x)))
 
-    net = nn.Sequential(Block(1.0), Block(4.0)).eval()
+    net = nn.Sequential(nn.Linear(16, 16), nn.Sequential(Block(1.0), Block(4.0)), nn.Linear(16, 16)).eval()
     fields = {"allocation": "isomorphic", "granularity": "coupled", "skip": ["@residual"]}
     plan = planned(net, nets.noise(2, 16), "params 30%", fields=fields)
     kept = {f.name: f.kept for f in plan.families if len(f.name) and f.units == 32}

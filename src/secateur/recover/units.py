@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -180,7 +180,7 @@ def _fit(task: Smaller, lots: list[Any], solve: Solve) -> list[str]:
             raise Stop  # nothing after it is read, the head of a language model least of all
 
     def through(model: nn.Module, layers: list[Layer], batch: Any) -> None:
-        with watch(layers, arrive):
+        with watch(layers, arrive), suppress(Stop):
             task.run(model, batch)
 
     jobs = []

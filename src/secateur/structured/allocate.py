@@ -43,7 +43,10 @@ def _over(families: Sequence[Family], level: Sequence[Scores], keep: float, mult
     """How many units of each family are among the best share of all."""
     everything = np.sort(np.concatenate(level))
     edge = everything[min(len(everything) - 1, int((1 - keep) * len(everything)))]
-    return [rounded(f, float((s >= edge).mean()), multiple) for f, s in zip(families, level, strict=True)]
+    above, at = ([int(test(s, edge).sum()) for s in level] for test in (np.greater, np.equal))
+    # Scores that are all alike, as those of a fresh batch norm, are shared out, not kept whole.
+    share = min(1.0, max(0.0, (keep * len(everything) - sum(above)) / max(sum(at), 1)))
+    return [rounded(f, (a + share * e) / len(f), multiple) for f, a, e in zip(families, above, at, strict=True)]
 
 
 def standardized(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:

@@ -99,10 +99,7 @@ class DepthPlan:
             ],
             "kept": {},
             "mends": [],
-            "removed": {
-                p: {"of": len(members_of(self.model, p)), "gone": gone}
-                for p, gone in self.removed.items()
-            },
+            "removed": {p: {"of": len(members_of(self.model, p)), "gone": gone} for p, gone in self.removed.items()},
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -297,11 +297,13 @@ def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Ite
 
 
 def first_line(problem: Exception) -> str:
+    """What an exception says, cut to one line."""
     lines = str(problem).strip().splitlines()
     return lines[0][:200] if lines else ""
 
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor], scale: float) -> float | None:
+    """The largest difference of outputs over ``scale``; None where their shapes differ."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return None
     if not all(bool(torch.isfinite(x).all()) for x in a):
