@@ -55,7 +55,8 @@ def test_method(name: str) -> None:
     recipe = Recipe.of(name)
     assert recipe == part.facts["recipe"]
     assert recipe.method == name and recipe.cite() is not None
-    assert recipe.needs() <= {*INPUT_FACTS, *GRADIENT_FACTS, "inputs"}
+    blocks = {"block_cosine", "block_path", "block_loss"} if recipe.granularity == "depth" else set()
+    assert recipe.needs() <= {*INPUT_FACTS, *GRADIENT_FACTS, "inputs", *blocks}
     assert set(part.needs) == recipe.needs()
     recipe.check()
     for text in part.facts["granularities"]:

@@ -52,6 +52,7 @@ _MAKERS: dict[str, Maker] = {
     "input_mean": lambda s, g, d: _normal(s[1:], g, d),
     "input_var": lambda s, g, d: _positive(s[1:], g, d),
     "input_abs": lambda s, g, d: _positive(s[1:], g, d),
+    "input_nonzero": lambda s, g, d: torch.rand(s[1:], generator=g).to(d),
     "gram": _gram,
     "curvature": lambda s, g, d: Curvature(_gram(s, g, d)),
     "tokens": lambda s, g, d: 3 * s[1],

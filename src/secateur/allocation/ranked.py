@@ -26,7 +26,7 @@ def global_(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, f
 
     Source: the global setting of the survey's layer-wise and global contrast.
     """
-    return _rank_all(layers, sparsity)
+    return _rank_all(layers, _wanted(layers, sparsity))
 
 
 def _standard_score(score: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def standardized(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[s
 
     Source: An et al., FLAP, arXiv 2312.11983, section "Adaptive structure search".
     """
-    return _rank_all(layers, sparsity)
+    return _rank_all(layers, _wanted(layers, sparsity))
 
 
 @register("allocation", paper="2407.04616", measure=_score)
@@ -63,7 +63,13 @@ def isomorphic(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str
     groups: dict[tuple[object, ...], dict[str, LayerFacts]] = {}
     for name, facts in layers.items():
         groups.setdefault((facts.kind, facts.shape, facts.dims), {})[name] = facts
-    keeps = {name: keep for group in groups.values() for name, keep in _rank_all(group, sparsity).items()}
+    keeps: dict[str, float] = {}
+    total = done = 0
+    for _, group in sorted(groups.items(), key=lambda g: str(g[0])):  # any order of the layers gives the same
+        total += sum(f.sketch.numel for f in group.values() if f.sketch is not None)
+        wanted = round((1.0 - sparsity) * total) - done
+        done += wanted
+        keeps.update(_rank_all(group, wanted))
     return {name: keeps[name] for name in layers}
 
 
@@ -95,18 +101,20 @@ def lamp(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, floa
 
     Source: Lee et al., Layer-adaptive sparsity for magnitude-based pruning, arXiv 2010.07611, equation 4.
     """
-    return _rank_all(layers, sparsity)
+    return _rank_all(layers, _wanted(layers, sparsity))
 
 
-def _rank_all(layers: Mapping[str, LayerFacts], sparsity: float) -> dict[str, float]:
-    """Keeps of each layer when exactly ``round(keep * total)`` of all scores stay.
+def _wanted(layers: Mapping[str, LayerFacts], sparsity: float) -> int:
+    return round((1.0 - sparsity) * sum(f.sketch.numel for f in layers.values() if f.sketch is not None))
+
+
+def _rank_all(layers: Mapping[str, LayerFacts], wanted: int) -> dict[str, float]:
+    """Keeps of each layer when exactly ``wanted`` of all scores stay.
 
     The threshold is found by bisection on the order keys of the floats. Scores at the threshold are
     shared out in proportion to how many each layer has there, so the total is exact within a weight.
     """
     sketches: dict[str, Sketch] = {n: f.sketch for n, f in layers.items() if f.sketch is not None}
-    total = sum(s.numel for s in sketches.values())
-    wanted = round((1.0 - sparsity) * total)
     low = min(s.low for s in sketches.values())
     high = max(s.high for s in sketches.values()) + 1
     while high - low > 1:  # invariant: count(low) >= wanted > count(high), or the edge
