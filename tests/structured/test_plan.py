@@ -422,3 +422,17 @@ def test_isomorphic_families_compete_only_with_their_like() -> None:
     assert len(kept) == 2 and len(set(kept.values())) > 1  # scores are divided by each family's mean
     residual = [f for f in plan.families if f.units == 16]
     assert residual and all(f.reason == "chosen by --skip" for f in residual)
+
+
+def test_families_of_one_place_are_printed_on_one_line() -> None:
+    from secateur.structured.plan import FamilyPlan, _grouped
+
+    def family(k: int, kept: int, reason: str = "") -> FamilyPlan:
+        return FamilyPlan(f"layers.{k}.conv2d.weight:0 x3", 8, kept, reason)
+
+    lines = dict(_grouped([family(0, 4), family(1, 5), FamilyPlan("head.weight:0", 8, 8), family(11, 8, "no proof")]))
+    assert lines == {
+        "layers.#.conv2d.weight:0 x3  (2 of these)": "4 to 5 of 8, on average 4.5",
+        "head.weight:0": "8 of 8",
+        "layers.11.conv2d.weight:0 x3": "left alone: no proof",
+    }

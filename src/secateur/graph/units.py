@@ -49,7 +49,13 @@ class Family:
     @property
     def kind(self) -> str:
         """What families of the same place in other blocks share: the name without numbers, and the length."""
-        return f"{re.sub(r'[0-9]+', '#', self.name)} {len(self)}"
+        return kind_of(self.name, len(self))
+
+
+def kind_of(name: str, units: int) -> str:
+    """A family's name without the numbers of its path, and its length."""
+    path, colon, place = name.rpartition(":")
+    return f"{re.sub(r'(?<![a-zA-Z])[0-9]+', '#', path)}{colon}{place} {units}"
 
 
 @dataclass(eq=False)

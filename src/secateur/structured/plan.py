@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, RecipeError
 from ..graph import Dependencies, dependencies, trace
 from ..graph.trace import plain_operations, stored_tensors
+from ..graph.units import kind_of
 from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import kept_by_name, shrink
@@ -146,9 +147,7 @@ class StructuredPlan:
             b = self.after[key]
             lines.append(f"{key:12}{a:>18,}{b:>18,}{b / max(a, 1):>10.3f}")
         lines.append("")
-        for family in self.families:
-            what = f"{family.kept} of {family.units}" if not family.reason else f"left alone: {family.reason}"
-            lines.append(f"  {family.name:60} {what}")
+        lines += [f"  {name:60} {what}" for name, what in _grouped(self.families)]
         kinds: dict[str, int] = {}
         for reason in self.frozen.values():
             kinds[reason] = kinds.get(reason, 0) + 1
@@ -157,6 +156,22 @@ class StructuredPlan:
         lines.append(f"\nmasked == smaller: {'proven' if self.proof.proven else 'NOT proven'}, error {error}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _grouped(families: Sequence[FamilyPlan]) -> Iterator[tuple[str, str]]:
+    """A line for the families of one place in all blocks: how many, and what stays of them, or why all of it does."""
+    groups: dict[tuple[str, str], list[FamilyPlan]] = {}
+    for family in families:
+        groups.setdefault((kind_of(family.name, family.units), family.reason), []).append(family)
+    for (kind, reason), members in groups.items():
+        kept = sorted(f.kept for f in members)
+        span = f"{kept[0]}" if kept[0] == kept[-1] else f"{kept[0]} to {kept[-1]}"
+        what = f"left alone: {reason}" if reason else f"{span} of {members[0].units}"
+        if len(members) == 1:
+            yield members[0].name, what
+        else:
+            mean = "" if reason or kept[0] == kept[-1] else f", on average {sum(kept) / len(kept):.1f}"
+            yield f"{kind.rpartition(' ')[0]}  ({len(members)} of these)", what + mean
 
 
 def describe(plan: StructuredPlan) -> dict[str, Any]:
