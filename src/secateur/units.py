@@ -15,6 +15,7 @@ from .recover.units import Smaller
 from .registry import get
 from .structured import DepthPlan, StructuredPlan, Target, plan_depth, plan_structured
 from .structured.measured import plan_latency
+from .structured.rounds import plan_rounds
 
 
 def plan_coupled(
@@ -38,43 +39,52 @@ def plan_coupled(
         )
     recovery = get("recovery", recipe.recovery)
     heals = recovery.facts.get("data") == "units"
-    if recipe.solver != "rank" or not (heals or recipe.recovery == "none") or recipe.steps > 1:
-        raise RecipeError(
-            f"coupled units are removed in one step by solver rank; method '{recipe.method}' asks for "
-            f"solver '{recipe.solver}', recovery '{recipe.recovery}', {recipe.steps} steps"
-        )
-    recipe.check(data=data is not None, loss=loss is not None)
-    layers, _ = find_layers(model)
-    evidence = {}
-    batches = batches_of(data) if data is not None else []
-    if recipe.needs_data:
-        evidence = evidence_of(model, recipe, layers, batches, loss)
-    wanted = Target.parse(target if target is not None else f"params {100 * recipe.sparsity:g}%")
     scored = granularity.parse(recipe.granularity).coupled
-    if scored == "depth" and heals:
-        raise RecipeError(f"recovery '{recipe.recovery}' refits what reads removed units; blocks have no such readers")
+    wanted = Target.parse(target if target is not None else f"params {100 * recipe.sparsity:g}%")
+    _refuse(recipe, heals, scored, wanted)
+    recipe.check(data=data is not None, loss=loss is not None)
+    batches = batches_of(data) if data is not None else []
 
-    def make(goal: Target) -> StructuredPlan | DepthPlan:
-        if scored == "depth":
-            return plan_depth(
-                model,
-                recipe,
-                target=goal,
-                example=example,
-                batches=batches,
-                loss=loss,
-                run=run_model,
-                evidence=evidence,
-            )
-        return plan_structured(
-            model, recipe, target=goal, example=example, evidence=evidence, multiple=multiple, where=scored
+    def measure(net: nn.Module) -> dict[str, Any]:
+        return evidence_of(net, recipe, find_layers(net)[0], batches, loss) if recipe.needs_data else {}
+
+    def heal(plan: StructuredPlan) -> None:
+        net, kept, knobs = plan.model, plan.kept, recipe.knobs_of("recovery")
+        if heals and kept and batches:
+            plan.heal(lambda small: recovery.function(Smaller(net, small, kept, batches, run_model), **knobs))
+
+    shared = {"example": example, "multiple": multiple, "where": scored}
+    if recipe.steps > 1:
+        plan: StructuredPlan | DepthPlan = plan_rounds(
+            model, recipe, target=wanted, measure=measure, heal=heal, **shared
         )
+    else:
+        evidence = measure(model)
 
-    plan = plan_latency(model, wanted, example, make) if wanted.quantity == "latency" else make(wanted)
+        def make(goal: Target) -> StructuredPlan | DepthPlan:
+            if scored != "depth":
+                return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
+            given = {"batches": batches, "loss": loss, "run": run_model, "evidence": evidence}
+            return plan_depth(model, recipe, target=goal, example=example, **given)
+
+        plan = plan_latency(model, wanted, example, make) if wanted.quantity == "latency" else make(wanted)
     if heals and isinstance(plan, StructuredPlan) and plan.kept:
-        if batches:
-            knobs, kept = recipe.knobs_of("recovery"), plan.kept
-            plan.heal(lambda small: recovery.function(Smaller(model, small, kept, batches, run_model), **knobs))
-        else:
+        heal(plan)
+        if not batches:
             plan.notes.append(f"recovery '{recipe.recovery}' was left out: it works on data, and none was given")
     return plan
+
+
+def _refuse(recipe: Recipe, heals: bool, scored: str, wanted: Target) -> None:
+    """What units of the whole model cannot do."""
+    if recipe.solver != "rank" or not (heals or recipe.recovery == "none"):
+        raise RecipeError(
+            f"coupled units are removed by solver rank; method '{recipe.method}' asks for solver '{recipe.solver}', "
+            f"recovery '{recipe.recovery}'"
+        )
+    if scored == "depth" and heals:
+        raise RecipeError(f"recovery '{recipe.recovery}' refits what reads removed units; blocks have no such readers")
+    if recipe.steps > 1 and scored == "depth":
+        raise RecipeError("blocks go one after the other by criterion loss-without: leave steps at 1")
+    if recipe.steps > 1 and wanted.quantity == "latency":
+        raise RecipeError("a latency is met in one step: leave steps at 1, or take a target in FLOPs")

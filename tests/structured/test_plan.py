@@ -436,3 +436,46 @@ def test_families_of_one_place_are_printed_on_one_line() -> None:
         "head.weight:0": "8 of 8",
         "layers.11.conv2d.weight:0 x3": "left alone: no proof",
     }
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cubic", "geometric"])
+def test_rounds_end_at_the_target_and_are_proven_as_a_whole(schedule: str) -> None:
+    import secateur
+
+    net, x = wide(), nets.noise(4, 3, 8, 8)
+    plan = secateur.plan(
+        net, "wanda-sp", target="params 50%", example=x, data=[x, x], steps=3, schedule=schedule, recovery="refit",
+    )  # fmt: skip
+    assert isinstance(plan, StructuredPlan) and plan.proof.proven
+    assert plan.after["params"] <= 0.5 * plan.before["params"]
+    assert plan.after["params"] > 0.3 * plan.before["params"]
+    small = plan.shrink()
+    assert nets.parameters(small) == plan.after["params"]
+    plan.mask()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rounds_are_composed() -> None:
+    """Positions of a later round are among those that stayed."""
+    from secateur.structured.rounds import _composed
+
+    first = {"a": {0: np.array([0, 2, 3, 5])}}
+    then = {"a": {0: np.array([1, 3]), 1: np.array([0])}, "b": {1: np.array([2])}}
+    found = _composed(first, then)
+    assert found["a"][0].tolist() == [2, 5] and found["a"][1].tolist() == [0] and found["b"][1].tolist() == [2]
+    assert first["a"][0].tolist() == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2, "schedule": "linear", "target": "latency 20%"}, "met in one step"),
+        ({"steps": 2, "schedule": "linear", "granularity": "depth"}, "one after the other"),
+    ],
+)
+def test_what_rounds_cannot_do(options: dict[str, Any], message: str) -> None:
+    import secateur
+
+    with pytest.raises(RecipeError, match=message):
+        secateur.plan(wide(), "magnitude", example=IMAGE, **{"target": "params 20%", **options})

@@ -19,7 +19,8 @@ from ..recipe import Recipe
 from ..registry import get
 from ..surgery.depth import Removed, block_lists, members_of, parameters_of, prove_depth, remove, without
 from .choose import globbed
-from .plan import inputs, waking_twin
+from .make import waking_twin
+from .plan import inputs
 from .score import weight_scores
 from .stock import same
 from .targets import Target

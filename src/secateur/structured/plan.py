@@ -11,21 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, RecipeError
-from ..graph import Dependencies, dependencies, trace
+from ..errors import ModelError
 from ..graph.trace import plain_operations, stored_tensors
 from ..graph.units import kind_of
 from ..recipe import Recipe
-from ..surgery.prove import Proof, doubled, prove, wake
-from ..surgery.shrink import kept_by_name, shrink
-from .allocate import ALLOCATIONS, gone, meet
-from .choose import chosen
-from .score import Scores, unit_scores, weight_scores
+from ..surgery.prove import Proof
+from ..surgery.shrink import shrink
 from .stock import stock_config
 from .targets import Target
-
-#: Rounds of dropping what cannot be proven and allocating the rest again.
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -208,109 +201,6 @@ def _ranges(positions: Any) -> list[list[int]]:
     return [[int(run[0]), int(run[-1]) + 1] for run in np.split(positions, breaks) if len(run)]
 
 
-def plan_structured(
-    model: nn.Module,
-    recipe: Recipe,
-    *,
-    target: str | Target,
-    example: Any,
-    evidence: Mapping[str, Any] | None = None,
-    multiple: int = 8,
-    where: str = "coupled",
-) -> StructuredPlan:
-    """Find what can go together, score it, and choose what goes, with a proof. The model is not changed.
-
-    Args:
-        example: inputs of one forward pass: a tensor, a tuple of positional or a dict of keyword inputs.
-        evidence: layer name -> facts that the criterion needs beside the weights.
-        multiple: sizes are rounded to it, where the units are single positions.
-        where: see `unit_scores`.
-
-    Raises:
-        RecipeError: the allocation is not one of families.
-        ModelError: the model does not run on the example.
-    """
-    wanted = target if isinstance(target, Target) else Target.parse(target)
-    if recipe.allocation not in ALLOCATIONS:
-        raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
-    args, kwargs = inputs(example)
-    twin, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
-    found = dependencies(trace(twin, twin_args, twin_kwargs))
-    scores = unit_scores(found, weight_scores(model, recipe, evidence or {}), where)
-    active, left = chosen(found, recipe, model)
-    left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
-    active = [i for i in active if i not in left]
-    notes: list[str] = []
-    bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
-    counted: dict[str, Callable[[frozenset[int]], int]] = {
-        "params": found.parameters,
-        "flops": found.flops,
-        "bytes": lambda gone: found.parameters(gone, bytes_of),
-    }
-    proof, labels = Proof(False, None, 0.0, (), ""), frozenset[int]()
-    counts: dict[int, int] = {}
-    for _ in range(_ROUNDS):
-        if not active:
-            break
-        labels, kept = meet(
-            [found.families[i] for i in active],
-            [scores[i] for i in active],
-            wanted,
-            recipe.allocation,
-            multiple,
-            counted[wanted.quantity],
-        )
-        counts = dict(zip(active, kept, strict=True))
-        proof = prove(twin, found, labels, twin_args, twin_kwargs)
-        if proof.proven:
-            break
-        failing = _failing(twin, found, scores, counts, twin_args, twin_kwargs)
-        left.update(failing)
-        if not failing:  # each alone is proven, all together are not: nothing is safe
-            left.update(dict.fromkeys(active, f"together with others {proof.reason}"))
-        active = [i for i in active if i not in left]
-    if not proof.proven:
-        labels, counts = frozenset(), {}
-    before = {k: f(frozenset()) for k, f in counted.items()}
-    after = {k: f(labels) for k, f in counted.items()}
-    if after[wanted.quantity] > wanted.remaining(before[wanted.quantity]):
-        notes.append(f"the target is not met: {wanted.quantity} can only go to {after[wanted.quantity]:,} here")
-    elif labels and after[wanted.quantity] < 0.9 * wanted.remaining(before[wanted.quantity]):
-        notes.append(
-            f"more goes than was asked: the next larger sizes of these families leave more than {wanted} "
-            f"(they are rounded to a multiple of {multiple}; heads and groups go whole)"
-        )
-    if found.trace.unread:
-        notes.append(
-            f"{len(found.trace.unread)} parameters are not read on this example and stay as they are, e.g. "
-            f"{found.trace.unread[0]}: the proof says nothing of the path that reads them"
-        )
-    if found.trace.unknown:
-        notes.append("operations without a rule froze what they read: " + ", ".join(sorted(found.trace.unknown)))
-    if proof.proven and _statistics(found, labels):
-        notes.append(
-            "normalizations go over fewer channels than in the masked model; the proof takes them over what stays"
-        )
-    families = [
-        FamilyPlan(f.name, len(f), counts.get(i, len(f)), left.get(i, "")) for i, f in enumerate(found.families)
-    ]
-    kept_names = kept_by_name(found, labels) if labels else {}
-    return StructuredPlan(
-        model,
-        recipe,
-        wanted,
-        families,
-        found.frozen,
-        before,
-        after,
-        proof,
-        notes,
-        kept_names,
-        _sizes(found, labels),
-        (args, kwargs),
-    )
-
-
 def inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs of an example."""
     if isinstance(example, Mapping):
@@ -320,74 +210,3 @@ def inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)) and example:
         return tuple(example), {}
     raise ModelError("give example inputs of one forward pass: a tensor, a tuple of inputs or a dict of keywords")
-
-
-def waking_twin(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """An awake copy in float64, or in the model's own dtype where its code does not take float64."""
-    problem: Exception | None = None
-    for convert in (True, False):
-        a, k = args, kwargs
-        try:
-            twin = copy.deepcopy(model)
-            if convert:
-                twin, a, k = twin.double(), doubled(args), doubled(kwargs)
-            wake(twin)
-            with plain_operations(twin):
-                twin(*a, **k)
-            return twin, a, k
-        except Exception as error:  # the user's own code
-            problem = error
-    reason = f"{type(problem).__name__}: {problem}"
-    raise ModelError(f"the model cannot be copied and run on the example: {reason}") from problem
-
-
-def _failing(
-    twin: nn.Module,
-    found: Dependencies,
-    scores: Sequence[Scores],
-    counts: Mapping[int, int],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> dict[int, str]:
-    """Families whose cut cannot be proven beside the others'.
-
-    Families of one kind, such as the heads of every block, stand or fall together; the kinds are tried one after
-    the other, the one with most parameters first, and each is kept if the proof still holds with it.
-    """
-    kinds: dict[str, list[int]] = {}
-    for i, count in counts.items():
-        if count < len(found.families[i]):
-            kinds.setdefault(found.families[i].kind, []).append(i)
-
-    def labels_of(members: Sequence[int]) -> frozenset[int]:
-        return gone([found.families[i] for i in members], [scores[i] for i in members], [counts[i] for i in members])
-
-    weight = {kind: found.parameters(labels_of(members)) for kind, members in kinds.items()}
-    good: list[int] = []
-    left: dict[int, str] = {}
-    for kind in sorted(kinds, key=lambda k: weight[k]):
-        proof = prove(twin, found, labels_of([*good, *kinds[kind]]), args, kwargs)
-        if proof.proven:
-            good += kinds[kind]
-        else:
-            left.update(dict.fromkeys(kinds[kind], proof.reason))
-    return left
-
-
-def _sizes(found: Dependencies, labels: frozenset[int]) -> dict[int, list[int]]:
-    lost = np.fromiter(labels, dtype=np.int64)
-    sizes: dict[int, list[int]] = {}
-    for axes in found.trace.seen.values():
-        for axis in axes:
-            left = int((~np.isin(found.trace.labels.roots(axis), lost)).sum())
-            if left not in sizes.setdefault(len(axis), []):
-                sizes[len(axis)].append(left)
-    return {a: b for a, b in sizes.items() if b != [a]}
-
-
-def _statistics(found: Dependencies, labels: frozenset[int]) -> bool:
-    lost = np.fromiter(labels, dtype=np.int64)
-    roots = found.trace.labels.roots
-    return any(np.isin(roots(a), lost).any() for axes in found.trace.statistics.values() for _, a in axes)

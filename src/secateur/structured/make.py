@@ -1,0 +1,222 @@
+"""Find what can go, choose what does, and prove it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import ModelError, RecipeError
+from ..graph import Dependencies, dependencies, trace
+from ..graph.trace import plain_operations, stored_tensors
+from ..recipe import Recipe
+from ..surgery.prove import Proof, doubled, prove, wake
+from ..surgery.shrink import kept_by_name
+from .allocate import ALLOCATIONS, gone, meet
+from .choose import chosen
+from .plan import FamilyPlan, StructuredPlan, inputs
+from .score import Scores, unit_scores, weight_scores
+from .targets import Target
+
+#: Rounds of dropping what cannot be proven and allocating the rest again.
+_ROUNDS = 3
+
+
+def plan_structured(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    target: str | Target,
+    example: Any,
+    evidence: Mapping[str, Any] | None = None,
+    multiple: int = 8,
+    where: str = "coupled",
+) -> StructuredPlan:
+    """Find what can go together, score it, and choose what goes, with a proof. The model is not changed.
+
+    Args:
+        example: inputs of one forward pass: a tensor, a tuple of positional or a dict of keyword inputs.
+        evidence: layer name -> facts that the criterion needs beside the weights.
+        multiple: sizes are rounded to it, where the units are single positions.
+        where: see `unit_scores`.
+
+    Raises:
+        RecipeError: the allocation is not one of families.
+        ModelError: the model does not run on the example.
+    """
+    wanted = target if isinstance(target, Target) else Target.parse(target)
+    case = Case(model, recipe, example)
+    found = case.found
+    scores = unit_scores(found, weight_scores(model, recipe, evidence or {}), where)
+    active, left = chosen(found, recipe, model)
+    left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
+    active = [i for i in active if i not in left]
+    proof, labels = NOTHING, frozenset[int]()
+    counts: dict[int, int] = {}
+    for _ in range(_ROUNDS):
+        if not active:
+            break
+        labels, kept = meet(
+            [found.families[i] for i in active],
+            [scores[i] for i in active],
+            wanted,
+            recipe.allocation,
+            multiple,
+            case.counted[wanted.quantity],
+        )
+        counts = dict(zip(active, kept, strict=True))
+        proof = case.prove(labels)
+        if proof.proven:
+            break
+        failing = _failing(case, scores, counts)
+        left.update(failing)
+        if not failing:  # each alone is proven, all together are not: nothing is safe
+            left.update(dict.fromkeys(active, f"together with others {proof.reason}"))
+        active = [i for i in active if i not in left]
+    return case.plan(wanted, labels, proof, left, multiple)
+
+
+#: The proof of a plan that cuts nothing.
+NOTHING = Proof(False, None, 0.0, (), "")
+
+
+class Case:
+    """A model analysed on an example: what can go together, counted and proven on an awake copy.
+
+    Raises:
+        RecipeError: the allocation is not one of families.
+        ModelError: the model does not run on the example.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, example: Any) -> None:
+        if recipe.allocation not in ALLOCATIONS:
+            raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
+        self.model, self.recipe = model, recipe
+        self.args, self.kwargs = inputs(example)
+        self._twin, *self._inputs = waking_twin(model, self.args, self.kwargs)
+        self.found = dependencies(trace(self._twin, *self._inputs))
+        bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
+        self.counted: dict[str, Callable[[frozenset[int]], int]] = {
+            "params": self.found.parameters,
+            "flops": self.found.flops,
+            "bytes": lambda gone: self.found.parameters(gone, bytes_of),
+        }
+
+    def prove(self, labels: frozenset[int]) -> Proof:
+        """Whether the model without these labels computes what the masked one does."""
+        return prove(self._twin, self.found, labels, *self._inputs)
+
+    def plan(
+        self, wanted: Target, labels: frozenset[int], proof: Proof, left: Mapping[int, str], multiple: int
+    ) -> StructuredPlan:
+        """The plan that takes these labels, or none where that is not proven; ``left`` says which families may not."""
+        found = self.found
+        if not proof.proven:
+            labels = frozenset()
+        before = {k: f(frozenset()) for k, f in self.counted.items()}
+        after = {k: f(labels) for k, f in self.counted.items()}
+        notes: list[str] = []
+        if after[wanted.quantity] > wanted.remaining(before[wanted.quantity]):
+            notes.append(f"the target is not met: {wanted.quantity} can only go to {after[wanted.quantity]:,} here")
+        elif labels and after[wanted.quantity] < 0.9 * wanted.remaining(before[wanted.quantity]):
+            notes.append(
+                f"more goes than was asked: the next larger sizes of these families leave more than {wanted} "
+                f"(they are rounded to a multiple of {multiple}; heads and groups go whole)"
+            )
+        if found.trace.unread:
+            notes.append(
+                f"{len(found.trace.unread)} parameters are not read on this example and stay as they are, e.g. "
+                f"{found.trace.unread[0]}: the proof says nothing of the path that reads them"
+            )
+        if found.trace.unknown:
+            notes.append("operations without a rule froze what they read: " + ", ".join(sorted(found.trace.unknown)))
+        if proof.proven and _statistics(found, labels):
+            notes.append(
+                "normalizations go over fewer channels than in the masked model; the proof takes them over what stays"
+            )
+        families = [
+            FamilyPlan(f.name, len(f), sum(not u.gone <= labels for u in f.units), left.get(i, ""))
+            for i, f in enumerate(found.families)
+        ]
+        return StructuredPlan(
+            self.model,
+            self.recipe,
+            wanted,
+            families,
+            found.frozen,
+            before,
+            after,
+            proof,
+            notes,
+            kept_by_name(found, labels) if labels else {},
+            _sizes(found, labels),
+            (self.args, self.kwargs),
+        )
+
+
+def waking_twin(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """An awake copy in float64, or in the model's own dtype where its code does not take float64."""
+    problem: Exception | None = None
+    for convert in (True, False):
+        a, k = args, kwargs
+        try:
+            twin = copy.deepcopy(model)
+            if convert:
+                twin, a, k = twin.double(), doubled(args), doubled(kwargs)
+            wake(twin)
+            with plain_operations(twin):
+                twin(*a, **k)
+            return twin, a, k
+        except Exception as error:  # the user's own code
+            problem = error
+    reason = f"{type(problem).__name__}: {problem}"
+    raise ModelError(f"the model cannot be copied and run on the example: {reason}") from problem
+
+
+def _failing(case: Case, scores: Sequence[Scores], counts: Mapping[int, int]) -> dict[int, str]:
+    """Families whose cut cannot be proven beside the others'.
+
+    Families of one kind, such as the heads of every block, stand or fall together; the kinds are tried one after
+    the other, the one that takes most parameters first, and each is kept if the proof still holds with it.
+    """
+    found = case.found
+    kinds: dict[str, list[int]] = {}
+    for i, count in counts.items():
+        if count < len(found.families[i]):
+            kinds.setdefault(found.families[i].kind, []).append(i)
+
+    def labels_of(members: Sequence[int]) -> frozenset[int]:
+        return gone([found.families[i] for i in members], [scores[i] for i in members], [counts[i] for i in members])
+
+    weight = {kind: found.parameters(labels_of(members)) for kind, members in kinds.items()}
+    good: list[int] = []
+    left: dict[int, str] = {}
+    for kind in sorted(kinds, key=lambda k: weight[k]):  # least left over: most goes
+        proof = case.prove(labels_of([*good, *kinds[kind]]))
+        if proof.proven:
+            good += kinds[kind]
+        else:
+            left.update(dict.fromkeys(kinds[kind], proof.reason))
+    return left
+
+
+def _sizes(found: Dependencies, labels: frozenset[int]) -> dict[int, list[int]]:
+    lost = np.fromiter(labels, dtype=np.int64)
+    sizes: dict[int, list[int]] = {}
+    for axes in found.trace.seen.values():
+        for axis in axes:
+            left = int((~np.isin(found.trace.labels.roots(axis), lost)).sum())
+            if left not in sizes.setdefault(len(axis), []):
+                sizes[len(axis)].append(left)
+    return {a: b for a, b in sizes.items() if b != [a]}
+
+
+def _statistics(found: Dependencies, labels: frozenset[int]) -> bool:
+    lost = np.fromiter(labels, dtype=np.int64)
+    roots = found.trace.labels.roots
+    return any(np.isin(roots(a), lost).any() for axes in found.trace.statistics.values() for _, a in axes)
