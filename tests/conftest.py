@@ -7,10 +7,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
 
 import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from secateur import cli
+from tests import tiny
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -48,3 +58,44 @@ def _seed() -> None:
 def rng() -> torch.Generator:
     """A seeded generator: every random draw of a test takes one."""
     return torch.Generator().manual_seed(0)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``secateur ...`` in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(cli.out_console, "width", 200)
+
+    def go(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
+        monkeypatch.setattr(cli.out_console, "file", sys.stdout)
+        monkeypatch.setattr(cli.err_console, "file", sys.stderr)
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return go
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny Llama with a tokenizer of its own."""
+    path = tiny.save(tmp_path / "dense")
+    words = {"[UNK]": 0, **{f"w{k}": k for k in range(1, 64)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.txt"
+    file.write_text(" ".join(f"w{(k * k + 3 * k) % 63 + 1}" for k in range(600)))
+    return file

@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from secateur import cli
-from tests import tiny
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``secateur ...`` in this process: (exit status, standard output, standard error)."""
-    monkeypatch.setattr(cli.out_console, "width", 200)
-
-    def go(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        monkeypatch.setattr(cli.out_console, "file", sys.stdout)
-        monkeypatch.setattr(cli.err_console, "file", sys.stderr)
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return go
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A tiny Llama with a tokenizer of its own."""
-    path = tiny.save(tmp_path / "dense")
-    words = {"[UNK]": 0, **{f"w{k}": k for k in range(1, 64)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "corpus.txt"
-    file.write_text(" ".join(f"w{(k * k + 3 * k) % 63 + 1}" for k in range(600)))
-    return file
+from tests.conftest import Run
 
 
 def prune(run: Run, model: Path, text: Path, out: Path, *more: str | Path) -> tuple[int, str, str]:

@@ -269,7 +269,7 @@ def measure(
     from .quality import measure as run
 
     if is_structured(model):
-        rows = measure_structured(model, against, example)
+        rows = measure_structured(model, against, example, data, windows, length)
         if as_json:
             print(json.dumps(rows))
         else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import windows
 from .errors import DataError, ModelError, OutputError, RecipeError
-from .measure import count_parameters, machine, versions
+from .measure import count_parameters, machine, perplexity, versions
 from .measure.flops import flops
 from .measure.latency import latency
 from .models import load_model, load_tokenizer, next_token_loss, resolve
@@ -238,12 +238,20 @@ def is_structured(path: str | Path) -> bool:
     return isinstance(record, dict) and record.get("format") == "secateur"
 
 
-def measure_structured(path: str | Path, factory: str | None, example: str | None) -> dict[str, dict[str, Any]]:
-    """Parameters, FLOPs, bytes and latency of a saved smaller model beside the original.
+def measure_structured(
+    path: str | Path,
+    factory: str | None,
+    example: str | None,
+    data: Any = None,
+    count: int | None = None,
+    length: int = 512,
+) -> dict[str, dict[str, Any]]:
+    """Parameters, FLOPs, bytes and latency of a saved smaller model beside the original; of language models perplexity.
 
     Args:
         factory: how to make the original (as for `load_module`). Where the surgery plan names a timm model or a
             model directory it is not needed; a Python file is run only when the user names it here.
+        data, count, length: held-out text and how it is cut; of no use to other models.
     """
     folder = Path(path)
     record: Mapping[str, Any] = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
@@ -253,6 +261,9 @@ def measure_structured(path: str | Path, factory: str | None, example: str | Non
     dense = load_module(source, weights=False)
     small = load(folder, load_module(source, weights=False)).eval()
     args, kwargs = inputs(example_inputs(example or _shape_of(record), dense))
+    text = None
+    if _vocabulary(dense) and (folder / "tokenizer_config.json").exists():
+        text = windows(data, load_tokenizer(folder), count=count, length=length)
     speed = latency({"dense": dense, "small": small}, args, kwargs)
     found = {}
     for name, key, model in ((str(path), "small", small), (source, "dense", dense)):
@@ -263,6 +274,7 @@ def measure_structured(path: str | Path, factory: str | None, example: str | Non
             "flops": flops(model, *args, **kwargs).total,
             "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) if key == "small" else None,
             "latency": speed[key],
+            "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
         }
     return found
 

@@ -68,6 +68,9 @@ def structured(found: dict[str, dict[str, Any]]) -> Table:
     for name in found:
         table.add_column(name, justify="right")
     rows = list(found.values())
+    if all(m.get("perplexity") for m in rows):
+        first = rows[0]["perplexity"]
+        table.add_row(f"perplexity ({first['tokens']} tokens)", *[f"{m['perplexity']['value']:.2f}" for m in rows])
     table.add_row("parameters", *[f"{m['parameters']:,}" for m in rows])
     table.add_row("FLOPs of a forward pass", *[f"{m['flops']:,}" for m in rows])
     table.add_row("on disk", *[size(m["bytes"]) if m["bytes"] else "" for m in rows])
