@@ -64,7 +64,7 @@ def plan_coupled(
         def make(goal: Target) -> StructuredPlan | DepthPlan:
             if scored != "depth":
                 return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
-            given = {"batches": batches, "loss": loss, "run": run_model, "evidence": evidence}
+            given: dict[str, Any] = {"batches": batches, "loss": loss, "run": run_model, "evidence": evidence}
             return plan_depth(model, recipe, target=goal, example=example, **given)
 
         plan = plan_latency(model, wanted, example, make) if wanted.quantity == "latency" else make(wanted)

@@ -96,8 +96,8 @@ class Case:
             raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
-        self._twin, *self._inputs = waking_twin(model, self.args, self.kwargs)
-        self.found = dependencies(trace(self._twin, *self._inputs))
+        self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
+        self.found = dependencies(trace(self._twin, self._args, self._kwargs))
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
             "params": self.found.parameters,
@@ -107,7 +107,7 @@ class Case:
 
     def prove(self, labels: frozenset[int]) -> Proof:
         """Whether the model without these labels computes what the masked one does."""
-        return prove(self._twin, self.found, labels, *self._inputs)
+        return prove(self._twin, self.found, labels, self._args, self._kwargs)
 
     def plan(
         self, wanted: Target, labels: frozenset[int], proof: Proof, left: Mapping[int, str], multiple: int
