@@ -7,14 +7,13 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import registry
@@ -37,15 +36,17 @@ from .options import (
     Propagate,
     RecipeFile,
     Recovery,
+    Schedule,
     Seed,
     Set,
     Skip,
     Solver,
     Sparsity,
+    Steps,
     Windows,
     read_recipe,
 )
-from .printing import compared, measured, structured, summary
+from .printing import bar, compared, measured, structured, summary
 from .prune import recipe_of
 from .recipe import Recipe
 
@@ -62,19 +63,8 @@ err_console = Console(stderr=True)
 # -- helpers ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _bar(title: str, total: int | None, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; silent when it is not a terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err_console, disable=not (show and err_console.is_terminal), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done, count: bar.update(task, completed=done, total=count)
+def _bar(title: str, total: int | None, show: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+    return bar(err_console, title, total, show)
 
 
 def _command() -> str:
@@ -105,6 +95,8 @@ def prune(
     criterion: Crit = None,
     solver: Solver = None,
     recovery: Recovery = None,
+    schedule: Schedule = None,
+    steps: Steps = None,
     propagate: Propagate = None,
     only: Only = None,
     skip: Skip = None,
@@ -136,6 +128,7 @@ def prune(
     axes = {
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
         "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
+        "schedule": schedule, "steps": steps,
     }  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
@@ -149,7 +142,7 @@ def prune(
         if resident or works_on_the_whole(recipe)
         else "the same command goes on at the block it was in"
     )
-    with _interruptible(f"stopped: {out} was not written, and {again}"), _bar(recipe.method, None, not as_json) as bar:
+    with _interruptible(f"stopped: {out} was not written, and {again}"), _bar(recipe.method, None, not as_json) as show:
         run = prune_directory(
             model,
             recipe,
@@ -162,7 +155,7 @@ def prune(
             resident=resident,
             stop=blocks,
             command=_command(),
-            progress=lambda tick: bar(tick.index, tick.count),
+            progress=lambda tick: show(tick.index, tick.count),
             evaluate=_evaluator(evaluate, eval_windows, length),
         )
     if as_json:
@@ -222,6 +215,8 @@ def plan(
     criterion: Crit = None,
     solver: Solver = None,
     recovery: Recovery = None,
+    schedule: Schedule = None,
+    steps: Steps = None,
     only: Only = None,
     skip: Skip = None,
     knobs: Set = None,
@@ -235,7 +230,7 @@ def plan(
 
     axes = {
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
-        "solver": solver, "recovery": recovery, "only": only, "skip": skip,
+        "solver": solver, "recovery": recovery, "only": only, "skip": skip, "schedule": schedule, "steps": steps,
     }  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
@@ -279,8 +274,8 @@ def measure(
     found = {}
     for name in (model, baseline):
         if name is not None:
-            with _bar(f"measuring {name}", None, not as_json) as bar:
-                found[name] = run(name, data, windows_count=windows, length=length, tick=bar)
+            with _bar(f"measuring {name}", None, not as_json) as show:
+                found[name] = run(name, data, windows_count=windows, length=length, tick=show)
     if as_json:
         print(json.dumps({**found[model], "baseline": found[baseline] if baseline else None}))
         return
@@ -372,8 +367,8 @@ def demo(
     """Prune the real SmolLM2-135M with magnitude, wanda and sparsegpt, and print one table."""
     from .demo import run_demo
 
-    with _interruptible("stopped: the same command with --force starts again"), _bar("demo", 7, True) as bar:
-        result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: bar(k, n), _command())
+    with _interruptible("stopped: the same command with --force starts again"), _bar("demo", 7, True) as show:
+        result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: show(k, n), _command())
     out_console.print(compared(result, sparsity))
     out_console.print(
         f"model   {escape(str(result['model']))}\nreport  {escape(str(result['report']))}", soft_wrap=True

@@ -18,12 +18,15 @@ Method = Annotated[str | None, typer.Option("--method", "-m", help="A named meth
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file (YAML).")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights that goes, in [0, 1).")]
 Gran = Annotated[
-    str | None, typer.Option("--granularity", help="element, row, 2:4, any N:M, block(r,c), coupled, filter.")
+    str | None,
+    typer.Option("--granularity", help="element, row, 2:4, any N:M, block(r,c), coupled, filter, channel, depth."),
 ]
 Alloc = Annotated[str | None, typer.Option("--allocation", help="How the sparsity is spread over layers.")]
 Crit = Annotated[str | None, typer.Option("--criterion", help="What a weight is worth.")]
 Solver = Annotated[str | None, typer.Option("--solver", help="Whether and how the survivors move.")]
 Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the model.")]
+Schedule = Annotated[str | None, typer.Option("--schedule", help="Share of the target after each step.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Rounds of score and cut.")]
 Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]

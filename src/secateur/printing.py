@@ -1,10 +1,29 @@
-"""Tables for the terminal."""
+"""Tables and progress for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+
+@contextmanager
+def bar(console: Console, title: str, total: int | None, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, updated by ``(done, of)``; silent when the console is not a terminal."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done, count: progress.update(task, completed=done, total=count)
 
 
 def size(value: float | None) -> str:

@@ -88,6 +88,16 @@ def test_a_language_model_by_depth_loads_in_stock_transformers(
         assert torch.equal(short(ids).logits, again(ids).logits)  # type: ignore[operator]
 
 
+def test_rounds(run: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    words = ["--method", "wanda-sp", "--target", "params 40%", "--steps", "3", "--schedule", "cubic"]
+    given = ["--example", "1x3x10x10", "--data", f"{file}:images", "--out", out]
+    status, printed, err = run("prune", f"{file}:net", *words, *given)
+    assert status == 0, err
+    assert "masked == smaller: proven" in printed
+    assert json.loads((out / "run.json").read_text())["recipe"]["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
