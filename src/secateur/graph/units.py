@@ -96,6 +96,29 @@ class Dependencies:
         mask[np.fromiter(gone, dtype=np.int64)] = True
         return mask
 
+    @cached_property
+    def _seen(self) -> dict[str, list[Array]]:
+        """The different axes that operations in each module's own forward met, as classes."""
+        found: dict[str, list[Array]] = {}
+        for name, axes in self.trace.seen.items():
+            different = {self.trace.labels.roots(a).tobytes(): a for a in axes}
+            found[name] = [self.trace.labels.roots(a) for a in different.values()]
+        return found
+
+    def sizes(self, gone: Iterable[int]) -> dict[str, dict[int, list[int]]]:
+        """Module name -> length of an axis that its own forward met -> what such axes become, where they change."""
+        mask = self.mask(gone)
+        found: dict[str, dict[int, list[int]]] = {}
+        for name, axes in self._seen.items():
+            sizes: dict[int, list[int]] = {}
+            for roots in axes:
+                left = len(roots) - int(mask[roots].sum())
+                if left != len(roots) and left not in sizes.setdefault(len(roots), []):
+                    sizes[len(roots)].append(left)
+            if sizes:
+                found[name] = sizes
+        return found
+
     def flops(self, gone: Iterable[int] = ()) -> int:
         """Floating point operations of the traced run without these labels; two to a multiply-add."""
         mask = self.mask(gone)
@@ -192,7 +215,7 @@ def dependencies(trace: Trace) -> Dependencies:
             a, b = np.searchsorted(ranked, root, "left"), np.searchsorted(ranked, root, "right")
             for k in order[a:b]:
                 found.setdefault(int(where_slot[k]), []).append(int(where_position[k]))
-        return {i: np.unique(np.array(found[i], dtype=np.int64)) for i in sorted(found)}
+        return {i: np.array(sorted(set(found[i])), dtype=np.int64) for i in sorted(found)}
 
     families: dict[tuple[tuple[int, int], ...], list[Family]] = {}
     taken: dict[int, set[int]] = {}  # of each family: what goes with its units; they share nothing

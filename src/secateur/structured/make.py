@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..errors import ModelError, RecipeError
@@ -23,6 +22,8 @@ from .targets import Target
 
 #: Rounds of dropping what cannot be proven and allocating the rest again.
 _ROUNDS = 3
+#: Ways to mend all families together that are tried before each kind is tried alone.
+_FEW = 2
 
 
 def plan_structured(
@@ -68,11 +69,14 @@ def plan_structured(
             case.counted[wanted.quantity],
         )
         counts = dict(zip(active, kept, strict=True))
-        proof = case.prove(labels)
+        proof = case.prove(labels, quick=True)
         if proof.proven:
             break
+        # A family that cannot be cut fails in every way to mend the whole: it is found sooner by itself.
         failing = _failing(case, scores, counts)
         left.update(failing)
+        if not failing and (proof := case.prove(labels)).proven:
+            break
         if not failing:  # each alone is proven, all together are not: nothing is safe
             left.update(dict.fromkeys(active, f"together with others {proof.reason}"))
         active = [i for i in active if i not in left]
@@ -105,9 +109,10 @@ class Case:
             "bytes": lambda gone: self.found.parameters(gone, bytes_of),
         }
 
-    def prove(self, labels: frozenset[int]) -> Proof:
-        """Whether the model without these labels computes what the masked one does."""
-        return prove(self._twin, self.found, labels, self._args, self._kwargs)
+    def prove(self, labels: frozenset[int], quick: bool = False) -> Proof:
+        """Whether the model without these labels computes what the masked one does; ``quick`` tries few mends."""
+        tries = {"tries": _FEW} if quick else {}
+        return prove(self._twin, self.found, labels, self._args, self._kwargs, **tries)
 
     def plan(
         self, wanted: Target, labels: frozenset[int], proof: Proof, left: Mapping[int, str], multiple: int
@@ -206,17 +211,15 @@ def _failing(case: Case, scores: Sequence[Scores], counts: Mapping[int, int]) ->
 
 
 def _sizes(found: Dependencies, labels: frozenset[int]) -> dict[int, list[int]]:
-    lost = np.fromiter(labels, dtype=np.int64)
-    sizes: dict[int, list[int]] = {}
-    for axes in found.trace.seen.values():
-        for axis in axes:
-            left = int((~np.isin(found.trace.labels.roots(axis), lost)).sum())
-            if left not in sizes.setdefault(len(axis), []):
-                sizes[len(axis)].append(left)
-    return {a: b for a, b in sizes.items() if b != [a]}
+    """Length of an axis anywhere in the run -> what such axes become, where some change."""
+    merged: dict[int, list[int]] = {}
+    for sizes in found.sizes(labels).values():
+        for old, new in sizes.items():
+            known = merged.setdefault(old, [])
+            known += [n for n in new if n not in known]
+    return merged
 
 
 def _statistics(found: Dependencies, labels: frozenset[int]) -> bool:
-    lost = np.fromiter(labels, dtype=np.int64)
-    roots = found.trace.labels.roots
-    return any(np.isin(roots(a), lost).any() for axes in found.trace.statistics.values() for _, a in axes)
+    mask, roots = found.mask(labels), found.trace.labels.roots
+    return any(mask[roots(a)].any() for axes in found.trace.statistics.values() for _, a in axes)

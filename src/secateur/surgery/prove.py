@@ -115,7 +115,7 @@ class _Kept(TorchDispatchMode):
 
     def __init__(self, found: Dependencies, gone: Array) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found, self._gone, self._count = found, gone, -1
+        self._found, self._gone, self._count = found, found.mask(gone.tolist()), -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,7 +126,7 @@ class _Kept(TorchDispatchMode):
         noted = self._found.trace.statistics.get(self._count, ())
         kept: dict[int, Tensor] = {}
         for axis, labels in noted:
-            stays = ~np.isin(self._found.trace.labels.roots(labels), self._gone)
+            stays = ~self._gone[self._found.trace.labels.roots(labels)]
             if not stays.all():
                 kept[axis] = torch.from_numpy(np.flatnonzero(stays))
         if not kept:
@@ -161,12 +161,18 @@ class _Kept(TorchDispatchMode):
 
 
 def prove(
-    model: nn.Module, found: Dependencies, gone: Iterable[int], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    found: Dependencies,
+    gone: Iterable[int],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tries: int = _TRIES,
 ) -> Proof:
     """Compare the masked model with a smaller copy, trying the numbers that its modules may have to change.
 
     Args:
         model: the very model that ``found`` was traced on, best in float64 and awake (`wake`); not changed.
+        tries: how many ways to mend are tried.
 
     Returns:
         The first proof that holds, or the last that did not.
@@ -205,7 +211,7 @@ def prove(
         return Proof(False, error, effect, mends, why)
 
     failed = Proof(False, None, effect, (), "nothing was tried")
-    for mends in itertools.islice(_choices(model, found, gone), _TRIES):
+    for mends in itertools.islice(_choices(model, found, gone), tries):
         tried = attempt(mends)
         if tried.proven:
             return _fewer(model, tried, attempt)

@@ -138,20 +138,9 @@ def candidates(
     Returns:
         ``(module, size, attribute, item) -> what it may become``, by order of appearance in the run. Usually one.
     """
-    labels = found.trace.labels
-    removed = np.fromiter(gone, dtype=np.int64)
     options: dict[tuple[str, int, str, int | None], list[Mend]] = {}
     modules = dict(model.named_modules())
-    for name, seen in found.trace.seen.items():
-        sizes: dict[int, list[int]] = {}
-        for axis in seen:
-            left = int((~np.isin(labels.roots(axis), removed)).sum())
-            if left != len(axis):
-                new = sizes.setdefault(len(axis), [])
-                if left not in new:
-                    new.append(left)
-        if not sizes:
-            continue
+    for name, sizes in found.sizes(gone).items():
         for attribute, item, value in _numbers(modules[name]):
             if value in sizes:
                 key = (name, value, attribute, item)
