@@ -479,3 +479,27 @@ def test_what_rounds_cannot_do(options: dict[str, Any], message: str) -> None:
 
     with pytest.raises(RecipeError, match=message):
         secateur.plan(wide(), "magnitude", example=IMAGE, **{"target": "params 20%", **options})
+
+
+def test_standardized_scores_are_means_of_standardized_positions() -> None:
+    """A head of many positions lies near 0 where its positions differ as much among themselves as between heads."""
+    net, example = nets.build("multihead")
+    args, kwargs = ((), dict(example)) if isinstance(example, dict) else ((example,), {})
+    found = dependencies(trace(net, args, kwargs))
+    scores = weight_scores(net, Recipe.of("magnitude"), {})
+    for family, level in zip(found.families, unit_scores(found, scores, "input", standardized=True), strict=True):
+        used = [i for i in family.slots if any(n in scores for n in found.slots[i].names)]
+        reads = [i for i in used if found.slots[i].axis == 1] or used
+        if not reads or len(family) < 2:
+            continue
+        means = np.zeros(len(family))
+        for i in reads:
+            slot = found.slots[i]
+            score = scores[next(n for n in slot.names if n in scores)].score
+            line = score.sum([d for d in range(score.dim()) if d != slot.axis]).numpy() if score.dim() > 1 else score
+            places = np.concatenate([u.places[i] for u in family.units])
+            z = (np.asarray(line) - np.asarray(line)[places].mean()) / np.asarray(line)[places].std()
+            means += [z[u.places[i]].sum() for u in family.units]
+        widths = [sum(len(u.places[i]) for i in reads) for u in family.units]
+        assert np.allclose(level, means / widths)
+        assert abs(float(np.average(level, weights=widths))) < 1e-9

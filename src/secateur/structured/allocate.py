@@ -50,9 +50,8 @@ def _over(families: Sequence[Family], level: Sequence[Scores], keep: float, mult
 
 
 def standardized(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
-    """One threshold for all families, on scores of mean 0 and variance 1 in each (FLAP, arXiv 2312.11983)."""
-    level = [(s - s.mean()) / (s.std() or 1.0) for s in scores]
-    return _over(families, level, keep, multiple)
+    """One threshold for all families; the scores come standardized (FLAP, arXiv 2312.11983)."""
+    return _over(families, scores, keep, multiple)
 
 
 def isomorphic(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:

@@ -51,7 +51,8 @@ def plan_structured(
     wanted = target if isinstance(target, Target) else Target.parse(target)
     case = Case(model, recipe, example)
     found = case.found
-    scores = unit_scores(found, weight_scores(model, recipe, evidence or {}), where)
+    each = weight_scores(model, recipe, evidence or {})
+    scores = unit_scores(found, each, where, standardized=recipe.allocation == "standardized")
     active, left = chosen(found, recipe, model)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]

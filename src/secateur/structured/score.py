@@ -51,6 +51,12 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
     return found
 
 
+def _standardized(line: Scores, positions: Any) -> Scores:
+    here = line[positions]
+    result: Scores = (line - here.mean()) / (here.std() or 1.0)
+    return result
+
+
 def _norm_scores(model: nn.Module, part: Part, recipe: Recipe) -> dict[str, Scored]:
     """The criterion's scores of the scales of normalizations."""
     return {
@@ -63,13 +69,17 @@ def _norm_scores(model: nn.Module, part: Part, recipe: Recipe) -> dict[str, Scor
     }
 
 
-def unit_scores(found: Dependencies, scores: Mapping[str, Scored], where: str = "coupled") -> list[Scores]:
+def unit_scores(
+    found: Dependencies, scores: Mapping[str, Scored], where: str = "coupled", standardized: bool = False
+) -> list[Scores]:
     """A score for every unit of every family.
 
     Args:
         where: ``coupled`` sums over every weight that would go (DepGraph, arXiv 2301.12900, equation 4);
             ``output`` over the weights that compute the unit alone (Li et al., arXiv 1608.08710), ``input`` over
             those that read it (FLAP, arXiv 2312.11983); over all, where there are none of that side.
+        standardized: bring the positions of each family to mean 0 and variance 1 first, and take a unit's mean, as
+            FLAP's code does: a head is then as far from 0 as its positions are together, not as one of few heads.
 
     Returns:
         ``(units,)`` for each family; empty where the criterion has no score for any of its tensors.
@@ -94,8 +104,13 @@ def unit_scores(found: Dependencies, scores: Mapping[str, Scored], where: str = 
             used = [i for i in used if sides[i] == where] or used
         if not used:
             total = np.zeros(0)
+        mine = {i: lines[i] for i in used}
+        if standardized:
+            mine = {i: _standardized(lines[i], np.concatenate([u.places[i] for u in family.units])) for i in used}
         for k, unit in enumerate(family.units if used else ()):
-            total[k] = sum(float(lines[i][unit.places[i]].sum()) for i in used)
+            total[k] = sum(float(mine[i][unit.places[i]].sum()) for i in used)
+            if standardized:
+                total[k] /= sum(len(unit.places[i]) for i in used)
         if not np.isfinite(total).all():
             raise NumericalError(f"the scores of {family.name} are not finite")
         result.append(total)
