@@ -231,7 +231,7 @@ def _least_squares(weight: Tensor, small: Layer, vector: Tensor | None, moments:
     fitted = torch.linalg.solve(h, (weight.double() @ c + ridge * kept).t()).t()
     if not torch.isfinite(fitted).all():
         return
-    small.write(fitted.to(kept.dtype).float())
+    small.write(fitted)
     if vector is not None:
         small.module.bias.copy_(vector.double() + weight.double() @ mean - fitted @ mean_small)  # type: ignore[operator]
 
