@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import threading
+import contextvars
 
 import pytest
 import torch
@@ -30,32 +30,77 @@ def test_every_lane_arrives_before_any_goes_on() -> None:
 
 @pytest.mark.parametrize("paths", [["ab", "ac"], ["a", "ab"], ["ab", "a"]])
 def test_lanes_that_part_are_abandoned(paths: list[str]) -> None:
-    before = threading.active_count()
+    left: list[int] = []
+
+    def job(lane: int) -> None:
+        try:
+            for key in paths[lane]:
+                lanes.pause(key)
+        finally:
+            left.append(lane)
+
+    lanes: Lanes[None] = Lanes([lambda: job(0), lambda: job(1)])
     with pytest.raises(Parted):
-        trace(paths, []).run()
-    assert threading.active_count() == before
+        lanes.run()
+    assert sorted(left) == [0, 1]  # each gave back what it held
 
 
 def test_an_error_in_a_lane_ends_all() -> None:
-    before = threading.active_count()
+    left: list[str] = []
+
+    def waits() -> None:
+        try:
+            lanes.pause("a")
+        finally:
+            left.append("waits")
 
     def bad() -> None:
         raise ZeroDivisionError
 
-    lanes: Lanes[None] = Lanes([lambda: lanes.pause("a"), bad, lambda: None])
+    def never() -> None:
+        left.append("never")
+
+    lanes: Lanes[None] = Lanes([waits, bad, never])
     with pytest.raises(ZeroDivisionError):
         lanes.run()
-    assert threading.active_count() == before
+    assert left == ["waits"]
 
 
-def test_one_lane_runs_in_the_calling_thread() -> None:
-    assert Lanes([threading.get_ident]).run() == [threading.get_ident()]
+@pytest.mark.parametrize("outside", [True, False])
+def test_whether_gradients_are_recorded_is_a_lanes_own_affair(outside: bool) -> None:
+    seen: list[bool] = []
+
+    def job(records: bool) -> None:
+        with torch.set_grad_enabled(records):
+            lanes.pause("a")
+            seen.append(torch.is_grad_enabled())
+
+    lanes: Lanes[None] = Lanes([lambda: job(True), lambda: job(False), lambda: job(True)])
+    with torch.set_grad_enabled(outside):
+        lanes.run()
+        assert torch.is_grad_enabled() == outside
+    assert seen == [True, False, True]
+
+
+def test_context_variables_reach_the_lanes_and_stay_there() -> None:
+    number = contextvars.ContextVar("number", default=0)
+    number.set(1)
+    seen: list[int] = []
+
+    def job() -> None:
+        number.set(number.get() + 1)
+        lanes.pause("a")
+        seen.append(number.get())
+
+    lanes: Lanes[None] = Lanes([job, job])
+    lanes.run()
+    assert seen == [2, 2] and number.get() == 1
 
 
 def test_lane_size_covers_the_tokens_a_lane_should_have() -> None:
-    assert lane_size(64, 512) == 4
-    assert lane_size(2, 4096) == 1
-    assert lane_size(1000, 2048) >= 1000 / 256
+    assert lane_size(512) == 4
+    assert lane_size(4096) == 1
+    assert lane_size(600) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mamba"])

@@ -133,7 +133,7 @@ class Engine:
     def _forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         step = self.chunk(block)
         if hidden.device.type == "cpu":
-            step = min(step, lane_size(self.windows, hidden.shape[1]))
+            step = min(step, lane_size(hidden.shape[1]))
         out = torch.empty_like(hidden)
         for a in range(0, hidden.shape[0], step):
             x = hidden[a : a + step]
@@ -207,7 +207,7 @@ class _BlockTask:
         assert hidden is not None
         step = engine.windows
         if hidden.device.type == "cpu" and all(x.index is None for x in self.layers):  # tokens part at experts
-            step = min(step, lane_size(engine.windows, hidden.shape[1]))
+            step = min(step, lane_size(hidden.shape[1]))
         starts = range(0, engine.windows, step)
         gathered: dict[str, _Group] = {}
         reading: list[tuple[Tensor, _Group] | None] = [None] * len(starts)
