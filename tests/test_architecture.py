@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: its own, and from itself; never from its own row or a later one.
 ORDER = (
     ("errors",),
-    ("registry",),
+    ("registry", "facts"),
     ("select", "schedule", "symmetric", "lanes"),
     ("layers", "graph", "formats", "kernels", "data", "printing"),
     ("masks", "evidence", "surgery", "measure"),

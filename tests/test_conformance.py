@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from secateur import Recipe, registry, testing  # registers everything
-from secateur.evidence.gradients import GRADIENT_FACTS
-from secateur.evidence.inputs import INPUT_FACTS
+from secateur.facts import of_source
 from secateur.granularity import parse
 from secateur.registry import Part, parts
 
@@ -55,8 +54,9 @@ def test_method(name: str) -> None:
     recipe = Recipe.of(name)
     assert recipe == part.facts["recipe"]
     assert recipe.method == name and recipe.cite() is not None
-    blocks = {"block_cosine", "block_path", "block_loss"} if recipe.granularity == "depth" else set()
-    assert recipe.needs() <= {*INPUT_FACTS, *GRADIENT_FACTS, "inputs", *blocks}
+    whole = {"depth": "blocks", "experts": "experts"}.get(recipe.granularity)
+    known = of_source(whole) if whole else of_source("inputs", "gradients", "maps")
+    assert recipe.needs() <= {*known, "inputs"}
     assert set(part.needs) == recipe.needs()
     recipe.check()
     for text in part.facts["granularities"]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextvars
+import gc
+import weakref
 
 import pytest
 import torch
@@ -142,3 +144,31 @@ def test_where_lanes_part_the_block_is_gone_through_again(monkeypatch: pytest.Mo
         secateur.prune(models[-1], "wanda", sparsity=0.5, data=tiny.ids())
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a == 0, b == 0)
+
+
+def test_what_lanes_held_is_free_when_they_end() -> None:
+    """Not when the garbage collector next looks: a block's activations are large, and blocks are many."""
+
+    class Activation:
+        pass
+
+    held: list[weakref.ref[Activation]] = []
+
+    def once() -> None:
+        reading: list[Activation] = []
+
+        def job() -> None:
+            reading.append(Activation())
+            held.append(weakref.ref(reading[-1]))
+            lanes.pause("a")
+
+        lanes: Lanes[None] = Lanes([job, job])
+        lanes.run()
+
+    gc.collect()
+    gc.disable()
+    try:
+        once()
+        assert [r() for r in held] == [None, None]
+    finally:
+        gc.enable()

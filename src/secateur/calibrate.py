@@ -11,6 +11,8 @@ from .data import Windows
 from .errors import DataError, RecipeError
 from .evidence import gather_gradients, gather_inputs
 from .evidence.inputs import INPUT_FACTS
+from .evidence.maps import gather_maps
+from .facts import of_source
 from .layers import Layer
 from .recipe import GRADIENTS, Recipe
 from .solve import layer_generator
@@ -26,6 +28,8 @@ def evidence_of(
     found: dict[str, Any] = {}
     if needs & set(INPUT_FACTS):
         found = dict(gather_inputs(model, layers, needs, batches, run_model))
+    if maps := needs & set(of_source("maps")):
+        found = dict(gather_maps(model, layers, maps, batches, run_model))
     if needs & GRADIENTS:
         assert loss is not None
         generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)

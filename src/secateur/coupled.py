@@ -23,7 +23,7 @@ from .measure.latency import latency
 from .models import load_model, load_tokenizer, next_token_loss, resolve
 from .recipe import Recipe
 from .record import dumps
-from .structured import DepthPlan, StructuredPlan, load, save
+from .structured import StructuredPlan, WholePlan, load, save
 from .structured.plan import inputs
 from .units import plan_coupled
 
@@ -150,7 +150,7 @@ def plan_source(
     count: int = 64,
     length: int = 512,
     weights: bool = True,
-) -> StructuredPlan | DepthPlan:
+) -> StructuredPlan | WholePlan:
     """The plan for a model named on the command line.
 
     Without ``weights`` the plan is a preview: where the method ranks by data that is not given, sizes are those
@@ -186,7 +186,7 @@ def prune_source(
     length: int = 512,
     force: bool = False,
     command: str = "",
-) -> tuple[StructuredPlan | DepthPlan, dict[str, Any]]:
+) -> tuple[StructuredPlan | WholePlan, dict[str, Any]]:
     """Make a smaller model and write it, with ``run.json`` beside it; returns the plan and the record.
 
     Raises:

@@ -27,7 +27,7 @@ from .solve import LayerRecord, allocate, layer_facts
 from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
-from .structured import DepthPlan, StructuredPlan
+from .structured import StructuredPlan, WholePlan
 from .units import plan_coupled
 
 WINDOWS = 64
@@ -104,14 +104,14 @@ def plan(
     data: Any = None,
     loss: Any = None,
     **axes: Any,
-) -> Plan | StructuredPlan | DepthPlan:
+) -> Plan | StructuredPlan | WholePlan:
     """What `prune` would do, without doing it.
 
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
         target, example, data, loss: for coupled units, as for `prune`; the plan is then a `StructuredPlan` or, of
-            whole blocks, a `DepthPlan`.
+            whole blocks, a `WholePlan`.
         axes: fields of the recipe that override the method's.
     """
     recipe = recipe_of(method, axes, target, example)

@@ -37,12 +37,13 @@ class Lanes(Generic[T]):
     """
 
     def __init__(self, jobs: Sequence[Callable[[], T]]) -> None:
-        self._jobs = jobs
+        self._jobs = list(jobs)
+        self._alone = len(jobs) == 1
         self.current = 0
 
     def pause(self, key: str) -> None:
         """Wait, inside a lane, until all lanes have come here."""
-        if len(self._jobs) == 1:
+        if self._alone:
             return
         records = torch.is_grad_enabled()
         home = getcurrent().parent
@@ -52,10 +53,13 @@ class Lanes(Generic[T]):
 
     def run(self) -> list[T]:
         """Run all lanes to their ends; what they returned, in order."""
-        if len(self._jobs) == 1:
-            return [self._jobs[0]()]
+        # Jobs know these lanes, by which they pause. Forgotten here, what they hold is free when they end, and not
+        # when the garbage collector next looks for cycles.
+        jobs, self._jobs = self._jobs, []
+        if self._alone:
+            return [jobs[0]()]
         records = torch.is_grad_enabled()
-        lanes = [greenlet(job) for job in self._jobs]
+        lanes = [greenlet(job) for job in jobs]
         for lane in lanes:
             lane.gr_context = contextvars.copy_context()
         results: list[T] = []

@@ -197,9 +197,10 @@ def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None,
                 "sparsity (or choose granularity coupled)"
             )
         recipe = recipe.override(granularity="coupled")
-    coupled = granularity.parse(recipe.granularity).coupled
+    pattern = granularity.parse(recipe.granularity)
+    units = pattern.coupled and not pattern.whole
     asked = "recovery" in given if isinstance(method, Recipe) else True
-    if coupled and coupled != "depth" and asked and recipe.recovery == "none" and given.get("recovery") is None:
+    if units and asked and recipe.recovery == "none" and given.get("recovery") is None:
         recipe = recipe.override(recovery="refit")
     return recipe
 

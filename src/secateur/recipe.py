@@ -19,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from . import granularity as granularity_module
 from .errors import RecipeError
+from .facts import FACTS, of_source
 from .registry import Part, get
 
 _PUBLISHED = re.compile(r"arXiv|\b(19|20)\d\d\b")  # a source with a number or a year can be cited
@@ -26,10 +27,18 @@ _PUBLISHED = re.compile(r"arXiv|\b(19|20)\d\d\b")  # a source with a number or a
 Propagate = Literal["layer", "block", "off"]
 
 #: Facts that the engine makes itself; every other fact that a part names is evidence from data.
-DERIVED = frozenset({"weight", "score", "keep", "granularity", "generator", "curvature", "count", "scale"})
-#: Evidence that needs a loss and labels, or targets; the rest needs only inputs.
-GRADIENTS = frozenset({"gradient", "fisher", "fisher_inverse", "hessian"})
-_LOSS = GRADIENTS | {"block_loss"}
+DERIVED = frozenset(of_source("engine"))
+#: Evidence of single weights that needs a loss and labels, or targets.
+GRADIENTS = frozenset(of_source("gradients"))
+_LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
+
+
+#: What criteria that score no single weights say under ``of``, and what they look at.
+_OF_UNITS = {
+    "norm": "by the normalization behind them",
+    "map": "by the feature maps that they are",
+    "unit": "by what the loss does without them",
+}
 
 
 def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -125,14 +134,13 @@ class Recipe:
                 "choose another recovery or none"
             )
         of = get("criterion", self.criterion).facts.get("of") if self.criterion is not None else None
-        if of == "block" and pattern.coupled != "depth":
-            raise RecipeError(
-                f"criterion '{self.criterion}' ranks whole blocks: choose granularity depth, or another criterion"
-            )
-        if of == "norm" and pattern.coupled in ("", "depth"):
-            raise RecipeError(
-                f"criterion '{self.criterion}' ranks units by the normalization behind them: choose granularity coupled"
-            )
+        for kind, name in (("block", "depth"), ("expert", "experts")):
+            if of == kind and pattern.coupled != name:
+                raise RecipeError(
+                    f"criterion '{self.criterion}' ranks whole {kind}s: choose granularity {name}, or another criterion"
+                )
+        if of in _OF_UNITS and (pattern.whole or not pattern.coupled):
+            raise RecipeError(f"criterion '{self.criterion}' ranks units {_OF_UNITS[of]}: choose granularity coupled")
         solver = get("solver", self.solver)
         if "score" in solver.needs and self.criterion is None:
             raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")

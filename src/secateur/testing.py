@@ -127,7 +127,7 @@ def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None
     part, facts = get("criterion", name), facts or {}
     check_card(part)
     if part.facts.get("of"):
-        return _check_unit_criterion(part)
+        return _check_unit_criterion(part, facts)
     for shape in ((6, 8), (1, 8), (6, 1)):
         for dtype in (torch.float32, torch.float64):
             given = _facts(part, part.needs, shape, dtype, facts)
@@ -151,17 +151,27 @@ def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None
     _check_scales(part, facts)
 
 
-def _check_unit_criterion(part: Part) -> None:
-    """A criterion of whole blocks or of scales gives one finite number for each."""
+def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
+    """A criterion of whole blocks, of experts or of scales gives one finite number for each."""
     units = 6
     generator = torch.Generator().manual_seed(0)
     given: dict[str, Any] = {
         "scale": torch.randn(units, generator=generator),
+        "unit_change": torch.randn(3, units, generator=generator),
+        "map_rank": torch.rand(units, generator=generator),
+        "map_independence": torch.rand(units, generator=generator),
         "block_cosine": torch.rand(units, generator=generator),
         "block_loss": torch.rand(units, generator=generator),
         "block_path": torch.randn(units + 1, 3, 4, generator=generator),
+        "block_free": torch.ones(units, dtype=torch.bool),
+        "expert_tokens": torch.randint(0, 9, (units,), generator=generator),
+        "expert_gain": torch.rand(units, generator=generator),
         "count": 2,
     }
+    for name, maker in makers.items():
+        given[name] = maker((units, units), generator, torch.float32)
+    for name in part.needs:
+        assert name in given, _say(part, f"needs '{name}', which is not a known fact; pass facts={{'{name}': maker}}")
     facts = {n: given[n] for n in part.needs}
     before = _copies(facts)
     score = part(facts)

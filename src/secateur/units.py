@@ -13,8 +13,8 @@ from .layers import find_layers
 from .recipe import Recipe
 from .recover.units import Smaller
 from .registry import get
-from .structured import DepthPlan, StructuredPlan, Target, plan_depth, plan_structured
-from .structured.measured import plan_latency
+from .structured import StructuredPlan, Target, WholePlan, plan_depth, plan_experts, plan_structured
+from .structured.measured import MEASURES, plan_measured
 from .structured.rounds import plan_rounds
 
 
@@ -27,7 +27,7 @@ def plan_coupled(
     data: Any = None,
     loss: Loss | None = None,
     multiple: int = 8,
-) -> StructuredPlan | DepthPlan:
+) -> StructuredPlan | WholePlan:
     """A plan for units of the whole model: evidence from data where the criterion needs it, then the plan itself.
 
     Raises:
@@ -39,9 +39,10 @@ def plan_coupled(
         )
     recovery = get("recovery", recipe.recovery)
     heals = recovery.facts.get("data") == "units"
-    scored = granularity.parse(recipe.granularity).coupled
+    pattern = granularity.parse(recipe.granularity)
+    scored = pattern.coupled
     wanted = Target.parse(target if target is not None else f"params {100 * recipe.sparsity:g}%")
-    _refuse(recipe, heals, scored, wanted)
+    _refuse(recipe, heals, pattern.whole, wanted)
     recipe.check(data=data is not None, loss=loss is not None)
     batches = batches_of(data) if data is not None else []
 
@@ -55,19 +56,21 @@ def plan_coupled(
 
     shared = {"example": example, "multiple": multiple, "where": scored}
     if recipe.steps > 1:
-        plan: StructuredPlan | DepthPlan = plan_rounds(
+        plan: StructuredPlan | WholePlan = plan_rounds(
             model, recipe, target=wanted, measure=measure, heal=heal, **shared
         )
     else:
         evidence = measure(model)
 
-        def make(goal: Target) -> StructuredPlan | DepthPlan:
-            if scored != "depth":
+        def make(goal: Target) -> StructuredPlan | WholePlan:
+            if not pattern.whole:
                 return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
-            given: dict[str, Any] = {"batches": batches, "loss": loss, "run": run_model, "evidence": evidence}
-            return plan_depth(model, recipe, target=goal, example=example, **given)
+            given: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence}
+            if scored == "experts":
+                return plan_experts(model, recipe, target=goal, example=example, **given)
+            return plan_depth(model, recipe, target=goal, example=example, loss=loss, **given)
 
-        plan = plan_latency(model, wanted, example, make) if wanted.quantity == "latency" else make(wanted)
+        plan = plan_measured(model, wanted, example, make) if wanted.quantity in MEASURES else make(wanted)
     if heals and isinstance(plan, StructuredPlan) and plan.kept:
         heal(plan)
         if not batches:
@@ -75,16 +78,21 @@ def plan_coupled(
     return plan
 
 
-def _refuse(recipe: Recipe, heals: bool, scored: str, wanted: Target) -> None:
+def _refuse(recipe: Recipe, heals: bool, whole: bool, wanted: Target) -> None:
     """What units of the whole model cannot do."""
     if recipe.solver != "rank" or not (heals or recipe.recovery == "none"):
         raise RecipeError(
             f"coupled units are removed by solver rank; method '{recipe.method}' asks for solver '{recipe.solver}', "
             f"recovery '{recipe.recovery}'"
         )
-    if scored == "depth" and heals:
-        raise RecipeError(f"recovery '{recipe.recovery}' refits what reads removed units; blocks have no such readers")
-    if recipe.steps > 1 and scored == "depth":
-        raise RecipeError("blocks go one after the other by criterion loss-without: leave steps at 1")
-    if recipe.steps > 1 and wanted.quantity == "latency":
-        raise RecipeError("a latency is met in one step: leave steps at 1, or take a target in FLOPs")
+    if whole and heals:
+        raise RecipeError(
+            f"recovery '{recipe.recovery}' refits what reads removed units; whole blocks and experts have no such "
+            "readers"
+        )
+    if recipe.steps > 1 and whole:
+        raise RecipeError(
+            "whole blocks and experts go in one step: leave steps at 1 (criterion loss-without looks anew each time)"
+        )
+    if recipe.steps > 1 and wanted.quantity in MEASURES:
+        raise RecipeError(f"a target in {wanted.quantity} is met in one step: leave steps at 1, or take one in FLOPs")

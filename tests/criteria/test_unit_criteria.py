@@ -8,6 +8,7 @@ import secateur
 from secateur.criteria.activation import activation_mean, apoz, fluctuation
 from secateur.criteria.redundancy import fpgm
 from secateur.evidence import gather_inputs
+from secateur.evidence.maps import map_independence, map_rank
 from secateur.layers import find_layers
 
 
@@ -32,7 +33,10 @@ def test_activation_criteria_are_those_of_the_inputs_seen():
     torch.testing.assert_close(apoz(weight, found["input_nonzero"])[0], (x != 0).float().mean(0))
 
 
-@pytest.mark.parametrize("method", ["flap", "wanda-sp", "apoz", "minitron", "fpgm", "network-slimming", "isomorphic"])
+@pytest.mark.parametrize(
+    "method",
+    ["flap", "wanda-sp", "apoz", "minitron", "fpgm", "network-slimming", "isomorphic", "hrank", "chip", "group-fisher"],
+)
 def test_methods_end_in_a_smaller_proven_network(method):
     torch.manual_seed(1)
     net = nn.Sequential(
@@ -49,3 +53,71 @@ def test_methods_end_in_a_smaller_proven_network(method):
     plan.mask()
     with torch.no_grad():
         torch.testing.assert_close(small(data[0][0]), net(data[0][0]), rtol=1e-4, atol=1e-5)
+
+
+def net_and_data():
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    ).eval()  # fmt: skip
+    return net, [(torch.randn(8, 3, 10, 10), torch.randint(0, 10, (8,))) for _ in range(3)]
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("criterion", ["group-fisher", "unit-taylor"])
+def test_unit_changes_are_the_derivative_of_a_gate_on_the_channel(criterion, monkeypatch):
+    """Summed over the weights that read a channel, w dL/dw is the derivative by a factor on that channel."""
+    from secateur.structured import make
+
+    net, data = net_and_data()
+    wanted = []
+    for batch in data:
+        gate = torch.ones(1, 6, 1, 1, requires_grad=True)
+        value = nn.functional.cross_entropy(net[3:](net[:3](batch[0]) * gate), batch[1])
+        wanted.append(torch.autograd.grad(value, gate)[0].flatten())
+    change = torch.stack(wanted).double()
+    expected = change.square().mean(0) / 2 if criterion == "group-fisher" else change.abs().mean(0)
+    seen = {}
+    original = make.unit_scores
+
+    def spy(found, *rest):
+        scores = original(found, *rest)
+        seen.update({f.name: s for f, s in zip(found.families, scores, strict=True)})
+        return scores
+
+    monkeypatch.setattr(make, "unit_scores", spy)
+    secateur.plan(
+        net, "group-fisher", criterion=criterion, granularity="channel", target="params 20%", example=data[0][0][:1],
+        data=data, loss=loss, recovery="none",
+    )  # fmt: skip
+    six = next(s for s in seen.values() if len(s) == 6)
+    torch.testing.assert_close(torch.from_numpy(six), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 9, 2, 2)])
+def test_maps_against_the_definitions(shape):
+    x = torch.randn(shape)
+    x[:, 1] = 0.5 * x[:, 0]  # spanned by another
+    x[:, 2] = 1.0  # of rank one
+    ranks = map_rank(x)
+    assert ranks[:, 2].tolist() == [1.0, 1.0] and ranks[:, 0].tolist() == [min(shape[2:])] * 2
+    flat = x.double().flatten(2)
+    for n, matrix in enumerate(flat):
+        for c in range(shape[1]):
+            masked = matrix.clone()
+            masked[c] = 0
+            wanted = torch.linalg.matrix_norm(matrix, "nuc") - torch.linalg.matrix_norm(masked, "nuc")
+            assert float(map_independence(x)[n, c]) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_maps_need_images():
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(4, 8)
+    with pytest.raises(secateur.errors.DataError, match="two-dimensional convolutions"):
+        secateur.plan(net, "hrank", target="params 20%", example=x, data=[x])
+    with pytest.raises(secateur.errors.RecipeError, match="by the feature maps"):
+        secateur.plan(net, "hrank", granularity="depth", target="params 20%", example=x, data=[x])

@@ -15,7 +15,7 @@ import secateur
 from secateur.criteria.depth import angular, block_influence
 from secateur.errors import ModelError, RecipeError
 from secateur.measure.flops import flops
-from secateur.structured import DepthPlan
+from secateur.structured import WholePlan
 from secateur.surgery.depth import block_lists, remove
 
 
@@ -37,11 +37,11 @@ def next_token(model: nn.Module, batch: Tensor) -> Tensor:
     return loss
 
 
-def planned(net: nn.Module, method: str, target: str, **options: Any) -> DepthPlan:
+def planned(net: nn.Module, method: str, target: str, **options: Any) -> WholePlan:
     made = secateur.plan(
         net, method, target=target, example=EXAMPLE, data=list(IDS.split(2)), loss=next_token, **options
     )
-    assert isinstance(made, DepthPlan)
+    assert isinstance(made, WholePlan)
     return made
 
 
@@ -50,7 +50,7 @@ def test_masked_equals_smaller(method: str, tmp_path: Path) -> None:
     net = llama()
     before = copy.deepcopy(net.state_dict())
     plan = planned(net, method, "params 25%")
-    assert plan.proven and plan.error is not None and plan.error < 1e-12
+    assert plan.proven and plan.proof.error is not None and plan.proof.error < 1e-12
     assert plan.after["params"] <= 0.75 * plan.before["params"]
     small = plan.shrink()
     assert sum(p.numel() for p in small.parameters()) == plan.after["params"]
@@ -110,7 +110,7 @@ def test_block_influence_is_measured_on_the_model() -> None:
 def test_angular_takes_one_run() -> None:
     path = torch.randn(6, 7, 5)
     for count in (1, 2, 3):
-        score = angular(path, count)
+        score = angular(path, torch.ones(5, dtype=torch.bool), count)
         gone = [k for k in range(5) if score[k] == 0]
         assert gone == list(range(gone[0], gone[0] + count))
         turns = [
@@ -118,6 +118,9 @@ def test_angular_takes_one_run() -> None:
             for a in range(6 - count)
         ]
         assert turns[gone[0]] == min(turns)
+    free = torch.tensor([True, True, False, True, True])
+    around = angular(path, free, 2)
+    assert [k for k in range(5) if around[k] == 0] in ([0, 1], [3, 4])
     assert torch.equal(block_influence(torch.tensor([1.0, -1.0])), torch.tensor([0.0, 2.0]))
 
 
@@ -146,7 +149,7 @@ class Residual(nn.Module):
 def test_blocks_that_leave_something_missing_stay() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Post(), Post(), Post()))
     plan = secateur.plan(net, "magnitude", granularity="depth", target="params 20%", example=torch.randn(2, 8))
-    assert isinstance(plan, DepthPlan)
+    assert isinstance(plan, WholePlan)
     assert not plan.removed and len(plan.left) == 3 and not plan.proven
     with pytest.raises(ModelError, match="no block can be taken out"):
         plan.shrink()
@@ -162,7 +165,7 @@ def test_a_convolutional_network_loses_blocks_but_not_those_that_change_the_size
     net, x = factory(), torch.randn(2, 3, 18, 18)
     assert list(block_lists(net)) == ["2"] and list(block_lists(net, "2")) == ["2.0", "2.1"]
     plan = secateur.plan(net, "magnitude", granularity="depth", target="flops 30%", example=x)
-    assert isinstance(plan, DepthPlan) and plan.proven
+    assert isinstance(plan, WholePlan) and plan.proven
     assert set(plan.left) == {("2.0", 0), ("2.1", 0)}
     assert all(0 not in gone for gone in plan.removed.values())
     small = plan.shrink()
@@ -187,7 +190,7 @@ def test_globs_and_floors() -> None:
         ({"method": "shortgpt", "data": None}, "pass --data"),
         ({"method": "sleb", "loss": None}, "pass loss="),
         ({"method": "shortgpt", "granularity": "coupled"}, "ranks whole blocks"),
-        ({"method": "shortgpt", "recovery": "refit"}, "blocks have no such readers"),
+        ({"method": "shortgpt", "recovery": "refit"}, "have no such readers"),
     ],
 )
 def test_bad_requests(options: dict[str, Any], message: str) -> None:

@@ -366,11 +366,11 @@ def test_the_latency_search_meets_a_target_on_a_clock_that_counts_flops(monkeypa
     dense = clock({"net": net}, (image,), {})["net"]
     for share in (0.7, 0.5):
         wanted = Target("latency", fraction=share)
-        plan = measured.plan_latency(net, wanted, image, make)
+        plan = measured.plan_measured(net, wanted, image, make)
         reached = clock({"net": plan.shrink()}, (image,), {})["net"] / dense
         assert share * 0.93 <= reached <= share * 1.05, (share, reached, plan.notes)
         assert plan.target == wanted and plan.after["latency us"] < plan.before["latency us"]
-    out_of_reach = measured.plan_latency(net, Target("latency", fraction=0.02), image, make)
+    out_of_reach = measured.plan_measured(net, Target("latency", fraction=0.02), image, make)
     assert any("could only be brought to" in n for n in out_of_reach.notes)
 
 
@@ -471,7 +471,7 @@ def test_rounds_are_composed() -> None:
     ("options", "message"),
     [
         ({"steps": 2, "schedule": "linear", "target": "latency 20%"}, "met in one step"),
-        ({"steps": 2, "schedule": "linear", "granularity": "depth"}, "one after the other"),
+        ({"steps": 2, "schedule": "linear", "granularity": "depth"}, "go in one step"),
     ],
 )
 def test_what_rounds_cannot_do(options: dict[str, Any], message: str) -> None:

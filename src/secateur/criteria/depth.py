@@ -27,20 +27,20 @@ def block_influence(block_cosine: Tensor) -> Tensor:
 
 
 @register("criterion", name="angular", family="activation", paper="2403.17887", of="block")
-def angular(block_path: Tensor, count: int) -> Tensor:
+def angular(block_path: Tensor, block_free: Tensor, count: int) -> Tensor:
     """The run of ``count`` successive blocks between whose ends the last token's hidden state turns least.
 
     :: d(l, l + n) = E[arccos(cos(x_l, x_{l+n}))] / pi
 
     ``block_path`` is ``(blocks + 1, windows, width)``: the state of the last token in front of each block and after
-    the last. Blocks of the best run score 0, others 1.
+    the last. Blocks of the best run score 0, others 1; a run goes around blocks that may not go, where one can.
 
     Choose it for taking much depth out of a large language model.
 
     Beware: one run goes, wherever it is; on small models single blocks cost less.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [0.0, 1.0]])
-    >>> angular(x[:, None], 2).tolist()
+    >>> angular(x[:, None], torch.tensor([True, True, True]), 2).tolist()
     [1.0, 0.0, 0.0]
 
     Source: Gromov et al., The unreasonable ineffectiveness of the deeper layers, arXiv 2403.17887, section 3.2.
@@ -48,7 +48,8 @@ def angular(block_path: Tensor, count: int) -> Tensor:
     blocks = block_path.shape[0] - 1
     ends = torch.nn.functional.cosine_similarity(block_path[: blocks + 1 - count], block_path[count:], dim=-1)
     distance = ends.clamp(-1, 1).arccos().mean(1) / torch.pi
-    start = int(distance.argmin())
+    held = (~block_free).float().unfold(0, count, 1).sum(1)  # in each run; one costs more than any turn
+    start = int((distance + 2 * held).argmin())
     score = torch.ones(blocks)
     score[start : start + count] = 0
     return score

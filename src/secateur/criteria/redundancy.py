@@ -47,3 +47,39 @@ def norm_scale(scale: Tensor) -> Tensor:
     Source: Liu et al., Network slimming, arXiv 1708.06519, section 3.
     """
     return scale.abs()
+
+
+@register("criterion", family="redundancy", paper="2002.10179", of="map")
+def hrank(map_rank: Tensor) -> Tensor:
+    """The rank of a feature map, on average over images.
+
+    :: s_c = mean over images of rank(F_c)
+
+    Choose it for convolutional networks, with a few hundred images and no labels.
+
+    Beware: ranks of small or all positive maps tell little; ties go to the earlier channel.
+
+    >>> hrank(torch.tensor([4.0, 1.0])).tolist()
+    [4.0, 1.0]
+
+    Source: Lin et al., HRank, arXiv 2002.10179, equation 4; the maps are those that the next layer reads.
+    """
+    return map_rank
+
+
+@register("criterion", family="redundancy", paper="2110.13981", of="map")
+def chip(map_independence: Tensor) -> Tensor:
+    """How much of the nuclear norm of all feature maps together goes with one.
+
+    :: s_c = mean over images of ||A||_* - ||A without row c||_*
+
+    Choose it for convolutional networks: a map that the others span is redundant, whatever its size.
+
+    Beware: an eigenvalue problem for each channel and image; a few dozen images do.
+
+    >>> chip(torch.tensor([0.5, 0.0])).tolist()
+    [0.5, 0.0]
+
+    Source: Sui et al., CHIP: channel independence-based pruning, arXiv 2110.13981, equation 4.
+    """
+    return map_independence

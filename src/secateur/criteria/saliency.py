@@ -18,7 +18,6 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
     Beware: near a minimum gradients cancel over batches and the score is noise; then use fisher. SNIP divides
     by the sum over the network and Molchanov et al. square: neither changes the order of single weights.
 
-    >>> import torch
     >>> saliency(torch.tensor([[-2.0, 1.0]]), torch.tensor([[0.5, 3.0]])).tolist()
     [[1.0, 3.0]]
 
@@ -38,10 +37,45 @@ def gradient(gradient: Tensor) -> Tensor:
 
     Beware: as a criterion for removal it ignores what the weight does now.
 
-    >>> import torch
     >>> gradient(torch.tensor([[-2.0, 1.0]])).tolist()
     [[2.0, 1.0]]
 
     Source: Evci et al., RigL, arXiv 1911.11134, section 3 (4), where it chooses what to grow.
     """
     return gradient.abs()
+
+
+@register("criterion", name="group-fisher", family="saliency", paper="2108.00708", of="unit", scales={"unit_change": 2})
+def group_fisher(unit_change: Tensor) -> Tensor:
+    """The mean squared first-order change of the loss without the unit: the Fisher information of its mask.
+
+    :: s_u = 1 / 2 mean over batches of (sum over its weights of w dL/dw)^2
+
+    Choose it with granularity channel when there are labels: terms of one unit may cancel, as they do in the model.
+
+    Beware: give batches of one example for the textbook's Fisher. Liu et al. divide by the memory that goes.
+
+    >>> group_fisher(torch.tensor([[1.0, 2.0], [-1.0, 0.0]])).tolist()
+    [0.5, 1.0]
+
+    Source: Liu et al., Group Fisher pruning, arXiv 2108.00708, equations 5 to 7; Molchanov et al., arXiv 1906.10771,
+    equation 8, is the same without the half.
+    """
+    return unit_change.square().mean(0) / 2
+
+
+@register("criterion", name="unit-taylor", family="saliency", paper="1611.06440", of="unit", scales={"unit_change": 1})
+def unit_taylor(unit_change: Tensor) -> Tensor:
+    """The mean size of the first-order change of the loss without the unit.
+
+    :: s_u = mean over batches of |sum over its weights of w dL/dw|
+
+    Choose it with granularity channel, where the sum is that of a feature map times its gradient.
+
+    >>> unit_taylor(torch.tensor([[1.0, 2.0], [-1.0, 0.0]])).tolist()
+    [1.0, 1.0]
+
+    Source: Molchanov et al., Pruning convolutional neural networks for resource efficient inference,
+    arXiv 1611.06440, equations 7 and 8; the scores of a layer are not scaled here, the allocation does that.
+    """
+    return unit_change.abs().mean(0)

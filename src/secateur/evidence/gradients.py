@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import DataError, ModelError, NumericalError
+from ..facts import of_source
 from ..layers import Layer
 
 #: What a criterion or solver may name, and what it is.
-GRADIENT_FACTS = {
-    "gradient": "mean over batches of the loss gradient, (o, i)",
-    "fisher": "mean over batches of the squared gradient: the diagonal of the empirical Fisher, (o, i)",
-    "fisher_inverse": "diagonal of the inverse of the damped, block-wise empirical Fisher, (o, i)",
-    "hessian": "diagonal of the Hessian of the loss, estimated with random signs, (o, i)",
-}
+GRADIENT_FACTS = of_source("gradients")
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -69,6 +65,7 @@ class GradientEvidence:
         self._square = zeros(*shape) if "fisher" in self.needs else None
         self._outer = zeros(blocks, block, block) if "fisher_inverse" in self.needs else None
         self._curve = zeros(*shape) if "hessian" in self.needs else None
+        self._changes: dict[int, list[Tensor]] = {}
 
     def update(self, gradient_oi: Tensor) -> None:
         """Add the gradient of one batch."""
@@ -84,6 +81,13 @@ class GradientEvidence:
             g_pb = flat.view(-1, self.block)
             self._outer.baddbmm_(g_pb[:, :, None], g_pb[:, None, :])
 
+    def update_changes(self, weight: Tensor, gradient: Tensor) -> None:
+        """Add one batch's ``weight * gradient``, in the stored shape, summed over all axes but one, for each axis."""
+        change = weight.detach().double() * gradient.detach().double()
+        for axis in range(change.dim()):
+            line = change.sum([d for d in range(change.dim()) if d != axis]) if change.dim() > 1 else change
+            self._changes.setdefault(axis, []).append(line.cpu())
+
     def update_hessian(self, sample_oi: Tensor) -> None:
         """Add one sample ``v * (H v)`` of the Hessian's diagonal, ``v`` of random signs."""
         self.probes += 1
@@ -98,9 +102,13 @@ class GradientEvidence:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += theirs.to(mine.device)
+        for axis, lines in other._changes.items():
+            self._changes.setdefault(axis, []).extend(lines)
 
-    def __getitem__(self, fact: str) -> Tensor:
-        """One of `GRADIENT_FACTS`."""
+    def __getitem__(self, fact: str) -> Any:
+        """One of `GRADIENT_FACTS`; of ``unit_change`` this layer's part: stored axis -> ``(batches, n)``."""
+        if fact == "unit_change":
+            return {axis: torch.stack(lines) for axis, lines in self._changes.items()}
         if fact == "gradient" and self._sum is not None:
             return self._sum / max(self.batches, 1)
         if fact == "fisher" and self._square is not None:
@@ -187,7 +195,10 @@ def gather_gradients(
             reached |= gradients.keys()
             for layer in layers:
                 key = id(getattr(layer.module, layer.parameter))
-                found[layer.name].update(_part(layer, gradients.get(key)))
+                part = _part(layer, gradients.get(key))
+                found[layer.name].update(part)
+                if "unit_change" in needs:
+                    found[layer.name].update_changes(layer.stored, layer.from_oi(part))
                 for sample in samples:
                     found[layer.name].update_hessian(_part(layer, sample.get(key)))
     if found and not any(x.batches for x in found.values()):

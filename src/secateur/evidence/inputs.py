@@ -9,21 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NumericalError
+from ..facts import of_source
 from ..layers import Layer
 from ..select import is_finite
 from ..symmetric import add_gram, mirror
 from .watch import as_ni, watch
 
 #: What a criterion or solver may name, and what it is.
-INPUT_FACTS = {
-    "input_norm": "l2 norm of each input feature over all tokens, (i,)",
-    "input_mean": "mean of each input feature, (i,)",
-    "input_var": "variance of each input feature over tokens, (i,)",
-    "input_abs": "mean absolute value of each input feature, (i,)",
-    "input_nonzero": "share of rows in which each input feature is not zero, (i,)",
-    "gram": "sum over tokens of x x^T, (i, i), float32",
-    "tokens": "how many rows were seen",
-}
+INPUT_FACTS = of_source("inputs")
 
 _ROWS = 256  # squares of so many rows fit the cache: ten times the speed of one reduction over all
 

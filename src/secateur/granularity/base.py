@@ -27,7 +27,7 @@ class Granularity:
         run: columns that a sequential solver must treat together (M of N:M, the width of a block).
         coupled: units are found in the whole model, across layers, and no matrix is cut by itself; then the
             value is which weights a unit's score sums: ``coupled``, ``output`` or ``input``; or
-            ``depth``, where units are whole blocks.
+            ``depth`` or ``experts``, where units are whole blocks or experts.
     """
 
     name: str
@@ -37,6 +37,11 @@ class Granularity:
     keep: float | None = None
     run: int = 1
     coupled: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether units are whole pieces of a model, blocks or experts, and not positions of tensors."""
+        return self.coupled in ("depth", "experts")
 
     def check(self, shape: tuple[int, int], where: str = "the matrix") -> None:
         """Refuse a matrix that the pattern does not divide, naming it and the way out."""
@@ -222,6 +227,19 @@ def depth() -> Granularity:
     Source: the depth pruning of the survey; Men et al., ShortGPT, arXiv 2403.03853.
     """
     return _whole("depth", "depth")
+
+
+@register("granularity", survey="A3.9")
+def experts() -> Granularity:
+    """Experts of the mixtures in a model, with their rows of the router; the same number in every mixture.
+
+    Choose it for mixture-of-experts language models: the memory shrinks, a token's work stays.
+
+    Beware: no less than the router chooses for a token may stay.
+
+    Source: expert pruning; Lasby et al., REAP, arXiv 2510.13999.
+    """
+    return _whole("experts", "experts")
 
 
 _NM = re.compile(r"^\s*(\d+)\s*:\s*(\d+)\s*$")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .oneshot import method
 
-_WHOLE = ("coupled", "filter", "channel")
 
-method(
+def units(name: str, summary: str, **card: Any) -> None:
+    """A method over coupled units, whose survivors are refitted where data is given."""
+    method(name, summary, granularities=("coupled", "filter", "channel"), recovery="refit", **card)
+
+
+def pieces(name: str, summary: str, **card: Any) -> None:
+    """A method over whole blocks, or experts."""
+    method(name, summary, granularities=(card["granularity"],), **card)
+
+
+units(
     "l1-norm",
     "Remove the filters, neurons and heads with the smallest weights, the same share everywhere.",
     choose="Choose it as the data-free baseline of structured pruning.",
@@ -14,12 +25,10 @@ method(
     source="Li et al., Pruning filters for efficient ConvNets, arXiv 1608.08710.",
     paper="1608.08710",
     family="magnitude",
-    granularities=_WHOLE,
     criterion="magnitude",
     granularity="filter",
-    recovery="refit",
 )
-method(
+units(
     "group-norm",
     "Remove the coupled units whose weights, in every layer that they touch, are smallest together.",
     choose="Choose it for a smaller model without data, on any architecture.",
@@ -27,14 +36,12 @@ method(
     "sparse training.",
     paper="2301.12900",
     family="magnitude",
-    granularities=_WHOLE,
     criterion="magnitude",
     granularity="coupled",
     allocation="global",
     knobs={"criterion": {"p": 2.0}},
-    recovery="refit",
 )
-method(
+units(
     "taylor",
     "Remove the coupled units whose removal changes the loss least, to first order, weight by weight.",
     choose="Choose it when there are labels and a loss.",
@@ -44,13 +51,11 @@ method(
     "LLM-Pruner, arXiv 2305.11627.",
     paper="1906.10771",
     family="saliency",
-    granularities=_WHOLE,
     criterion="saliency",
     granularity="coupled",
     allocation="global",
-    recovery="refit",
 )
-method(
+units(
     "flap",
     "Remove the heads and neurons whose output, on its way to the next layer, hardly varies.",
     choose="Choose it for a smaller language model in one shot, from calibration text alone.",
@@ -59,14 +64,12 @@ method(
     source="An et al., Fluctuation-based adaptive structured pruning for LLMs (FLAP), arXiv 2312.11983.",
     paper="2312.11983",
     family="activation",
-    granularities=_WHOLE,
     criterion="fluctuation",
     granularity="channel",
     allocation="standardized",
-    recovery="refit",
     skip=("@residual",),
 )
-method(
+units(
     "wanda-sp",
     "Remove the heads and neurons whose outgoing weights, times the norm of what they carry, are smallest.",
     choose="Choose it as the simplest structured method that looks at activations.",
@@ -74,14 +77,12 @@ method(
     "the criterion is of Sun et al., arXiv 2306.11695.",
     paper="2306.11695",
     family="activation",
-    granularities=_WHOLE,
     criterion="wanda",
     granularity="channel",
     allocation="uniform",
-    recovery="refit",
     skip=("@residual",),
 )
-method(
+units(
     "llm-pruner",
     "Remove the heads and neurons whose coupled weights change the loss least, to first order.",
     choose="Choose it for language models when gradients fit in memory.",
@@ -90,27 +91,23 @@ method(
     source="Ma et al., LLM-Pruner, arXiv 2305.11627, element-wise Taylor score summed over a group, uniform blocks.",
     paper="2305.11627",
     family="saliency",
-    granularities=_WHOLE,
     criterion="saliency",
     granularity="coupled",
     allocation="uniform",
-    recovery="refit",
     skip=("@residual",),
 )
-method(
+units(
     "isomorphic",
     "Remove the coupled units whose removal changes the loss least, ranked among those of the same shape.",
     choose="Choose it for vision transformers and mixed networks when there are labels and a loss.",
     source="Fang et al., Isomorphic pruning for vision models, arXiv 2407.04616.",
     paper="2407.04616",
     family="saliency",
-    granularities=_WHOLE,
     criterion="saliency",
     granularity="coupled",
     allocation="isomorphic",
-    recovery="refit",
 )
-method(
+units(
     "fpgm",
     "Remove the filters nearest to the geometric median of their layer.",
     choose="Choose it for convolutional networks whose filters have norms alike.",
@@ -118,12 +115,10 @@ method(
     source="He et al., Filter pruning via geometric median, arXiv 1811.00250.",
     paper="1811.00250",
     family="redundancy",
-    granularities=_WHOLE,
     criterion="fpgm",
     granularity="filter",
-    recovery="refit",
 )
-method(
+units(
     "network-slimming",
     "Remove the channels whose batch norm scales are smallest in the whole network.",
     choose="Choose it after training with a penalty on the scales.",
@@ -131,25 +126,21 @@ method(
     source="Liu et al., Network slimming, arXiv 1708.06519.",
     paper="1708.06519",
     family="norm",
-    granularities=_WHOLE,
     criterion="norm-scale",
     granularity="coupled",
     allocation="global",
-    recovery="refit",
 )
-method(
+units(
     "apoz",
     "Remove the channels and neurons that are most often zero.",
     choose="Choose it for networks with ReLU and data without labels.",
     source="Hu et al., Network trimming, arXiv 1607.03250.",
     paper="1607.03250",
     family="activation",
-    granularities=_WHOLE,
     criterion="apoz",
     granularity="channel",
-    recovery="refit",
 )
-method(
+units(
     "minitron",
     "Remove the heads, neurons and hidden features with the smallest mean activation.",
     choose="Choose it for language models that will be distilled afterwards.",
@@ -158,36 +149,62 @@ method(
     source="Muralidharan et al., Minitron, arXiv 2407.14679, width pruning.",
     paper="2407.14679",
     family="activation",
-    granularities=_WHOLE,
     criterion="activation-mean",
     granularity="channel",
-    recovery="refit",
 )
-_DEPTH = ("depth",)
-
-method(
+units(
+    "group-fisher",
+    "Remove the channels whose masks carry least Fisher information, all coupled layers together.",
+    choose="Choose it for convolutional networks when there are labels.",
+    beware="the paper divides by the memory that goes and prunes while it trains; this is its ranking, in one shot.",
+    source="Liu et al., Group Fisher pruning, arXiv 2108.00708.",
+    paper="2108.00708",
+    family="saliency",
+    criterion="group-fisher",
+    granularity="channel",
+    allocation="global",
+)
+units(
+    "hrank",
+    "Remove the channels whose feature maps have the lowest rank.",
+    choose="Choose it for convolutional networks and data without labels.",
+    source="Lin et al., HRank, arXiv 2002.10179, in one shot.",
+    paper="2002.10179",
+    family="redundancy",
+    criterion="hrank",
+    granularity="channel",
+)
+units(
+    "chip",
+    "Remove the channels whose feature maps the others span.",
+    choose="Choose it for convolutional networks, when a few dozen images are at hand.",
+    source="Sui et al., CHIP, arXiv 2110.13981, in one shot.",
+    paper="2110.13981",
+    family="redundancy",
+    criterion="chip",
+    granularity="channel",
+)
+pieces(
     "shortgpt",
     "Take out the blocks that turn the hidden state least.",
     choose="Choose it for a shorter language model from one forward pass.",
     source="Men et al., ShortGPT, arXiv 2403.03853.",
     paper="2403.03853",
     family="activation",
-    granularities=_DEPTH,
     criterion="block-influence",
     granularity="depth",
 )
-method(
+pieces(
     "sleb",
     "Take out one block after the other: each time the one without which the loss is lowest.",
     choose="Choose it for the best shorter language model without training; it costs many forward passes.",
     source="Song et al., SLEB, arXiv 2402.09025.",
     paper="2402.09025",
     family="loss",
-    granularities=_DEPTH,
     criterion="loss-without",
     granularity="depth",
 )
-method(
+pieces(
     "angular-depth",
     "Take out the run of successive blocks between whose ends the hidden state turns least.",
     choose="Choose it for taking much depth out of a large language model, before a short healing.",
@@ -195,7 +212,27 @@ method(
     source="Gromov et al., The unreasonable ineffectiveness of the deeper layers, arXiv 2403.17887.",
     paper="2403.17887",
     family="activation",
-    granularities=_DEPTH,
     criterion="angular",
     granularity="depth",
+)
+pieces(
+    "reap",
+    "Take out the experts that add least to the hidden state where the router chooses them.",
+    choose="Choose it to halve the memory of a mixture-of-experts language model from one forward pass.",
+    beware="weights are those that the model gives its experts; the official code can renormalize them.",
+    source="Lasby et al., REAP the experts, arXiv 2510.13999.",
+    paper="2510.13999",
+    family="activation",
+    criterion="reap",
+    granularity="experts",
+)
+pieces(
+    "expert-frequency",
+    "Take out the experts that the router chooses least.",
+    choose="Choose it as the baseline of expert pruning.",
+    source="Li et al., MC-SMoE, arXiv 2310.01334, usage frequency; a baseline of REAP, arXiv 2510.13999.",
+    paper="2310.01334",
+    family="activation",
+    criterion="expert-frequency",
+    granularity="experts",
 )

@@ -54,6 +54,7 @@ A3.5  Embedding, hidden dimension
 A3.6  Token, input data
 A3.7  Coupled, dependency-aware
 A3.8  Early exit, conditional depth *
+A3.9  Expert of a mixture *
 B     When to prune
 B1    Before training
 B2    During training
@@ -140,6 +141,7 @@ _GRANULARITIES = {
     "filter": ("A3.1",),
     "channel": ("A3.1",),
     "depth": ("A3.2",),
+    "experts": ("A3.9",),
     "head": ("A3.3",),
     "heads": ("A3.3",),
     "embedding": ("A3.5",),

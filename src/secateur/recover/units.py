@@ -73,7 +73,7 @@ def bias(task: Smaller) -> list[str]:
 
     Source: An et al., FLAP, arXiv 2312.11983, equation 8; there x' = x on what is kept.
     """
-    return _guarded(task, lambda lots: _fit(task, lots, _shift))
+    return _guarded(task, lambda lots: _fit(task, lots, _shift, biased=True))
 
 
 @register("recovery", name="batch-norm", paper="2007.02491", data="units")
@@ -139,8 +139,11 @@ class _Moments:
 Solve = Callable[[Tensor, Layer, Tensor | None, _Moments], None]
 
 
-def _fit(task: Smaller, lots: list[Any], solve: Solve) -> list[str]:
-    """Take both models through the data in step; solve each layer that lost inputs when all of its input is there."""
+def _fit(task: Smaller, lots: list[Any], solve: Solve, biased: bool = False) -> list[str]:
+    """Take both models through the data in step; solve each layer that lost inputs when all of its input is there.
+
+    With ``biased`` only layers that have a bias are solved.
+    """
     pairs = _readers(task)
     if not pairs or not lots:
         return ["no layer reads what was removed in a way that can be fitted"]
@@ -171,7 +174,7 @@ def _fit(task: Smaller, lots: list[Any], solve: Solve) -> list[str]:
             dense, small, rows = pairs[name]
             weight = dense.weight()[torch.from_numpy(rows).to(dense.stored.device)]
             vector = getattr(dense.module, "bias", None)
-            if solve is _shift and not isinstance(vector, Tensor):
+            if biased and not isinstance(vector, Tensor):
                 skipped.append(name)
                 return
             kept = vector.detach()[torch.from_numpy(rows).to(vector.device)] if isinstance(vector, Tensor) else None

@@ -1,18 +1,21 @@
 """Structured pruning: coupled units go together, the model becomes smaller, and a proof says it computes the same."""
 
-from .depth import DepthPlan, plan_depth
+from .depth import plan_depth
+from .experts import plan_experts
 from .make import plan_structured
 from .plan import FamilyPlan, StructuredPlan
 from .store import load, save
 from .targets import Target
+from .whole import WholePlan
 
 __all__ = [
-    "DepthPlan",
     "FamilyPlan",
     "StructuredPlan",
     "Target",
+    "WholePlan",
     "load",
     "plan_depth",
+    "plan_experts",
     "plan_structured",
     "save",
 ]

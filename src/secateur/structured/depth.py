@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,126 +15,14 @@ from ..graph.trace import plain_operations
 from ..measure.flops import flops
 from ..recipe import Recipe
 from ..registry import get
-from ..surgery.depth import Removed, block_lists, members_of, parameters_of, prove_depth, remove, without
+from ..surgery.depth import BLOCKS, block_lists, members_of, parameters_of, prove_depth
+from ..surgery.pieces import Removed
 from .choose import globbed
-from .make import waking_twin
+from .make import NOTHING, waking_twin
 from .plan import inputs
 from .score import weight_scores
-from .stock import same
 from .targets import Target
-
-Block = tuple[str, int]
-_TOLERANCE = 1e-9
-
-
-@dataclass(eq=False)
-class DepthPlan:
-    """Which blocks would be taken out of a model, with the proof. Prints as a table; nothing is changed before `run`.
-
-    Attributes:
-        scores: block -> what it is worth; of those that may go.
-        left: block -> why it may not.
-        removed: path of a list of blocks -> numbers of those that go.
-        before, after: parameters and FLOPs of one forward pass of the example.
-        error: largest relative difference of the model with these blocks at zero and without them.
-    """
-
-    model: nn.Module
-    recipe: Recipe
-    target: Target
-    scores: dict[Block, float]
-    left: dict[Block, str]
-    removed: dict[str, list[int]]
-    before: dict[str, int]
-    after: dict[str, int]
-    error: float | None
-    notes: list[str]
-    example: tuple[tuple[Any, ...], dict[str, Any]] = field(repr=False)
-
-    @property
-    def proven(self) -> bool:
-        return self.error is not None and bool(self.removed)
-
-    def mask(self) -> nn.Module:
-        """Set every parameter of the blocks that go to zero, in place: their place in the model is then empty."""
-        with torch.no_grad():
-            for path, gone in self.removed.items():
-                for k in gone:
-                    for parameter in self.model.get_submodule(f"{path}.{k}").parameters():
-                        parameter.zero_()
-        return self.model
-
-    def shrink(self) -> nn.Module:
-        """A copy of the model without these blocks. The model itself stays as it is.
-
-        Raises:
-            ModelError: no block can be taken out.
-        """
-        if not self.removed:
-            raise ModelError("no block can be taken out: " + "; ".join(self.notes or ["none may go"]))
-        small = copy.deepcopy(self.model)
-        remove(small, self.removed)
-        args, kwargs = self.example
-        surgery = self._describe()
-        if _stock(small, self.model, self.removed, args, kwargs):
-            surgery["format"] = "transformers"
-        small.secateur_surgery = surgery  # type: ignore[assignment]
-        return small
-
-    run = shrink
-
-    def _describe(self) -> dict[str, Any]:
-        values = (*self.example[0], *self.example[1].values())
-        return {
-            "version": 1,
-            "format": "secateur",
-            "recipe": self.recipe.to_dict(),
-            "target": str(self.target),
-            "before": self.before,
-            "after": self.after,
-            "error": self.error,
-            "example": [
-                {"shape": list(x.shape), "dtype": str(x.dtype)} if isinstance(x, Tensor) else None for x in values
-            ],
-            "kept": {},
-            "mends": [],
-            "removed": {p: {"of": len(members_of(self.model, p)), "gone": gone} for p, gone in self.removed.items()},
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "target": str(self.target),
-            "before": self.before,
-            "after": self.after,
-            "blocks": [
-                {"name": f"{p}.{k}", "score": s, "goes": k in self.removed.get(p, ())}
-                for (p, k), s in self.scores.items()
-            ],
-            "left": [{"name": f"{p}.{k}", "reason": why} for (p, k), why in self.left.items()],
-            "removed": self.removed,
-            "proof": {"proven": self.proven, "error": self.error},
-            "notes": self.notes,
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.recipe.method}, target {self.target}",
-            f"{'':12}{'before':>18}{'after':>18}{'ratio':>10}",
-        ]
-        for key, a in self.before.items():
-            b = self.after[key]
-            lines.append(f"{key:12}{a:>18,}{b:>18,}{b / max(a, 1):>10.3f}")
-        lines.append("")
-        for (path, k), score in self.scores.items():
-            goes = "goes" if k in self.removed.get(path, ()) else ""
-            lines.append(f"  {f'{path}.{k}':60} {score:<12.5g} {goes}".rstrip())
-        lines += [f"  {f'{p}.{k}':60} left alone: {why}" for (p, k), why in self.left.items()]
-        error = "-" if self.error is None else f"{self.error:.1e}"
-        lines.append(f"\nmasked == smaller: {'proven' if self.proven else 'NOT proven'}, error {error}")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+from .whole import Piece, WholePlan, totals
 
 
 def plan_depth(
@@ -149,7 +35,7 @@ def plan_depth(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     run: Callable[[nn.Module, Any], Any],
     evidence: Mapping[str, Any] | None = None,
-) -> DepthPlan:
+) -> WholePlan:
     """Find which blocks leave nothing missing when they are zero, score them, and take out the least until the target.
 
     Args:
@@ -164,15 +50,11 @@ def plan_depth(
     args, kwargs = inputs(example)
     double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
     free, left = _free(double, recipe, twin_args, twin_kwargs)
-    counted = flops(model, *args, **kwargs)
-    total = {
-        "params": sum(p.numel() for p in model.parameters()),
-        "flops": counted.total,
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-    }
+    counted = flops(model, *args, **kwargs).by_module
+    total = totals(model, args, kwargs)
 
     def counts(gone: Removed) -> dict[str, int]:
-        less = sum(counted.by_module.get(f"{p}.{k}", 0) for p, ks in gone.items() for k in ks)
+        less = sum(counted.get(f"{p}.{k}", 0) for p, ks in gone.items() for k in ks)
         sizes = parameters_of(model, gone)
         return {
             "params": total["params"] - sum(sizes.values()),
@@ -184,7 +66,7 @@ def plan_depth(
     scorer = _Scorer(model, recipe, batches, loss, run, evidence or {})
     most = len(free) - len({p for p, _ in free})  # a list keeps one block at least
     removed: dict[str, list[int]] = {}
-    scores: dict[Block, float] = {}
+    scores: dict[Piece, float] = {}
     size = 0
     while counts(removed)[wanted.quantity] > limit and size < most:
         size += 1
@@ -194,25 +76,25 @@ def plan_depth(
         notes.append(
             "no block can be taken out: " + (next(iter(left.values())) if left else "there is no list of blocks")
         )
-    error, why = prove_depth(double, removed, twin_args, twin_kwargs) if removed else (None, "")
-    if removed and (error is None or error > _TOLERANCE):
-        notes.append(f"each of these blocks alone leaves nothing missing, all together do: {why or f'{error:.1e}'}")
-        removed, error = {}, None
+    proof = prove_depth(double, removed, twin_args, twin_kwargs) if removed else NOTHING
+    if removed and not proof.proven:
+        notes.append(f"each of these blocks alone leaves nothing missing, all together do: {proof.reason}")
+        removed = {}
     elif counts(removed)[wanted.quantity] > limit:
         notes.append(
             f"the target is not met: {wanted.quantity} can only go to {counts(removed)[wanted.quantity]:,} here"
         )
-    return DepthPlan(
-        model, recipe, wanted, scores, left, removed, counts({}), counts(removed), error, notes, (args, kwargs)
+    return WholePlan(
+        model, recipe, wanted, BLOCKS, scores, left, removed, counts({}), counts(removed), proof, notes, (args, kwargs)
     )
 
 
 def _free(
     double: nn.Module, recipe: Recipe, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[list[Block], dict[Block, str]]:
+) -> tuple[list[Piece], dict[Piece, str]]:
     """Blocks that leave nothing missing, and why others may not go; lists within blocks where none of a list may."""
-    free: list[Block] = []
-    left: dict[Block, str] = {}
+    free: list[Piece] = []
+    left: dict[Piece, str] = {}
     due = list(block_lists(double))
     while due:
         path = due.pop(0)
@@ -221,11 +103,11 @@ def _free(
             if why := globbed(recipe, [f"{path}.{k}"]):
                 held[path, k] = why
                 continue
-            error, why = prove_depth(double, {path: [k]}, args, kwargs)
-            if error is not None and error <= _TOLERANCE:
+            proof = prove_depth(double, {path: [k]}, args, kwargs)
+            if proof.proven:
                 mine.append((path, k))
             else:
-                held[path, k] = why or f"the model computes something else without it (off by {error:.1e})"
+                held[path, k] = f"without it {proof.reason}"
         inner = list(block_lists(double, path)) if not mine else []
         due += inner
         free += mine
@@ -245,14 +127,14 @@ class _Scorer:
         self.part = get("criterion", recipe.criterion)
         self.again = bool(self.part.facts.get("again"))
         self.evidence = evidence
-        self._once: dict[str, dict[Block, Any]] = {}
+        self._once: dict[str, dict[Piece, Any]] = {}
 
     def choose(
-        self, free: Sequence[Block], size: int, removed: Removed, scores: Mapping[Block, float]
-    ) -> tuple[dict[str, list[int]], dict[Block, float]]:
+        self, free: Sequence[Piece], size: int, removed: Removed, scores: Mapping[Piece, float]
+    ) -> tuple[dict[str, list[int]], dict[Piece, float]]:
         """The ``size`` blocks that go, and the scores by which they do."""
         there = {p: len(members_of(self.model, p)) for p, _ in free}
-        gone: list[Block] = [(p, k) for p, ks in removed.items() for k in ks] if self.again else []
+        gone: list[Piece] = [(p, k) for p, ks in removed.items() for k in ks] if self.again else []
         rest = [b for b in free if b not in gone]
         fresh = self._scores(rest, size, removed)
         for block in sorted(rest, key=lambda b: fresh[b]):
@@ -264,38 +146,46 @@ class _Scorer:
             found.setdefault(path, []).append(k)
         return found, {**scores, **fresh}
 
-    def _scores(self, blocks: Sequence[Block], size: int, removed: Removed) -> dict[Block, float]:
-        knobs = self.recipe.knobs_of("criterion")
+    def _scores(self, blocks: Sequence[Piece], size: int, removed: Removed) -> dict[Piece, float]:
         if self.part.facts.get("of") != "block":
             return self._of_weights(blocks)
-        found: dict[Block, float] = {}
+        found: dict[Piece, float] = {}
         for path in dict.fromkeys(p for p, _ in blocks):
-            mine = [b for b in blocks if b[0] == path]
-            facts: dict[str, Any] = {"count": size}
-            if "block_loss" in self.part.needs:
-                facts["block_loss"] = torch.tensor([self._loss_without(b, removed) for b in mine])
-                found.update(zip(mine, self.part(facts, **knobs).tolist(), strict=True))
-                continue
-            facts.update(self._activations(path))
-            every = self.part(facts, **knobs)
-            found.update({b: float(every[b[1]]) for b in mine})
+            mine = [b[1] for b in blocks if b[0] == path]
+            facts = self._facts(path, mine, size, removed)
+            score = self.part(facts, **self.recipe.knobs_of("criterion"))
+            found.update({(path, k): float(score[k]) for k in mine})
         return found
 
-    def _of_weights(self, blocks: Sequence[Block]) -> dict[Block, float]:
+    def _facts(self, path: str, rest: Sequence[int], size: int, removed: Removed) -> dict[str, Any]:
+        """What the criterion names, for all blocks of a list; those that are gone have no loss without them."""
+        free = torch.zeros(len(members_of(self.model, path)), dtype=torch.bool)
+        free[list(rest)] = True
+        facts: dict[str, Any] = {"count": size, "block_free": free}
+        if "block_loss" in self.part.needs:
+            losses = torch.full(free.shape, torch.nan)
+            for k in rest:
+                losses[k] = self._loss_without((path, k), removed)
+            facts["block_loss"] = losses
+        if {"block_cosine", "block_path"} & set(self.part.needs):
+            facts.update(self._activations(path))
+        return facts
+
+    def _of_weights(self, blocks: Sequence[Piece]) -> dict[Piece, float]:
         if "weights" not in self._once:
             scored = weight_scores(self.model, self.recipe, self.evidence)
             self._once["weights"] = {
-                b: sum(float(s.score.sum()) for n, s in scored.items() if n.startswith(f"{b[0]}.{b[1]}."))
+                b: sum(float(s.weights().sum()) for n, s in scored.items() if n.startswith(f"{b[0]}.{b[1]}."))
                 for b in blocks
             }
         return {b: self._once["weights"][b] for b in blocks}
 
-    def _loss_without(self, block: Block, removed: Removed) -> float:
+    def _loss_without(self, block: Piece, removed: Removed) -> float:
         if self.loss is None:
             raise RecipeError(f"criterion '{self.part.name}' needs a loss: pass loss=")
         gone = {p: list(ks) for p, ks in removed.items()}
         gone[block[0]] = sorted([*gone.get(block[0], []), block[1]])
-        small = without(self.model, gone)
+        small = BLOCKS.without(self.model, gone)
         with plain_operations(small):
             return sum(float(self.loss(small, b)) for b in self.batches) / max(len(self.batches), 1)
 
@@ -342,33 +232,3 @@ class _Scorer:
 def _first(values: Any, kwargs: Any) -> Tensor:
     tensors = itertools.chain(tree_iter(values), tree_iter(dict(kwargs)))
     return next(x for x in tensors if isinstance(x, Tensor) and x.is_floating_point())
-
-
-def _stock(
-    small: nn.Module, model: nn.Module, removed: Removed, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> bool:
-    """Give the smaller model's config its new number of blocks, if stock loaders then build the same model."""
-    config: Any = getattr(small, "config", None)
-    if config is None or not hasattr(config, "to_dict") or len(removed) != 1 or not hasattr(small, "save_pretrained"):
-        return False
-    ((path, gone),) = removed.items()
-    before = len(members_of(model, path))
-    fields = [k for k, v in config.to_dict().items() if type(v) is int and v == before]
-    due = {name: tuple(p.shape) for name, p in small.named_parameters()}
-    for choice in itertools.islice(itertools.product((True, False), repeat=len(fields)), 64):
-        trial = copy.deepcopy(config)
-        for name, changed in zip(fields, choice, strict=True):
-            setattr(trial, name, before - len(gone) if changed else before)
-        try:
-            with torch.device("meta"):
-                built = type(small)(trial)
-            if callable(check := getattr(trial, "validate", None)):
-                check()
-        except Exception:  # numbers that do not go together, as the class itself finds
-            continue
-        if {name: tuple(p.shape) for name, p in built.named_parameters()} == due and same(small, trial, args, kwargs):
-            for module in small.modules():
-                if getattr(module, "config", None) is config:
-                    module.config = trial
-            return True
-    return False

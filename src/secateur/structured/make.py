@@ -17,7 +17,7 @@ from ..surgery.shrink import kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
 from .plan import FamilyPlan, StructuredPlan, inputs
-from .score import Scores, unit_scores, weight_scores
+from .score import Scores, combined, unit_scores, weight_scores
 from .targets import Target
 
 #: Rounds of dropping what cannot be proven and allocating the rest again.
@@ -52,7 +52,7 @@ def plan_structured(
     case = Case(model, recipe, example)
     found = case.found
     each = weight_scores(model, recipe, evidence or {})
-    scores = unit_scores(found, each, where, standardized=recipe.allocation == "standardized")
+    scores = unit_scores(found, each, where, recipe.allocation == "standardized", combined(recipe))
     active, left = chosen(found, recipe, model)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]

@@ -104,9 +104,7 @@ class StructuredPlan:
         with plain_operations(small):
             small(*args, **kwargs)
         surgery = describe(self)
-        config = stock_config(small, self.sizes, args, kwargs)
-        if config is not None:
-            small.config = config
+        if stock_config(small, self.sizes, args, kwargs):
             surgery["format"] = "transformers"
         small.secateur_surgery = surgery  # type: ignore[assignment]
         return small
@@ -132,23 +130,29 @@ class StructuredPlan:
         }
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.recipe.method}, target {self.target}",
-            f"{'':12}{'before':>18}{'after':>18}{'ratio':>10}",
-        ]
-        for key, a in self.before.items():
-            b = self.after[key]
-            lines.append(f"{key:12}{a:>18,}{b:>18,}{b / max(a, 1):>10.3f}")
-        lines.append("")
+        lines = header(self.recipe, self.target, self.before, self.after)
         lines += [f"  {name:60} {what}" for name, what in _grouped(self.families)]
         kinds: dict[str, int] = {}
         for reason in self.frozen.values():
             kinds[reason] = kinds.get(reason, 0) + 1
         lines += [f"  frozen: {count} axes, {reason}" for reason, count in sorted(kinds.items(), key=lambda x: -x[1])]
-        error = "-" if self.proof.error is None else f"{self.proof.error:.1e}"
-        lines.append(f"\nmasked == smaller: {'proven' if self.proof.proven else 'NOT proven'}, error {error}")
+        lines += proof_line(self.proof.proven, self.proof.error)
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def header(recipe: Recipe, target: Target, before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    """The first lines of a printed plan: what was asked for, and every count before and after."""
+    lines = [f"{recipe.method}, target {target}", f"{'':12}{'before':>18}{'after':>18}{'ratio':>10}"]
+    for key, a in before.items():
+        lines.append(f"{key:12}{a:>18,}{after[key]:>18,}{after[key] / max(a, 1):>10.3f}")
+    return [*lines, ""]
+
+
+def proof_line(proven: bool, error: float | None) -> list[str]:
+    """What a printed plan says of its proof."""
+    size = "-" if error is None else f"{error:.1e}"
+    return ["", f"masked == smaller: {'proven' if proven else 'NOT proven'}, error {size}"]
 
 
 def _grouped(families: Sequence[FamilyPlan]) -> Iterator[tuple[str, str]]:
@@ -171,15 +175,8 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
     """The surgery as JSON data, from which it can be replayed on a fresh model of the same class."""
     tensors = stored_tensors(plan.model)
     return {
-        "version": 1,
-        "format": "secateur",
-        "recipe": plan.recipe.to_dict(),
-        "target": str(plan.target),
-        "before": plan.before,
-        "after": plan.after,
-        "error": plan.proof.error,
+        **described(plan.recipe, plan.target, plan.before, plan.after, plan.proof.error, plan.example),
         "sizes": {str(a): b for a, b in plan.sizes.items()},
-        "example": [_described(x) for x in (*plan.example[0], *plan.example[1].values())],
         "kept": {
             name: {str(axis): {"of": tensors[name].shape[axis], "keep": _ranges(p)} for axis, p in axes.items()}
             for name, axes in plan.kept.items()
@@ -191,8 +188,26 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
     }
 
 
-def _described(value: Any) -> Any:
-    return {"shape": list(value.shape), "dtype": str(value.dtype)} if isinstance(value, Tensor) else None
+def described(
+    recipe: Recipe,
+    target: Target,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    error: float | None,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What every surgery plan says, as JSON data."""
+    values = (*example[0], *example[1].values())
+    return {
+        "version": 1,
+        "format": "secateur",
+        "recipe": recipe.to_dict(),
+        "target": str(target),
+        "before": before,
+        "after": after,
+        "error": error,
+        "example": [{"shape": list(x.shape), "dtype": str(x.dtype)} if isinstance(x, Tensor) else None for x in values],
+    }
 
 
 def _ranges(positions: Any) -> list[list[int]]:

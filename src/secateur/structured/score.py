@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,39 @@ from ..solve import Facts
 Scores = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
 class Scored:
-    """Scores of a stored parameter, in its shape, and which of its axes the layer's outputs lie on."""
+    """Scores along the axes of a stored parameter, and which of its axes the layer's outputs lie on.
 
-    score: Tensor
-    output: int
+    Args:
+        output: that axis.
+        score: of each weight, in the parameter's shape; or None.
+        lines: axis -> ``(batches, n)``, where positions of an axis are scored, not weights.
+    """
+
+    def __init__(self, output: int, score: Tensor | None = None, lines: Mapping[int, Tensor] | None = None) -> None:
+        self.output, self.score, self._lines = output, score, lines or {}
+
+    def weights(self) -> Tensor:
+        """The score of each weight.
+
+        Raises:
+            RecipeError: the criterion scores positions only.
+        """
+        if self.score is None:
+            raise RecipeError("this criterion ranks units, not weights")
+        return self.score
+
+    def line(self, axis: int) -> Scores | None:
+        """``(batches, n)``, of one batch where weights are scored; None where this axis has no scores."""
+        if self.score is None:
+            return self._lines[axis].numpy() if axis in self._lines else None
+        rest = [d for d in range(self.score.dim()) if d != axis]
+        found: Scores = (self.score.sum(rest) if rest else self.score)[None].numpy()
+        return found
 
 
 def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any]) -> dict[str, Scored]:
-    """The criterion's score of every weight of every layer, by parameter name, in the stored shape."""
+    """The criterion's scores by parameter name: of every weight, or of what else the criterion looks at."""
     part = get("criterion", recipe.criterion or "")
     if part.facts.get("of") == "norm":
         return _norm_scores(model, part, recipe)
@@ -40,19 +62,28 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
     for layer in layers:
         whole = getattr(layer.module, layer.parameter)
         name = names[id(whole)]
+        output = int(layer.transposed or layer.kind == "conv-transpose")
+        if part.facts.get("of") == "unit":
+            if layer.index is None:
+                found[name] = Scored(output, lines=evidence[layer.name]["unit_change"])
+            continue
+        if part.facts.get("of") == "map":
+            if layer.name in evidence:
+                line = part(evidence[layer.name], **recipe.knobs_of("criterion")).double().cpu()
+                found[name] = Scored(output, lines={1 - output: line[None]})
+            continue
         score = Facts(layer, recipe, evidence.get(layer.name))["score"]
         stored = layer.from_oi(score).detach().double().cpu()
-        output = int(layer.transposed or layer.kind == "conv-transpose")
         if layer.index is None:
-            found[name] = Scored(stored, output)
+            found[name] = Scored(output, stored)
         else:
-            stacked = found.setdefault(name, Scored(torch.zeros(whole.shape, dtype=torch.float64), output + 1))
-            stacked.score[layer.index] = stored
+            stacked = found.setdefault(name, Scored(output + 1, torch.zeros(whole.shape, dtype=torch.float64)))
+            stacked.weights()[layer.index] = stored
     return found
 
 
-def _standardized(line: Scores, positions: Any) -> Scores:
-    here = line[positions]
+def _standardized(line: Scores, positions: Any = slice(None)) -> Scores:
+    here = line[..., positions]
     result: Scores = (line - here.mean()) / (here.std() or 1.0)
     return result
 
@@ -61,7 +92,7 @@ def _norm_scores(model: nn.Module, part: Part, recipe: Recipe) -> dict[str, Scor
     """The criterion's scores of the scales of normalizations."""
     return {
         f"{name}.weight" if name else "weight": Scored(
-            part({"scale": module.weight.detach()}, **recipe.knobs_of("criterion")).double().cpu(), 0
+            0, part({"scale": module.weight.detach()}, **recipe.knobs_of("criterion")).double().cpu()
         )
         for name, module in model.named_modules()
         if type(module).__name__.lower().endswith("norm") or isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -70,7 +101,11 @@ def _norm_scores(model: nn.Module, part: Part, recipe: Recipe) -> dict[str, Scor
 
 
 def unit_scores(
-    found: Dependencies, scores: Mapping[str, Scored], where: str = "coupled", standardized: bool = False
+    found: Dependencies,
+    scores: Mapping[str, Scored],
+    where: str = "coupled",
+    standardized: bool = False,
+    combine: Callable[[Scores], Scores] | None = None,
 ) -> list[Scores]:
     """A score for every unit of every family.
 
@@ -80,6 +115,8 @@ def unit_scores(
             those that read it (FLAP, arXiv 2312.11983); over all, where there are none of that side.
         standardized: bring the positions of each family to mean 0 and variance 1 first, and take a unit's mean, as
             FLAP's code does: a head is then as far from 0 as its positions are together, not as one of few heads.
+        combine: what a unit is worth from its sums of each batch, ``(batches, units) -> (units,)``, where the
+            criterion looks at units; they are standardized afterwards then.
 
     Returns:
         ``(units,)`` for each family; empty where the criterion has no score for any of its tensors.
@@ -90,28 +127,44 @@ def unit_scores(
     sides: dict[int, str] = {}
     for i, slot in enumerate(found.slots):
         scored = next((scores[n] for n in slot.names if n in scores), None)
-        if scored is None:
-            continue
-        score = scored.score
-        sides[i] = "output" if slot.axis == scored.output else "input"
-        line = score.sum([d for d in range(score.dim()) if d != slot.axis]) if score.dim() > 1 else score
-        lines[i] = line.numpy()
+        line = scored.line(slot.axis) if scored is not None else None
+        if scored is not None and line is not None:
+            sides[i] = "output" if slot.axis == scored.output else "input"
+            lines[i] = line
+    early = standardized and combine is None
     result = []
     for family in found.families:
-        total = np.zeros(len(family.units))
         used = [i for i in family.slots if i in lines]
         if where != "coupled":  # some units are computed by nothing, such as features of a constant
             used = [i for i in used if sides[i] == where] or used
         if not used:
-            total = np.zeros(0)
+            result.append(np.zeros(0))
+            continue
         mine = {i: lines[i] for i in used}
-        if standardized:
+        if early:
             mine = {i: _standardized(lines[i], np.concatenate([u.places[i] for u in family.units])) for i in used}
-        for k, unit in enumerate(family.units if used else ()):
-            total[k] = sum(float(mine[i][unit.places[i]].sum()) for i in used)
-            if standardized:
-                total[k] /= sum(len(unit.places[i]) for i in used)
+        sums = np.zeros((len(mine[used[0]]), len(family.units)))
+        for k, unit in enumerate(family.units):
+            sums[:, k] = sum(mine[i][:, unit.places[i]].sum(1) for i in used)
+            if early:
+                sums[:, k] /= sum(len(unit.places[i]) for i in used)
+        total = sums[0] if combine is None else combine(sums)
+        if standardized and not early:
+            total = _standardized(total)
         if not np.isfinite(total).all():
             raise NumericalError(f"the scores of {family.name} are not finite")
         result.append(total)
     return result
+
+
+def combined(recipe: Recipe) -> Callable[[Scores], Scores] | None:
+    """How a criterion that looks at whole units makes one score of what is measured of each; None for others."""
+    part = get("criterion", recipe.criterion or "")
+    if part.facts.get("of") != "unit":
+        return None
+
+    def score(sums: Scores) -> Scores:
+        found: Scores = part({"unit_change": torch.from_numpy(sums)}, **recipe.knobs_of("criterion")).double().numpy()
+        return found
+
+    return score

@@ -17,8 +17,8 @@ _TRIES = 512
 
 def stock_config(
     model: nn.Module, sizes: Mapping[int, Sequence[int]], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any | None:
-    """A config from which the model's own class builds exactly this model, or None.
+) -> bool:
+    """Give the model, in place, a config from which its own class builds exactly this model; False if there is none.
 
     No table of field names: every whole number in the config that equals a size which changed may take its new
     value, and the choice that reproduces every shape, and with these weights the very outputs, is the config. There is
@@ -26,11 +26,11 @@ def stock_config(
 
     Args:
         model: the smaller model, with the config of the original.
-        sizes: old size -> what axes of that size have become.
+        sizes: old number -> what such sizes, or numbers of layers or experts, have become.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
-        return None
+        return False
     due = {name: tuple(p.shape) for name, p in model.named_parameters()}
     fields = {k: v for k, v in config.to_dict().items() if type(v) is int and v in sizes}
     options = [(*sizes[v], v) for v in fields.values()]
@@ -45,9 +45,12 @@ def stock_config(
                 check()  # as save_pretrained will
         except Exception:  # sizes that do not go together, as the class itself finds
             continue
-        if {name: tuple(p.shape) for name, p in built.named_parameters()} == due:
-            return trial if same(model, trial, args, kwargs) else None
-    return None
+        if {name: tuple(p.shape) for name, p in built.named_parameters()} == due and same(model, trial, args, kwargs):
+            for module in model.modules():
+                if getattr(module, "config", None) is config:
+                    module.config = trial
+            return True
+    return False
 
 
 def same(model: nn.Module, config: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

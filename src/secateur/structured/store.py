@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, OutputError
 from ..graph.trace import stored_tensors
-from ..surgery.depth import remove, without
+from ..surgery.depth import BLOCKS
+from ..surgery.experts import EXPERTS
+from ..surgery.pieces import Pieces
 from ..surgery.shrink import Mend, shrink
 
 _PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
@@ -94,14 +96,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if digest != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
-    removed = _check_removed(record, model, folder)
+    removed = [(kind, _check_removed(record, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
     kept, mends = _check(record, model, folder)
     try:
         state = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
-    _check_shapes(record, state, without(model, removed) if removed else model, kept, folder)
-    remove(model, removed)
+    shape = model
+    for kind, gone in removed:
+        shape = kind.without(shape, gone) if gone else shape
+    _check_shapes(record, state, shape, kept, folder)
+    for kind, gone in removed:
+        kind.remove(model, gone)
     shrink(model, kept, mends)
     for alias, name in record["tied"].items():
         state[alias] = state[name]
@@ -185,20 +191,19 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
     return kept, mends
 
 
-def _check_removed(record: Mapping[str, Any], model: nn.Module, folder: Path) -> dict[str, list[int]]:
-    """Which blocks the plan takes out, refused where the model has not that many."""
+def _check_removed(record: Mapping[str, Any], kind: Pieces, model: nn.Module, folder: Path) -> dict[str, list[int]]:
+    """Which pieces the plan takes out, refused where the model has not that many."""
     found: dict[str, list[int]] = {}
     try:
-        for path, entry in record.get("removed", {}).items():
+        for path, entry in record.get(kind.key, {}).items():
             size, gone = int(entry["of"]), [int(k) for k in entry["gone"]]
-            blocks = dict(model.named_modules()).get(path)
-            if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) != size:
+            if kind.count(model, path) != size:
                 raise ModelError(
-                    f"{folder / _PLAN} takes blocks out of {path}, which has not {size} in this model: give the model "
-                    "that was pruned, from the same factory"
+                    f"{folder / _PLAN} takes {kind.name}s out of {path}, which has not {size} in this model: give the "
+                    "model that was pruned, from the same factory"
                 )
             if not gone or gone != sorted(set(gone)) or gone[0] < 0 or gone[-1] >= size or len(gone) == size:
-                raise ModelError(f"{folder / _PLAN} takes blocks out of {path} that do not exist")
+                raise ModelError(f"{folder / _PLAN} takes {kind.name}s out of {path} that do not exist")
             found[path] = gone
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None

@@ -10,7 +10,7 @@ from ..errors import RecipeError
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _TARGET = re.compile(
-    r"(params|flops|bytes|latency)\s+(to\s+)?(\d+(?:\.\d+)?|\.\d+)\s*(%|[kmgbt]?|ms|us|s)", re.IGNORECASE
+    r"(params|flops|bytes|memory|latency)\s+(to\s+)?(\d+(?:\.\d+)?|\.\d+)\s*(%|[kmgbt]?|ms|us|s)", re.IGNORECASE
 )
 
 
@@ -20,7 +20,8 @@ class Target:
 
     Attributes:
         quantity: ``params`` (stored parameters), ``bytes`` (of the parameters), ``flops`` (of one forward pass of
-            the example) or ``latency`` (seconds of that pass, measured on this machine).
+            the example), ``memory`` (bytes alive at once in that pass, at their most) or ``latency`` (seconds of
+            that pass, measured on this machine).
         fraction: what remains, of what was; or None.
         limit: what remains, as a count; or None.
     """
@@ -47,8 +48,8 @@ class Target:
         found = _TARGET.fullmatch(text.strip())
         if found is None:
             raise RecipeError(
-                f"target '{text}' is not understood: write 'params 50%', 'flops 50%', 'bytes 50%' or 'latency 50%' "
-                "(what goes), 'flops to 50%', 'params to 2M' or 'latency to 20ms' (what remains)"
+                f"target '{text}' is not understood: write 'params 50%', 'flops 50%', 'bytes 50%', 'memory 50%' or "
+                "'latency 50%' (what goes), 'flops to 50%', 'params to 2M' or 'latency to 20ms' (what remains)"
             )
         quantity, to, number, unit = found[1].lower(), bool(found[2]), float(found[3]), found[4].lower()
         if unit == "%":

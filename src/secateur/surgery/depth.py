@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .prove import distance, first_line, outputs, twin
-
-#: Path of a list of blocks -> numbers of those that go.
-Removed = Mapping[str, Sequence[int]]
+from .pieces import EXACT, Pieces, Removed, compare
+from .prove import Proof, outputs, twin
 
 
 def block_lists(model: nn.Module, within: str = "") -> dict[str, list[nn.Module]]:
@@ -64,13 +62,6 @@ def _numbers(members: Sequence[nn.Module]) -> Iterator[tuple[str, str]]:
                     yield name, attribute
 
 
-def without(model: nn.Module, removed: Removed) -> nn.Module:
-    """A copy without these blocks that shares the tensors of the others."""
-    copy = twin(model)
-    remove(copy, removed)
-    return copy
-
-
 def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
     """A copy in which every parameter of these blocks is zero; it shares the other tensors."""
     copy = twin(model)
@@ -83,28 +74,19 @@ def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
     return copy
 
 
-def prove_depth(
-    model: nn.Module, removed: Removed, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[float | None, str]:
-    """The largest relative difference between the model with these blocks at zero and without them.
-
-    Returns:
-        ``(error, "")``, or ``(None, why)`` when the smaller model does not run or its outputs have other shapes.
-    """
-    try:
-        masked = outputs(zeroed(model, removed), args, kwargs)
-        small = outputs(without(model, removed), args, kwargs)
-    except Exception as problem:  # the model's own code
-        return None, f"{type(problem).__name__}: {first_line(problem)}"
-    scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
-    error = distance(small, masked, scale)
-    return error, "" if error is not None else "its outputs have other shapes"
+def prove_depth(model: nn.Module, removed: Removed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Proof:
+    """Whether the model with these blocks at zero and the one without them agree."""
+    return compare(
+        lambda: outputs(zeroed(model, removed), args, kwargs),
+        lambda: outputs(BLOCKS.without(model, removed), args, kwargs),
+        lambda: EXACT,
+    )
 
 
 def parameters_of(model: nn.Module, removed: Removed) -> dict[int, int]:
     """How many parameters lie in these blocks and nowhere else, by the bytes of one."""
     inside = {id(p): p for path, gone in removed.items() for k in gone for p in _of(model, path, k)}
-    outside = {id(p) for p in without(model, removed).parameters()}
+    outside = {id(p) for p in BLOCKS.without(model, removed).parameters()}
     found: dict[int, int] = {}
     for i, p in inside.items():
         if i not in outside:
@@ -114,3 +96,19 @@ def parameters_of(model: nn.Module, removed: Removed) -> dict[int, int]:
 
 def _of(model: nn.Module, path: str, k: int) -> Iterable[Tensor]:
     return model.get_submodule(f"{path}.{k}").parameters()
+
+
+def _count(model: nn.Module, path: str) -> int | None:
+    place = dict(model.named_modules()).get(path)
+    return len(place) if isinstance(place, (nn.ModuleList, nn.Sequential)) else None
+
+
+def _empty(model: nn.Module, removed: Removed) -> None:
+    with torch.no_grad():
+        for path, gone in removed.items():
+            for k in gone:
+                for parameter in _of(model, path, k):
+                    parameter.zero_()
+
+
+BLOCKS = Pieces("block", "removed", _count, remove, _empty)

@@ -1,0 +1,77 @@
+"""What a part may name as a positional parameter: every fact, what it is, and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
+#: ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole pieces of the model.
+Source = Literal["engine", "inputs", "gradients", "maps", "blocks", "experts"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: what it is, with its shape, where it comes from, and whether measuring it takes a loss."""
+
+    text: str
+    source: Source
+    loss: bool = False
+
+
+FACTS: dict[str, Fact] = {
+    "weight": Fact("the weight matrix, (o, i)", "engine"),
+    "score": Fact("the criterion's score, (o, i)", "engine"),
+    "keep": Fact("the fraction of the layer that stays", "engine"),
+    "granularity": Fact("how the matrix is cut into units", "engine"),
+    "generator": Fact("a random generator of the layer's own", "engine"),
+    "curvature": Fact("the damped Gram matrix of the input and its factors", "engine"),
+    "count": Fact("how many pieces go", "engine"),
+    "block_free": Fact("which blocks of a list may go, bool, (blocks,)", "engine"),
+    "scale": Fact("the scales of one normalization, (units,)", "engine"),
+    "input_norm": Fact("l2 norm of each input feature over all tokens, (i,)", "inputs"),
+    "input_mean": Fact("mean of each input feature, (i,)", "inputs"),
+    "input_var": Fact("variance of each input feature over tokens, (i,)", "inputs"),
+    "input_abs": Fact("mean absolute value of each input feature, (i,)", "inputs"),
+    "input_nonzero": Fact("share of rows in which each input feature is not zero, (i,)", "inputs"),
+    "gram": Fact("sum over tokens of x x^T, (i, i), float32", "inputs"),
+    "tokens": Fact("how many rows were seen", "inputs"),
+    "gradient": Fact("mean over batches of the loss gradient, (o, i)", "gradients", loss=True),
+    "fisher": Fact(
+        "mean over batches of the squared gradient: the diagonal of the empirical Fisher, (o, i)",
+        "gradients",
+        loss=True,
+    ),
+    "fisher_inverse": Fact(
+        "diagonal of the inverse of the damped, block-wise empirical Fisher, (o, i)", "gradients", loss=True
+    ),
+    "hessian": Fact("diagonal of the Hessian of the loss, estimated with random signs, (o, i)", "gradients", loss=True),
+    "unit_change": Fact(
+        "first-order change of the loss of each batch when a unit is set to zero, sign reversed, (batches, units)",
+        "gradients",
+        loss=True,
+    ),
+    "map_rank": Fact("mean rank of each feature map that a convolution reads, (channels,)", "maps"),
+    "map_independence": Fact(
+        "nuclear norm lost with each of the feature maps that a convolution reads, mean over images, (channels,)",
+        "maps",
+    ),
+    "block_cosine": Fact("mean cosine between the input and the output of each block, (blocks,)", "blocks"),
+    "block_path": Fact(
+        "last token's hidden state in front of each block and after the last, (blocks + 1, windows, width)", "blocks"
+    ),
+    "block_loss": Fact("loss of the model without each block, (blocks,)", "blocks", loss=True),
+    "expert_tokens": Fact("how many tokens the router sends to each expert, (experts,)", "experts"),
+    "expert_gain": Fact(
+        "mean over an expert's tokens of its routing weight times the l2 norm of its output, (experts,)", "experts"
+    ),
+}
+
+
+def of_source(*sources: Source) -> dict[str, str]:
+    """The facts of these sources: name -> what it is.
+
+    >>> sorted(of_source("experts"))
+    ['expert_gain', 'expert_tokens']
+    """
+    return {name: fact.text for name, fact in FACTS.items() if fact.source in sources}

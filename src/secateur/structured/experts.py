@@ -1,0 +1,199 @@
+"""Plan the removal of experts: what each is worth, and the proof that closing them and taking them out is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, RecipeError
+from ..facts import of_source
+from ..graph.trace import plain_operations
+from ..recipe import Recipe
+from ..registry import get
+from ..surgery.experts import EXPERTS, Mixture, mixtures, prove_experts
+from .choose import globbed
+from .make import NOTHING, waking_twin
+from .plan import inputs
+from .score import weight_scores
+from .targets import Target
+from .whole import Piece, WholePlan, totals
+
+
+def plan_experts(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    target: str | Target,
+    example: Any,
+    batches: Sequence[Any] = (),
+    run: Callable[[nn.Module, Any], Any],
+    evidence: Mapping[str, Any] | None = None,
+) -> WholePlan:
+    """Take the least of the experts out of every mixture, the same number everywhere, until the target.
+
+    Args:
+        example: inputs of one forward pass.
+        batches, run: data that the criterion measures on, and how a model is run on it.
+        evidence: layer name -> facts, where the criterion scores single weights; an expert's score is their sum.
+
+    Raises:
+        RecipeError: the criterion measures routing, and the experts are not called with any.
+        ModelError: the model does not run on the example.
+    """
+    wanted = target if isinstance(target, Target) else Target.parse(target)
+    args, kwargs = inputs(example)
+    known, odd = mixtures(model)
+    left: dict[Piece, str] = {(path, -1): why for path, why in odd.items()}
+    free: dict[str, list[int]] = {}
+    for path, mixture in known.items():
+        numbers = [k for k in range(mixture.count) if not globbed(recipe, [path, f"{path}.{k}"])]
+        if numbers:
+            free[path] = numbers
+        else:
+            left[path, -1] = globbed(recipe, [path])
+    before = totals(model, args, kwargs)
+    score = _scores(model, recipe, {p: known[p] for p in free}, batches, run, evidence or {})
+    order = {path: sorted(numbers, key=lambda k: float(score[path][k]), reverse=True) for path, numbers in free.items()}
+
+    def going(size: int) -> dict[str, list[int]]:
+        return {path: sorted(best[-size:]) for path, best in order.items()} if size else {}
+
+    share = {p: sum(_numel(model, n) for n in known[p].tensors) // known[p].count for p in free}
+    width = {p: sum(_numel(model, n, size=True) for n in known[p].tensors) // known[p].count for p in free}
+
+    def counts(size: int) -> dict[str, int]:
+        return {
+            "params": before["params"] - size * sum(share.values()),
+            "flops": before["flops"],  # a token still goes to as many
+            "bytes": before["bytes"] - size * sum(width.values()),
+        }
+
+    limit = wanted.remaining(before[wanted.quantity])
+    most = min((min(len(best), known[p].count - 1) for p, best in order.items()), default=0)
+    due = next((n for n in range(1, most + 1) if counts(n)[wanted.quantity] <= limit), most)
+    notes: list[str] = []
+    proof, size, why = NOTHING, due, ""
+    if due:
+        double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
+        while size and not (proof := prove_experts(double, going(size), twin_args, twin_kwargs)).proven:
+            why = why or proof.reason
+            size -= max(1, size // 8)
+    if not known:
+        notes.append("no expert can be taken out: " + (next(iter(left.values())) if left else "there are none"))
+    elif size < due:
+        notes.append(f"{due} experts of each mixture are more than can go: {size} go" + (why and f" ({why})"))
+    removed = going(size)
+    after = totals(EXPERTS.without(model, removed), args, kwargs) if removed else before
+    if known and after[wanted.quantity] > limit:
+        notes.append(f"the target is not met: {wanted.quantity} can only go to {after[wanted.quantity]:,} here")
+    scores = {(path, k): float(score[path][k]) for path, numbers in free.items() for k in numbers}
+    return WholePlan(model, recipe, wanted, EXPERTS, scores, left, removed, before, after, proof, notes, (args, kwargs))
+
+
+def _numel(model: nn.Module, name: str, size: bool = False) -> int:
+    """Elements, or bytes, of a parameter; a buffer has none that count."""
+    tensor = dict(model.named_parameters()).get(name)
+    return 0 if tensor is None else tensor.numel() * (tensor.element_size() if size else 1)
+
+
+def _scores(
+    model: nn.Module,
+    recipe: Recipe,
+    known: Mapping[str, Mixture],
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Any],
+    evidence: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Path -> what each expert there is worth."""
+    if recipe.criterion is None:
+        raise RecipeError("experts are ranked by a criterion: name one with --criterion")
+    part = get("criterion", recipe.criterion)
+    if part.facts.get("of") == "expert":
+        measured = _measure(model, known, batches, run) if set(part.needs) & set(of_source("experts")) else {}
+        return {p: part(measured.get(p, {}), **recipe.knobs_of("criterion")) for p in known}
+    scored = weight_scores(model, recipe, evidence)
+    found: dict[str, Tensor] = {}
+    for path, mixture in known.items():
+        stacks = [scored[n].weights() for n in mixture.tensors if n in scored and n.startswith(f"{path}.")]
+        found[path] = torch.stack([s.flatten(1).sum(1) for s in stacks]).sum(0)
+    return found
+
+
+def _measure(
+    model: nn.Module, known: Mapping[str, Mixture], batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]
+) -> dict[str, dict[str, Any]]:
+    """Path -> facts of the experts there, from how they are called on the batches."""
+    tokens = {p: torch.zeros(m.count, dtype=torch.int64) for p, m in known.items()}
+    gain = {p: torch.zeros(m.count, dtype=torch.float64) for p, m in known.items()}
+    inside = False
+
+    def seen(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            nonlocal inside
+            if inside:
+                return
+            call = _Call.read(path, given, kwargs)
+            inside = True
+            try:
+                for k in call.index.unique().tolist():
+                    if not 0 <= k < known[path].count:
+                        continue  # a place that stands for nobody
+                    rows, places = (call.index == k).nonzero(as_tuple=True)
+                    norms = call.alone(module, rows, k).double().norm(dim=-1)
+                    tokens[path][k] += len(rows)
+                    gain[path][k] += float((norms * call.weights[rows, places].double()).sum())
+            finally:
+                inside = False
+
+        return hook
+
+    hooks = [model.get_submodule(p).register_forward_pre_hook(seen(p), with_kwargs=True) for p in known]
+    try:
+        with plain_operations(model):
+            for batch in batches:
+                run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {p: {"expert_tokens": tokens[p], "expert_gain": (gain[p] / tokens[p].clamp_min(1)).float()} for p in known}
+
+
+class _Call:
+    """How a module of stacked experts is called: hidden states, and for each an index of experts and their weights."""
+
+    def __init__(self, values: list[Any], names: list[str], places: tuple[int, int, int]) -> None:
+        self._values, self._names, self._places = values, names, places
+        self.hidden, self.index, self.weights = (values[p] for p in places)
+
+    @staticmethod
+    def read(path: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call:
+        values = [*given, *kwargs.values()]
+        tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor) and x.dim() == 2]
+        index = [i for i, x in tensors if not x.is_floating_point() and x.dtype != torch.bool]
+        shape = values[index[0]].shape if len(index) == 1 else None
+        weights = [i for i, x in tensors if x.is_floating_point() and x.shape == shape and i != 0]
+        hidden = [
+            i for i, x in tensors if x.is_floating_point() and i not in weights and x.shape[0] == (shape or [0])[0]
+        ]
+        if len(index) != 1 or len(weights) != 1 or len(hidden) != 1:
+            raise RecipeError(
+                f"{path} is not called with an index of experts and their weights for each token, from which the "
+                "routing is measured: rank experts by their weights, e.g. --criterion magnitude"
+            )
+        return _Call(values, list(kwargs), (hidden[0], index[0], weights[0]))
+
+    def alone(self, module: nn.Module, rows: Tensor, expert: int) -> Tensor:
+        """What one expert makes of these rows, not weighted: the module itself, told to send all of them there."""
+        values = list(self._values)
+        hidden, index, weights = self._places
+        values[hidden] = self.hidden[rows]
+        values[index] = self.index.new_full((len(rows), 1), expert)
+        values[weights] = self.weights.new_ones((len(rows), 1))
+        split = len(values) - len(self._names)
+        output: Any = module(*values[:split], **dict(zip(self._names, values[split:], strict=True)))
+        if not isinstance(output, Tensor) or output.shape != values[hidden].shape:
+            raise ModelError(f"{type(module).__name__} does not return a hidden state for each token")
+        return output
