@@ -13,7 +13,7 @@ from ..graph import Dependencies, dependencies, trace
 from ..graph.trace import plain_operations, stored_tensors
 from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake
-from ..surgery.shrink import kept_by_name
+from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
 from .plan import FamilyPlan, StructuredPlan, inputs
@@ -102,6 +102,7 @@ class Case:
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
+        self._hint: tuple[Mend, ...] = ()
         self.found = dependencies(trace(self._twin, self._args, self._kwargs))
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
@@ -110,10 +111,18 @@ class Case:
             "bytes": lambda gone: self.found.parameters(gone, bytes_of),
         }
 
-    def prove(self, labels: frozenset[int], quick: bool = False) -> Proof:
-        """Whether the model without these labels computes what the masked one does; ``quick`` tries few mends."""
-        tries = {"tries": _FEW} if quick else {}
-        return prove(self._twin, self.found, labels, self._args, self._kwargs, **tries)
+    def prove(self, labels: frozenset[int], quick: bool = False, draft: bool = False) -> Proof:
+        """Whether the model without these labels computes what the masked one does.
+
+        ``quick`` tries few mends; a ``draft`` may hold more mends than it must.
+        """
+        options: dict[str, Any] = {"hint": self._hint, "fewest": not draft}
+        if quick:
+            options["tries"] = _FEW
+        proof = prove(self._twin, self.found, labels, self._args, self._kwargs, **options)
+        if proof.proven:
+            self._hint = proof.mends
+        return proof
 
     def plan(
         self, wanted: Target, labels: frozenset[int], proof: Proof, left: Mapping[int, str], multiple: int
@@ -203,7 +212,7 @@ def _failing(case: Case, scores: Sequence[Scores], counts: Mapping[int, int]) ->
     good: list[int] = []
     left: dict[int, str] = {}
     for kind in sorted(kinds, key=lambda k: weight[k]):  # least left over: most goes
-        proof = case.prove(labels_of([*good, *kinds[kind]]))
+        proof = case.prove(labels_of([*good, *kinds[kind]]), draft=True)
         if proof.proven:
             good += kinds[kind]
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from .shrink import Mend, candidates, kept_by_name, shrink
 
 _SCATTERED = ("_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm")
 _TRIES = 12
+#: Seconds of one run above which shapes are tried without data first; below, the run itself is cheaper.
+_COSTLY = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,18 +170,24 @@ def prove(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     tries: int = _TRIES,
+    hint: Sequence[Mend] = (),
+    fewest: bool = True,
 ) -> Proof:
     """Compare the masked model with a smaller copy, trying the numbers that its modules may have to change.
 
     Args:
         model: the very model that ``found`` was traced on, best in float64 and awake (`wake`); not changed.
         tries: how many ways to mend are tried.
+        hint: mends of another proof on this model; numbers of their kinds are tried first.
+        fewest: leave out mends without which the proof holds as well.
 
     Returns:
         The first proof that holds, or the last that did not.
     """
     gone = frozenset(gone)
+    begun = time.perf_counter()
     dense = outputs(model, args, kwargs)
+    costly = time.perf_counter() - begun > _COSTLY
     try:
         masked = masked_outputs(model, found, gone, args, kwargs)
     except _OtherPath as problem:
@@ -197,8 +206,7 @@ def prove(
     def attempt(mends: tuple[Mend, ...]) -> Proof:
         small = twin(model)
         try:
-            problem = _shapes_fail(model, kept, mends, args, kwargs)
-            if problem is not None:
+            if costly and (problem := _shapes_fail(model, kept, mends, args, kwargs)) is not None:
                 raise problem
             shrink(small, kept, mends)
             result = outputs(small, args, kwargs)
@@ -211,10 +219,10 @@ def prove(
         return Proof(False, error, effect, mends, why)
 
     failed = Proof(False, None, effect, (), "nothing was tried")
-    for mends in itertools.islice(_choices(model, found, gone), tries):
+    for mends in itertools.islice(_choices(model, found, gone, hint), tries):
         tried = attempt(mends)
         if tried.proven:
-            return _fewer(model, tried, attempt)
+            return _fewer(model, tried, attempt) if fewest else tried
         if failed.error is None:
             failed = tried
     return failed
@@ -222,16 +230,19 @@ def prove(
 
 def _fewer(model: nn.Module, proof: Proof, attempt: Callable[[tuple[Mend, ...]], Proof]) -> Proof:
     """Leave out mends without which the proof is as exact: a number may equal a size by chance."""
-    modules = dict(model.named_modules())
-
-    def kind(mend: Mend) -> tuple[type, str, int | None]:
-        return type(modules[mend.module]), mend.attribute, mend.item
-
-    for one in list(dict.fromkeys(map(kind, proof.mends)))[:_TRIES]:
-        tried = attempt(tuple(m for m in proof.mends if kind(m) != one))
+    kinds = _kinds(model, proof.mends)
+    for one in list(dict.fromkeys(kinds))[:_TRIES]:
+        left = tuple(m for m, kind in zip(proof.mends, _kinds(model, proof.mends), strict=True) if kind != one)
+        tried = attempt(left)
         if tried.proven and (tried.error or 0.0) <= 10 * max(proof.error or 0.0, 1e-14):
             proof = tried
     return proof
+
+
+def _kinds(model: nn.Module, mends: Sequence[Mend]) -> list[tuple[type, str, int | None]]:
+    """What is decided alike in all modules of a class: the class, the attribute, and the item of it."""
+    modules = dict(model.named_modules())
+    return [(type(modules[m.module]), m.attribute, m.item) for m in mends]
 
 
 def twin(model: nn.Module, meta: bool = False) -> nn.Module:
@@ -269,8 +280,10 @@ def _shapes_fail(
     return None
 
 
-def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Iterator[tuple[Mend, ...]]:
-    """Ways to mend: all numbers that equal a changed size first, then with some left as they are.
+def _choices(
+    model: nn.Module, found: Dependencies, gone: frozenset[int], hint: Sequence[Mend]
+) -> Iterator[tuple[Mend, ...]]:
+    """Ways to mend: those of the hint, all numbers that equal a changed size, then with some left as they are.
 
     A number is decided alike in all modules of a class, so that there are few ways.
     """
@@ -295,7 +308,9 @@ def _choices(model: nn.Module, found: Dependencies, gone: frozenset[int]) -> Ite
 
     first: list[int | None] = [0] * len(keys)
     alone = [[*first[:i], r, *first[i + 1 :]] for i in range(len(keys)) for r in ranks[i][1:]]
-    for choice in itertools.chain([first], alone, [[None] * len(keys)], itertools.product(*ranks)):
+    told = set(_kinds(model, hint))
+    hinted: list[list[int | None]] = [[0 if k in told else None for k in keys]] if told else []
+    for choice in itertools.chain(hinted, [first], alone, [[None] * len(keys)], itertools.product(*ranks)):
         key = tuple(choice)
         if key not in done:
             done.add(key)
