@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tests import nets
 from torch import nn
 
+import secateur
 from secateur import Recipe
 from secateur.errors import ModelError, NumericalError, RecipeError, SecateurError
 from secateur.graph import Family, Unit, dependencies, trace
@@ -503,3 +505,73 @@ def test_standardized_scores_are_means_of_standardized_positions() -> None:
         widths = [sum(len(u.places[i]) for i in reads) for u in family.units]
         assert np.allclose(level, means / widths)
         assert abs(float(np.average(level, weights=widths))) < 1e-9
+
+
+# -- what modules keep from one run to the next ----------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Attention weights with a bias that is gathered once for each device, as in LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16, 4))
+        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.cache: dict[str, torch.Tensor] = {}
+        self.table = {"one": torch.ones(3)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = str(x.device)
+        if self.training or key not in self.cache:
+            self.cache[key] = self.scale.sum(1)
+        out: torch.Tensor = self.outer(torch.relu(self.inner(x)) * self.cache[key]) * self.table["one"]
+        return out
+
+
+@pytest.mark.parametrize("before", ["fresh", "run", "run with gradients"])
+def test_what_a_module_keeps_from_earlier_runs_is_no_obstacle(before: str) -> None:
+    torch.manual_seed(0)
+    net, x = Biased().eval(), torch.randn(5, 6)
+    if before != "fresh":
+        with torch.set_grad_enabled(before != "run"):
+            net(x)
+    held = dict(net.cache)
+    plan = planned(net, x, "params 40%")
+    assert plan.proof.proven and all(net.cache[k] is v for k, v in held.items()) and len(held) == len(net.cache)
+    small = plan.shrink()
+    assert small.inner.weight.shape[0] < 16 and small.scale.shape[0] == small.inner.weight.shape[0]  # type: ignore
+    plan.mask()
+    net.cache.clear()
+    torch.testing.assert_close(small(x), net(x))
+
+
+class Positions(nn.Module):
+    """Makes a buffer as it runs, for the size of its input, as ConViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.zeros(1, 3), persistent=False)
+        self.place, self.inner, self.outer = nn.Linear(3, 16), nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.grid) != len(x):
+            self.grid = torch.arange(3.0 * len(x), dtype=x.dtype).reshape(len(x), 3)
+        out: torch.Tensor = self.outer(self.inner(x) + self.place(self.grid))
+        return out
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_a_buffer_that_the_model_makes_as_it_runs(run: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Positions().eval(), torch.randn(5, 6)
+    if run:
+        net(x)
+    plan = planned(net, x, "params 40%")
+    assert plan.proof.proven
+    small = plan.shrink()
+    if not run:
+        assert any("is made by the model as it runs" in f.reason for f in plan.families)
+        small(torch.randn(7, 6))  # and so does the smaller one
+    secateur.save(small, tmp_path / "small")
+    again = secateur.load(tmp_path / "small", Positions().eval())
+    assert torch.equal(again(x), small(x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -14,8 +14,10 @@ from ..recipe import Recipe
 RESIDUAL = "@residual"
 
 
-def chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[int], dict[int, str]]:
-    """Families that may be cut, and why others may not."""
+def chosen(
+    found: Dependencies, recipe: Recipe, model: nn.Module, remade: Collection[str] = ()
+) -> tuple[list[int], dict[int, str]]:
+    """Families that may be cut, and why others may not; ``remade`` are buffers that the model makes as it runs."""
     made, block_of = _made_by_config(model), _block_of(model)
     active, left = [], {}
     for i, family in enumerate(found.families):
@@ -27,6 +29,8 @@ def chosen(found: Dependencies, recipe: Recipe, model: nn.Module) -> tuple[list[
         ]
         if why := globbed(recipe, paths):
             left[i] = why
+        elif made_anew := sorted(set(remade) & set(names)):
+            left[i] = f"{made_anew[0]} is made by the model as it runs"
         elif not recipe.only and made & set(names):
             left[i] = f"{sorted(made & set(names))[0]} is not saved: stock loaders would compute it anew (use --only)"
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ from torch import nn
 
 from ..errors import ModelError, RecipeError
 from ..graph import Dependencies, dependencies, trace
-from ..graph.trace import plain_operations, stored_tensors
+from ..graph.trace import duplicate, forget, plain_operations, stored_tensors
 from ..recipe import Recipe
-from ..surgery.prove import Proof, doubled, prove, wake
+from ..surgery.prove import Proof, doubled, outputs, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
@@ -53,7 +52,7 @@ def plan_structured(
     found = case.found
     each = weight_scores(model, recipe, evidence or {})
     scores = unit_scores(found, each, where, recipe.allocation == "standardized", combined(recipe))
-    active, left = chosen(found, recipe, model)
+    active, left = chosen(found, recipe, model, case.remade)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]
     proof, labels = NOTHING, frozenset[int]()
@@ -102,8 +101,12 @@ class Case:
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
+        self._emptied = forget(self._twin, lambda: outputs(self._twin, self._args, self._kwargs))
         self._hint: tuple[Mend, ...] = ()
         self.found = dependencies(trace(self._twin, self._args, self._kwargs))
+        there = dict(model.named_buffers())
+        #: Buffers that the model makes as it runs, in another size than it was built with.
+        self.remade = {n for n, b in self._twin.named_buffers() if n not in there or b.shape != there[n].shape}
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
             "params": self.found.parameters,
@@ -169,6 +172,7 @@ class Case:
             kept_by_name(found, labels) if labels else {},
             _sizes(found, labels),
             (self.args, self.kwargs),
+            self._emptied,
         )
 
 
@@ -180,7 +184,7 @@ def waking_twin(
     for convert in (True, False):
         a, k = args, kwargs
         try:
-            twin = copy.deepcopy(model)
+            twin = duplicate(model)
             if convert:
                 twin, a, k = twin.double(), doubled(args), doubled(kwargs)
             wake(twin)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..graph.trace import plain_operations, stored_tensors
+from ..graph.trace import duplicate, plain_operations, stored_tensors
 from ..graph.units import kind_of
 from ..recipe import Recipe
 from ..surgery.prove import Proof
@@ -42,6 +41,7 @@ class StructuredPlan:
         notes: what a reader should know, such as a target that was not met.
         kept: tensor name -> axis -> positions that stay.
         sizes: length of an axis anywhere in the run -> what such axes become.
+        emptied: module and attribute of what modules keep from one run to the next, which a smaller model must not.
         healed: tensors of the smaller model that a recovery changed, by name.
     """
 
@@ -57,6 +57,7 @@ class StructuredPlan:
     kept: dict[str, dict[int, Any]] = field(repr=False)
     sizes: dict[int, list[int]] = field(repr=False)
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(repr=False)
+    emptied: list[tuple[str, str]] = field(default_factory=list, repr=False)
     healed: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self) -> nn.Module:
@@ -94,7 +95,9 @@ class StructuredPlan:
         """
         if not self.kept:
             raise ModelError("nothing can be removed: " + "; ".join(self.notes or ["no family is free"]))
-        small = copy.deepcopy(self.model)
+        small = duplicate(self.model)
+        for path, attribute in self.emptied:
+            getattr(small.get_submodule(path), attribute).clear()
         shrink(small, self.kept, self.proof.mends)
         tensors = stored_tensors(small)
         with torch.no_grad():

@@ -63,7 +63,7 @@ def plan_rounds(
             heal(plan)
             current = plan.shrink()
     labels = _labels(case.found, kept)
-    _, left = chosen(case.found, recipe, model)
+    _, left = chosen(case.found, recipe, model, case.remade)
     done = case.plan(target, labels, case.prove(labels) if labels else NOTHING, left, multiple)
     if kept and not done.kept:
         done.notes.append(f"what {recipe.steps} rounds took is not proven as a whole: {done.proof.reason}")

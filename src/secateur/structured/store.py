@@ -115,6 +115,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name, buffer in model.named_buffers():
         if name in state and buffer.shape == state[name].shape:
             buffer.copy_(state[name])  # also those that a state dict leaves out
+        elif name in state:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = state[name].to(buffer.device)
     model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256")}  # type: ignore[assignment]
     return model
 
@@ -214,6 +217,9 @@ def _check_shapes(
     record: Mapping[str, Any], state: Mapping[str, Tensor], model: nn.Module, kept: Mapping[str, Any], folder: Path
 ) -> None:
     tensors = stored_tensors(model)
+    made = {
+        f"{path}.{key}" if path else key for path, m in model.named_modules() for key in m._non_persistent_buffers_set
+    }
     given = {**{n: t.shape for n, t in state.items()}}
     for alias, name in record["tied"].items():
         if name not in given:
@@ -228,6 +234,9 @@ def _check_shapes(
                 "convert the fresh model first"
             )
         shape = [len(kept[name][a]) if a in kept.get(name, {}) else n for a, n in enumerate(tensor.shape)]
+        if name in made and name in given and len(given[name]) == len(shape):
+            # A module may make it anew for another input size; what the plan cuts must fit all the same.
+            shape = [n if a in kept.get(name, {}) else given[name][a] for a, n in enumerate(shape)]
         if name not in given or list(given[name]) != shape:
             have = list(given[name]) if name in given else "nothing"
             raise ModelError(f"{folder / _WEIGHTS} holds {have} for {name}, where {shape} is due")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from ..graph.trace import duplicate
 from ..measure.flops import flops
 from ..recipe import Recipe
 from ..surgery.pieces import Pieces
@@ -70,7 +70,7 @@ class WholePlan:
         """
         if not self.removed:
             raise ModelError(f"no {self.pieces.name} can be taken out: " + "; ".join(self.notes or ["none may go"]))
-        small = copy.deepcopy(self.model)
+        small = duplicate(self.model)
         self.pieces.remove(small, self.removed)
         surgery = self._describe()
         if stock_config(small, self._sizes(), *self.example):

@@ -7,7 +7,6 @@ the comparison is exact everywhere.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..graph.labels import Array
-from ..graph.trace import plain_operations, stored_tensors, visible
+from ..graph.trace import duplicate, plain_operations, stored_tensors, visible
 from ..graph.units import Dependencies
 from .shrink import Mend, candidates, kept_by_name, shrink
 
@@ -254,7 +253,7 @@ def twin(model: nn.Module, meta: bool = False) -> nn.Module:
             new = tensor.detach().to("meta")
             new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         memo[id(tensor)] = new
-    return copy.deepcopy(model, memo)
+    return duplicate(model, memo)
 
 
 def _shapes_fail(
