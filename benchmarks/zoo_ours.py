@@ -152,11 +152,11 @@ def compared(
     ``statistics``: neither, but statistics over removed channels may be the cause; the library's proof stands alone.
     ``differs``: wrong.
     """
-    wide, narrow, inputs_of, tolerance = copy.deepcopy(model).double(), copy.deepcopy(small).double(), doubled, EXACT
+    wide, narrow, inputs_of, tolerance = copied(model).double(), copied(small).double(), doubled, EXACT
     try:
         dense = call(wide, doubled(inputs))
     except Exception:  # the model's own code does not take float64
-        wide, narrow, inputs_of, tolerance = copy.deepcopy(model), small, lambda x: x, COARSE
+        wide, narrow, inputs_of, tolerance = copied(model), small, lambda x: x, COARSE
         dense = call(wide, inputs)
     result = call(narrow, inputs_of(inputs))
     zero(wide, kept)
@@ -200,6 +200,20 @@ def norms_over(model: nn.Module, kept: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy without what modules have kept of earlier runs, such as biases gathered once for each device."""
+    kept = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict
+        and value
+        and not name.startswith("_")
+        and all(isinstance(x, Tensor) for x in value.values())
+    ]
+    return copy.deepcopy(model, {id(value): {} for value in kept})
 
 
 def over(module: nn.Module, own: Mapping[str, nn.Parameter], keep: Tensor) -> Callable[..., Tensor]:
