@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,11 +117,22 @@ class WholePlan:
             "notes": self.notes,
         }
 
-    def __str__(self) -> str:
-        lines = header(self.recipe, self.target, self.before, self.after)
+    def _each(self) -> Iterator[str]:
         for (path, k), score in self.scores.items():
             goes = "goes" if k in self.removed.get(path, ()) else ""
-            lines.append(f"  {f'{path}.{k}':60} {score:<12.5g} {goes}".rstrip())
+            yield f"  {f'{path}.{k}':60} {score:<12.5g} {goes}".rstrip()
+
+    def _by_place(self) -> Iterator[str]:
+        for place in dict.fromkeys(path for path, _ in self.scores):
+            gone = self.removed.get(place, [])
+            worth = [score for (path, _), score in self.scores.items() if path == place]
+            which = ", ".join(map(str, gone[:12])) + (", ..." if len(gone) > 12 else "")
+            what = f"{len(gone)} of {self._count(place)} go: {which}" if gone else f"all {self._count(place)} stay"
+            yield f"  {place:60} {f'{min(worth):.4g} to {max(worth):.4g}':24} {what}"
+
+    def __str__(self) -> str:
+        lines = header(self.recipe, self.target, self.before, self.after)
+        lines += self._each() if len({path for path, _ in self.scores}) == 1 else self._by_place()
         lines += [f"  {_name(piece):60} left alone: {why}" for piece, why in self.left.items()]
         lines += proof_line(self.proven, self.proof.error)
         lines += [f"note: {note}" for note in self.notes]
