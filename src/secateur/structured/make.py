@@ -11,7 +11,7 @@ from ..errors import ModelError, RecipeError
 from ..graph import Dependencies, dependencies, trace
 from ..graph.trace import duplicate, forget, plain_operations, stored_tensors
 from ..recipe import Recipe
-from ..surgery.prove import Proof, doubled, outputs, prove, wake
+from ..surgery.prove import Dense, Proof, doubled, outputs, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
@@ -101,6 +101,7 @@ class Case:
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
+        self._dense = Dense.of(self._twin, self._args, self._kwargs)
         self._emptied = forget(self._twin, lambda: outputs(self._twin, self._args, self._kwargs))
         self._hint: tuple[Mend, ...] = ()
         self.found = dependencies(trace(self._twin, self._args, self._kwargs))
@@ -119,7 +120,7 @@ class Case:
 
         ``quick`` tries few mends; a ``draft`` may hold more mends than it must.
         """
-        options: dict[str, Any] = {"hint": self._hint, "fewest": not draft}
+        options: dict[str, Any] = {"hint": self._hint, "fewest": not draft, "dense": self._dense}
         if quick:
             options["tries"] = _FEW
         proof = prove(self._twin, self.found, labels, self._args, self._kwargs, **options)
@@ -200,27 +201,40 @@ def waking_twin(
 def _failing(case: Case, scores: Sequence[Scores], counts: Mapping[int, int]) -> dict[int, str]:
     """Families whose cut cannot be proven beside the others'.
 
-    Families of one kind, such as the heads of every block, stand or fall together; the kinds are tried one after
-    the other, the one that takes most parameters first, and each is kept if the proof still holds with it.
+    Families of one place, such as the heads of every block, are tried together, the place that takes most parameters
+    first, and are kept if the proof still holds with them. Where it does not, those of one length are tried by
+    themselves, until two have failed and none has held.
     """
     found = case.found
-    kinds: dict[str, list[int]] = {}
+    places: dict[str, dict[str, list[int]]] = {}
     for i, count in counts.items():
-        if count < len(found.families[i]):
-            kinds.setdefault(found.families[i].kind, []).append(i)
+        family = found.families[i]
+        if count < len(family):
+            places.setdefault(family.kind.rpartition(":")[0], {}).setdefault(family.kind, []).append(i)
 
     def labels_of(members: Sequence[int]) -> frozenset[int]:
         return gone([found.families[i] for i in members], [scores[i] for i in members], [counts[i] for i in members])
 
-    weight = {kind: found.parameters(labels_of(members)) for kind, members in kinds.items()}
+    everything = {place: [i for members in kinds.values() for i in members] for place, kinds in places.items()}
+    left_over = {place: found.parameters(labels_of(members)) for place, members in everything.items()}
     good: list[int] = []
     left: dict[int, str] = {}
-    for kind in sorted(kinds, key=lambda k: weight[k]):  # least left over: most goes
-        proof = case.prove(labels_of([*good, *kinds[kind]]), draft=True)
-        if proof.proven:
-            good += kinds[kind]
-        else:
-            left.update(dict.fromkeys(kinds[kind], proof.reason))
+    for place in sorted(places, key=lambda p: left_over[p]):
+        whole = case.prove(labels_of([*good, *everything[place]]), draft=True)
+        if whole.proven:
+            good += everything[place]
+            continue
+        failed: list[str] = []
+        held = len(good)
+        for members in places[place].values():
+            tried = whole
+            if len(places[place]) > 1 and (len(failed) < 2 or len(good) > held):
+                tried = case.prove(labels_of([*good, *members]), draft=True)
+            if tried.proven:
+                good += members
+            else:
+                failed.append(tried.reason)
+                left.update(dict.fromkeys(members, tried.reason))
     return left
 
 

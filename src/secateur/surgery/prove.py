@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ from ..graph.trace import duplicate, plain_operations, stored_tensors, visible
 from ..graph.units import Dependencies
 from .shrink import Mend, candidates, kept_by_name, shrink
 
-_SCATTERED = ("_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm")
+_SCATTERED = (
+    "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm",
+    "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "cudnn_batch_norm",
+)  # fmt: skip
 _TRIES = 12
 #: Seconds of one run above which shapes are tried without data first; below, the run itself is cheaper.
 _COSTLY = 1.0
@@ -112,6 +116,10 @@ class _OtherPath(Exception):
     """What the trace says of operations by number does not hold for this run."""
 
 
+class _NoProof(Exception):
+    """There is nothing that a smaller model could be compared with."""
+
+
 class _Kept(TorchDispatchMode):
     """Takes statistics over the positions that stay."""
 
@@ -162,6 +170,80 @@ class _Kept(TorchDispatchMode):
         return first if isinstance(out, Tensor) else (first, *out[1:])
 
 
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """What the model itself computes, and in how many seconds."""
+
+    outputs: list[Tensor]
+    seconds: float
+
+    @staticmethod
+    def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dense:
+        """Run it once."""
+        begun = time.perf_counter()
+        return Dense(outputs(model, args, kwargs), time.perf_counter() - begun)
+
+
+class _Trial:
+    """One cut, against which ways to mend are tried; the masked model runs when a smaller one first does."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Dependencies,
+        gone: frozenset[int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        dense: Dense,
+    ) -> None:
+        self.model, self.found, self.gone, self.args, self.kwargs, self.dense = model, found, gone, args, kwargs, dense
+        self.kept = kept_by_name(found, gone)
+
+    @cached_property
+    def masked(self) -> list[Tensor]:
+        """Outputs with everything that goes at zero.
+
+        Raises:
+            _NoProof: there is nothing to compare with.
+        """
+        try:
+            masked = masked_outputs(self.model, self.found, self.gone, self.args, self.kwargs)
+        except _OtherPath as problem:
+            raise _NoProof(str(problem)) from None
+        except Exception as problem:  # the model's own code, where zeros or statistics over less are not expected
+            said = f"{type(problem).__name__}: {first_line(problem)}"
+            raise _NoProof(f"the masked model does not run: {said}") from None
+        if not any(x.numel() for x in masked):
+            raise _NoProof("the run gives no floating point output to compare")
+        if not all(bool(torch.isfinite(x).all()) for x in masked):
+            raise _NoProof("the masked model's output is not finite")
+        return masked
+
+    def attempt(self, mends: tuple[Mend, ...]) -> Proof:
+        small = twin(self.model)
+        try:
+            # Where a run is long, shapes that do not fit show sooner without data.
+            if self.dense.seconds > _COSTLY:
+                problem = _shapes_fail(self.model, self.kept, mends, self.args, self.kwargs)
+                if problem is not None:
+                    raise problem
+            shrink(small, self.kept, mends)
+            result = outputs(small, self.args, self.kwargs)
+        except Exception as problem:  # the model's own code, on sizes it may not expect
+            return Proof(False, None, 0.0, mends, f"{type(problem).__name__}: {first_line(problem)}")
+        masked = self.masked
+        scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
+        effect = distance(self.dense.outputs, masked, scale) or 0.0
+        tolerance = 1e-9
+        if self.found.trace.low_precision:
+            tolerance = 2e-5 if all(x.dtype == torch.float64 for x in masked) else 2e-4
+        error = distance(result, masked, scale)
+        if error is not None and error <= tolerance:
+            return Proof(True, error, effect, mends)
+        why = "its outputs have other shapes" if error is None else f"it computes something else (off by {error:.1e})"
+        return Proof(False, error, effect, mends, why)
+
+
 def prove(
     model: nn.Module,
     found: Dependencies,
@@ -171,6 +253,7 @@ def prove(
     tries: int = _TRIES,
     hint: Sequence[Mend] = (),
     fewest: bool = True,
+    dense: Dense | None = None,
 ) -> Proof:
     """Compare the masked model with a smaller copy, trying the numbers that its modules may have to change.
 
@@ -179,51 +262,22 @@ def prove(
         tries: how many ways to mend are tried.
         hint: mends of another proof on this model; numbers of their kinds are tried first.
         fewest: leave out mends without which the proof holds as well.
+        dense: the model's own outputs, where they are known.
 
     Returns:
         The first proof that holds, or the last that did not.
     """
-    gone = frozenset(gone)
-    begun = time.perf_counter()
-    dense = outputs(model, args, kwargs)
-    costly = time.perf_counter() - begun > _COSTLY
+    trial = _Trial(model, found, frozenset(gone), args, kwargs, dense or Dense.of(model, args, kwargs))
+    failed = Proof(False, None, 0.0, (), "nothing was tried")
     try:
-        masked = masked_outputs(model, found, gone, args, kwargs)
-    except _OtherPath as problem:
+        for mends in itertools.islice(_choices(model, found, trial.gone, hint), tries):
+            tried = trial.attempt(mends)
+            if tried.proven:
+                return _fewer(model, tried, trial.attempt) if fewest else tried
+            if failed.error is None:
+                failed = tried
+    except _NoProof as problem:
         return Proof(False, None, 0.0, (), str(problem))
-    if not any(x.numel() for x in masked):
-        return Proof(False, None, 0.0, (), "the run gives no floating point output to compare")
-    if not all(bool(torch.isfinite(x).all()) for x in masked):
-        return Proof(False, None, 0.0, (), "the masked model's output is not finite")
-    scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
-    effect = distance(dense, masked, scale) or 0.0
-    tolerance = 1e-9
-    if found.trace.low_precision:
-        tolerance = 2e-5 if all(x.dtype == torch.float64 for x in masked) else 2e-4
-    kept = kept_by_name(found, gone)
-
-    def attempt(mends: tuple[Mend, ...]) -> Proof:
-        small = twin(model)
-        try:
-            if costly and (problem := _shapes_fail(model, kept, mends, args, kwargs)) is not None:
-                raise problem
-            shrink(small, kept, mends)
-            result = outputs(small, args, kwargs)
-        except Exception as problem:  # the model's own code, on sizes it may not expect
-            return Proof(False, None, effect, mends, f"{type(problem).__name__}: {first_line(problem)}")
-        error = distance(result, masked, scale)
-        if error is not None and error <= tolerance:
-            return Proof(True, error, effect, mends)
-        why = "its outputs have other shapes" if error is None else f"it computes something else (off by {error:.1e})"
-        return Proof(False, error, effect, mends, why)
-
-    failed = Proof(False, None, effect, (), "nothing was tried")
-    for mends in itertools.islice(_choices(model, found, gone, hint), tries):
-        tried = attempt(mends)
-        if tried.proven:
-            return _fewer(model, tried, attempt) if fewest else tried
-        if failed.error is None:
-            failed = tried
     return failed
 
 
