@@ -172,3 +172,25 @@ def test_what_lanes_held_is_free_when_they_end() -> None:
         assert [r() for r in held] == [None, None]
     finally:
         gc.enable()
+
+
+def test_autocast_is_a_lanes_own_affair_and_inference_mode_parts() -> None:
+    seen: list[bool] = []
+
+    def job(cast: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            lanes.pause("a")
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    lanes: Lanes[None] = Lanes([lambda: job(True), lambda: job(False), lambda: job(True)])
+    lanes.run()
+    assert seen == [True, False, True] and not torch.is_autocast_enabled("cpu")
+
+    def frozen() -> None:
+        with torch.inference_mode():
+            lanes.pause("a")
+
+    lanes = Lanes([frozen, frozen])
+    with pytest.raises(Parted):
+        lanes.run()
+    assert not torch.is_inference_mode_enabled()

@@ -47,7 +47,8 @@ FACTS: dict[str, Fact] = {
     ),
     "hessian": Fact("diagonal of the Hessian of the loss, estimated with random signs, (o, i)", "gradients", loss=True),
     "unit_change": Fact(
-        "first-order change of the loss of each batch when a unit is set to zero, sign reversed, (batches, units)",
+        "weight times gradient in each batch, summed over those of a unit's weights that the granularity counts, "
+        "(batches, units)",
         "gradients",
         loss=True,
     ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -29,27 +29,30 @@ class Lanes(Generic[T]):
     """Jobs that run in turn, one at a time, and wait for each other.
 
     ``pause(key)`` is called inside a job and returns, first lane first, when every lane has paused at that key.
-    Whether gradients are recorded is a lane's own affair; other modes of torch are shared, so a job must not
-    pause inside one that it entered.
+    Whether gradients are recorded and what autocast does are a lane's own affair.
 
     Raises:
-        Parted: lanes paused at different keys, or one ended where another paused. All are abandoned.
+        Parted: lanes paused at different keys, or one ended where another paused, or one paused in an inference mode
+            that it entered itself. All are abandoned.
     """
 
     def __init__(self, jobs: Sequence[Callable[[], T]]) -> None:
         self._jobs = list(jobs)
         self._alone = len(jobs) == 1
+        self._inference = False
         self.current = 0
 
     def pause(self, key: str) -> None:
         """Wait, inside a lane, until all lanes have come here."""
         if self._alone:
             return
-        records = torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled() != self._inference:
+            raise Parted  # this mode cannot be left and entered from outside
+        modes = _modes()
         home = getcurrent().parent
         assert home is not None
         home.switch(key)
-        torch.set_grad_enabled(records)
+        _enter(modes)
 
     def run(self) -> list[T]:
         """Run all lanes to their ends; what they returned, in order."""
@@ -58,7 +61,8 @@ class Lanes(Generic[T]):
         jobs, self._jobs = self._jobs, []
         if self._alone:
             return [jobs[0]()]
-        records = torch.is_grad_enabled()
+        modes = _modes()
+        self._inference = torch.is_inference_mode_enabled()
         lanes = [greenlet(job) for job in jobs]
         for lane in lanes:
             lane.gr_context = contextvars.copy_context()
@@ -68,7 +72,7 @@ class Lanes(Generic[T]):
                 places: set[str | None] = set()
                 for self.current, lane in enumerate(lanes):
                     answer = lane.switch()
-                    torch.set_grad_enabled(records)
+                    _enter(modes)
                     if lane.dead:
                         results.append(answer)
                     places.add(None if lane.dead else answer)
@@ -80,7 +84,25 @@ class Lanes(Generic[T]):
             for lane in lanes:
                 if lane:  # what waits unwinds, so that it gives back what it holds
                     lane.throw(GreenletExit)
-            torch.set_grad_enabled(records)
+            _enter(modes)
+
+
+_DEVICES = ("cpu", "cuda")
+
+
+def _modes() -> tuple[Any, ...]:
+    """Modes of torch that belong to a thread, of which all lanes are one."""
+    casts = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES]
+    return torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), casts
+
+
+def _enter(modes: tuple[Any, ...]) -> None:
+    records, caches, casts = modes
+    torch.set_grad_enabled(records)
+    torch.set_autocast_cache_enabled(caches)
+    for device, enabled, dtype in casts:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
 
 
 def lane_size(length: int) -> int:

@@ -61,6 +61,7 @@ def plan_coupled(
         )
     else:
         evidence = measure(model)
+        by = "params" if scored == "experts" else "flops"
 
         def make(goal: Target) -> StructuredPlan | WholePlan:
             if not pattern.whole:
@@ -70,7 +71,9 @@ def plan_coupled(
                 return plan_experts(model, recipe, target=goal, example=example, **given)
             return plan_depth(model, recipe, target=goal, example=example, loss=loss, **given)
 
-        plan = plan_measured(model, wanted, example, make) if wanted.quantity in MEASURES else make(wanted)
+        plan = make(wanted) if wanted.quantity not in MEASURES else plan_measured(model, wanted, example, make, by)
+    if pattern.whole and recipe.allocation != "uniform":
+        plan.notes.append(f"allocation '{recipe.allocation}' says nothing of whole {scored}: they go by their scores")
     if heals and isinstance(plan, StructuredPlan) and plan.kept:
         heal(plan)
         if not batches:

@@ -104,6 +104,8 @@ def test_maps_against_the_definitions(shape):
     x[:, 1] = 0.5 * x[:, 0]  # spanned by another
     x[:, 2] = 1.0  # of rank one
     ranks = map_rank(x)
+    outer = torch.outer(torch.randn(14), torch.randn(14))[None, None]  # of rank one, but for rounding
+    assert map_rank(outer).tolist() == [[1.0]]
     assert ranks[:, 2].tolist() == [1.0, 1.0] and ranks[:, 0].tolist() == [min(shape[2:])] * 2
     flat = x.double().flatten(2)
     for n, matrix in enumerate(flat):

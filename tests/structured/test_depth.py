@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,44 @@ def test_bad_requests(options: dict[str, Any], message: str) -> None:
     given = {"data": list(IDS.split(2)), "loss": next_token, "example": EXAMPLE, "target": "params 20%", **options}
     with pytest.raises(RecipeError, match=message):
         secateur.plan(llama(3), given.pop("method"), **given)
+
+
+def test_the_model_itself_may_be_the_list(tmp_path: Path) -> None:
+    def factory() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Residual(), Residual(), Residual(), Residual()).eval()
+
+    net, x = factory(), torch.randn(1, 8, 6, 6).relu()
+    plan = secateur.plan(net, "magnitude", granularity="depth", target="params 25%", example=x)
+    assert isinstance(plan, WholePlan)
+    if not plan.removed:  # relu(x) is x only where nothing is negative: the first block may change that
+        assert plan.left
+        return
+    small = plan.shrink()
+    secateur.save(small, tmp_path / "small")
+    assert torch.equal(secateur.load(tmp_path / "small", factory())(x), small(x))
+
+
+def test_angular_over_several_lists() -> None:
+    torch.manual_seed(0)
+    stages = [nn.Sequential(Residual(), Residual()) for _ in range(3)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(*stages), nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plan = secateur.plan(net, "angular-depth", target="params 45%", example=x, data=[x])
+    assert isinstance(plan, WholePlan) and plan.proven
+    assert plan.removed
+
+
+def test_a_plan_that_also_cuts_what_it_takes_out_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    net = llama()
+    secateur.save(planned(net, "shortgpt", "params 25%", skip=["model.layers.0"]).shrink(), tmp_path / "small")
+    record = json.loads((tmp_path / "small" / "surgery.json").read_text())
+    weights = tmp_path / "small" / "model.safetensors"
+    kept = {"model.layers.4.mlp.up_proj.weight": {"0": {"of": 48, "keep": [[0, 8]]}}}
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    bad = {**record, "format": "secateur", "kept": kept, "sha256": digest, "tied": {}, "shapes": {}}
+    (tmp_path / "small" / "surgery.json").write_text(json.dumps(bad))
+    fresh = llama()
+    with pytest.raises(ModelError):
+        secateur.load(tmp_path / "small", fresh)
+    assert len(fresh.model.layers) == 5  # type: ignore[union-attr, arg-type]

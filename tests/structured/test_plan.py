@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -569,9 +570,48 @@ def test_a_buffer_that_the_model_makes_as_it_runs(run: bool, tmp_path: Path) -> 
     plan = planned(net, x, "params 40%")
     assert plan.proof.proven
     small = plan.shrink()
-    if not run:
-        assert any("is made by the model as it runs" in f.reason for f in plan.families)
-        small(torch.randn(7, 6))  # and so does the smaller one
+    assert any("is made by the model as it runs" in f.reason for f in plan.families)
+    small(torch.randn(7, 6))  # and so does the smaller one
     secateur.save(small, tmp_path / "small")
     again = secateur.load(tmp_path / "small", Positions().eval())
     assert torch.equal(again(x), small(x))
+
+
+class Keeps(nn.Module):
+    """Constants that a run reads whatever is there, and a place that a run fills."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = {"v": torch.full((3,), 10.0)}
+        self.last: dict[str, torch.Tensor | None] = {"k": None}
+        self.ready = False
+        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.ready = True
+        self.last["k"] = y = self.outer(torch.relu(self.inner(x)))
+        for extra in self.extra.values():
+            y = y + extra
+        return y
+
+
+def test_constants_stay_and_the_users_model_is_as_it_was() -> None:
+    torch.manual_seed(0)
+    net, x = Keeps().eval(), torch.randn(5, 6)
+    plan = planned(net, x, "params 40%")
+    assert plan.proof.proven and net.last == {"k": None} and not net.ready and list(net.extra) == ["v"]
+    small = plan.shrink()
+    plan.mask()
+    torch.testing.assert_close(small(x), net(x))
+
+
+def test_trying_shapes_without_data_first_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is done is a matter of time, so the plan must not depend on it."""
+    proving = importlib.import_module("secateur.surgery.prove")  # the package has a function of this name
+    made = []
+    for costly in (0.0, float("inf")):
+        monkeypatch.setattr(proving, "_COSTLY", costly)
+        torch.manual_seed(0)
+        plan = planned(wide(), IMAGE, "params 40%")
+        made.append(({n: {a: list(p) for a, p in axes.items()} for n, axes in plan.kept.items()}, plan.proof.proven))
+    assert made[0] == made[1] and made[0][1]

@@ -197,7 +197,7 @@ def gather_gradients(
                 key = id(getattr(layer.module, layer.parameter))
                 part = _part(layer, gradients.get(key))
                 found[layer.name].update(part)
-                if "unit_change" in needs:
+                if "unit_change" in needs and layer.index is None:  # stacked experts are not scored by units
                     found[layer.name].update_changes(layer.stored, layer.from_oi(part))
                 for sample in samples:
                     found[layer.name].update_hessian(_part(layer, sample.get(key)))

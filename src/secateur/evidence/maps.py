@@ -15,7 +15,8 @@ from .watch import watch
 
 def map_rank(x: Tensor) -> Tensor:
     """Rank of every feature map of ``(n, c, h, w)``: ``(n, c)``."""
-    ranks: Tensor = torch.linalg.matrix_rank(x.double())
+    noise = max(x.shape[-2:]) * torch.finfo(x.dtype).eps  # of the dtype in which the maps were computed
+    ranks: Tensor = torch.linalg.matrix_rank(x.double(), rtol=noise)
     return ranks.double()
 
 

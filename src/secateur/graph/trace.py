@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .labels import RIGID, Array, Labels
+from .state import as_before
 
 
 class Constant:
@@ -219,78 +219,24 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def plain_operations(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no fused kernels that hide what they are made of; caches are as before after."""
+    """Evaluation mode, no gradients, and no fused kernels that hide what they are made of.
+
+    What modules set on themselves meanwhile is put back.
+    """
     training = {m: m.training for m in model.modules()}
-    kept = [(cache, dict(cache)) for cache in caches(model).values()]
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     onednn = bool(torch.backends.mkldnn.enabled)
     try:
         _onednn(False)
-        with torch.no_grad():
+        with torch.no_grad(), as_before(model):
             yield
     finally:
-        for cache in caches(model).values():
-            cache.clear()
-        for cache, before in kept:
-            cache.update(before)
         _onednn(onednn)
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, was in training.items():
             module.training = was
-
-
-def caches(model: nn.Module) -> dict[tuple[str, str], dict[Any, Any]]:
-    """Dictionaries of tensors that modules hold, by module and attribute: tables, or what they fill as they run."""
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if type(value) is dict and value and not name.startswith("_")
-        if all(isinstance(x, Tensor) for x in value.values())
-    }
-
-
-def forget(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, str]]:
-    """Empty, in place, the dictionaries that modules fill anew as they run, such as a bias for each device.
-
-    What those hold follows from parameters, does not show in a trace, and is wrong once these have other sizes. A
-    dictionary without which the model does not run is a table, and stays.
-
-    Returns:
-        Module and attribute of those that were emptied.
-    """
-    groups: dict[tuple[type, str], list[tuple[str, str]]] = {}
-    found = caches(model)
-    for path, name in found:
-        groups.setdefault((type(model.get_submodule(path)), name), []).append((path, name))
-    gone: list[tuple[str, str]] = []
-    for places in groups.values():
-        before = [dict(found[place]) for place in places]
-        for place in places:
-            found[place].clear()
-        try:
-            run()
-            gone += places
-        except Exception:  # the model's own code misses its table
-            for place, held in zip(places, before, strict=True):
-                found[place].update(held)
-    for place in gone:
-        found[place].clear()
-    return gone
-
-
-def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, in which results of earlier runs that modules hold are detached from these."""
-    memo = dict(memo or {})
-    held = [value for module in model.modules() for value in vars(module).values()]
-    for cache in caches(model).values():
-        held += cache.values()
-    for value in held:
-        if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-            memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _onednn(enabled: bool) -> None:

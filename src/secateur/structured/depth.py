@@ -16,7 +16,7 @@ from ..measure.flops import flops
 from ..recipe import Recipe
 from ..registry import get
 from ..surgery.depth import BLOCKS, block_lists, members_of, parameters_of, prove_depth
-from ..surgery.pieces import Removed
+from ..surgery.pieces import Removed, member
 from .choose import globbed
 from .make import NOTHING, waking_twin
 from .plan import inputs
@@ -54,7 +54,7 @@ def plan_depth(
     total = totals(model, args, kwargs)
 
     def counts(gone: Removed) -> dict[str, int]:
-        less = sum(counted.get(f"{p}.{k}", 0) for p, ks in gone.items() for k in ks)
+        less = sum(counted.get(member(p, k), 0) for p, ks in gone.items() for k in ks)
         sizes = parameters_of(model, gone)
         return {
             "params": total["params"] - sum(sizes.values()),
@@ -100,7 +100,7 @@ def _free(
         path = due.pop(0)
         mine, held = [], {}
         for k in range(len(members_of(double, path))):
-            if why := globbed(recipe, [f"{path}.{k}"]):
+            if why := globbed(recipe, [member(path, k)]):
                 held[path, k] = why
                 continue
             proof = prove_depth(double, {path: [k]}, args, kwargs)
@@ -161,7 +161,8 @@ class _Scorer:
         """What the criterion names, for all blocks of a list; those that are gone have no loss without them."""
         free = torch.zeros(len(members_of(self.model, path)), dtype=torch.bool)
         free[list(rest)] = True
-        facts: dict[str, Any] = {"count": size, "block_free": free}
+        # Of several lists each is asked for as many as it can give; `choose` takes the best of all.
+        facts: dict[str, Any] = {"count": min(size, len(free) - 1), "block_free": free}
         if "block_loss" in self.part.needs:
             losses = torch.full(free.shape, torch.nan)
             for k in rest:
@@ -175,7 +176,7 @@ class _Scorer:
         if "weights" not in self._once:
             scored = weight_scores(self.model, self.recipe, self.evidence)
             self._once["weights"] = {
-                b: sum(float(s.weights().sum()) for n, s in scored.items() if n.startswith(f"{b[0]}.{b[1]}."))
+                b: sum(float(s.weights().sum()) for n, s in scored.items() if n.startswith(f"{member(*b)}."))
                 for b in blocks
             }
         return {b: self._once["weights"][b] for b in blocks}
@@ -204,12 +205,12 @@ class _Scorer:
                 x, y = _first(given, kwargs), _first(output, {})
                 if x.shape != y.shape:
                     raise ModelError(
-                        f"{path}.{k} changes the shape of its input: criterion '{self.part.name}' does not apply"
+                        f"{member(path, k)} changes the shape of its input: criterion '{self.part.name}' does not apply"
                     )
                 cosine[k] += float(nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).mean())
-                way.append(x[:, -1].float())
+                way.append(_last(x))
                 if k == len(members) - 1:
-                    way.append(y[:, -1].float())
+                    way.append(_last(y))
 
             return hook
 
@@ -227,6 +228,11 @@ class _Scorer:
         found: dict[str, Any] = {"block_cosine": cosine / max(count, 1), "block_path": torch.cat(ways, 1)}
         self._once[path] = found  # type: ignore[assignment]
         return found
+
+
+def _last(x: Tensor) -> Tensor:
+    """The last token's state in each window, or all of a state that is no sequence: ``(windows, width)``."""
+    return (x[:, -1] if x.dim() == 3 else x.flatten(1)).float()
 
 
 def _first(values: Any, kwargs: Any) -> Tensor:

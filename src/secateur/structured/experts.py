@@ -40,20 +40,25 @@ def plan_experts(
         evidence: layer name -> facts, where the criterion scores single weights; an expert's score is their sum.
 
     Raises:
-        RecipeError: the criterion measures routing, and the experts are not called with any.
+        RecipeError: the target is in FLOPs, or the criterion measures routing, and the experts are called with none.
         ModelError: the model does not run on the example.
     """
     wanted = target if isinstance(target, Target) else Target.parse(target)
+    if wanted.quantity == "flops":
+        raise RecipeError(
+            "a token goes to as many experts as before, so FLOPs stay: give a target in params, bytes or memory"
+        )
     args, kwargs = inputs(example)
     known, odd = mixtures(model)
     left: dict[Piece, str] = {(path, -1): why for path, why in odd.items()}
     free: dict[str, list[int]] = {}
     for path, mixture in known.items():
-        numbers = [k for k in range(mixture.count) if not globbed(recipe, [path, f"{path}.{k}"])]
-        if numbers:
-            free[path] = numbers
+        held = {k: why for k in range(mixture.count) if (why := globbed(recipe, [path, f"{path}.{k}"]))}
+        if len(held) < mixture.count:
+            free[path] = [k for k in range(mixture.count) if k not in held]
+            left.update({(path, k): why for k, why in held.items()})
         else:
-            left[path, -1] = globbed(recipe, [path])
+            left[path, -1] = held[0]
     before = totals(model, args, kwargs)
     score = _scores(model, recipe, {p: known[p] for p in free}, batches, run, evidence or {})
     order = {path: sorted(numbers, key=lambda k: float(score[path][k]), reverse=True) for path, numbers in free.items()}
@@ -78,9 +83,15 @@ def plan_experts(
     proof, size, why = NOTHING, due, ""
     if due:
         double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
-        while size and not (proof := prove_experts(double, going(size), twin_args, twin_kwargs)).proven:
-            why = why or proof.reason
-            size -= max(1, size // 8)
+        holds, failed = 0, due + 1  # sizes between which the largest that holds lies
+        while failed - holds > 1:
+            size = due if failed > due else (holds + failed) // 2
+            tried = prove_experts(double, going(size), twin_args, twin_kwargs)
+            if tried.proven:
+                proof, holds = tried, size
+            else:
+                why, failed = why or tried.reason, size
+        size = holds
     if not known:
         notes.append("no expert can be taken out: " + (next(iter(left.values())) if left else "there are none"))
     elif size < due:

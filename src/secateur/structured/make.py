@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ModelError, RecipeError
 from ..graph import Dependencies, dependencies, trace
-from ..graph.trace import duplicate, forget, plain_operations, stored_tensors
+from ..graph.state import duplicate, forget, remade
+from ..graph.trace import plain_operations, stored_tensors
 from ..recipe import Recipe
-from ..surgery.prove import Dense, Proof, doubled, outputs, prove, wake
+from ..surgery.prove import Dense, Proof, doubled, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
@@ -101,13 +103,19 @@ class Case:
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
+
+        self._twin.eval()
+
+        def run() -> Any:
+            with torch.no_grad():
+                return self._twin(*self._args, **self._kwargs)
+
+        self._emptied = forget(self._twin, run)
+        #: Buffers that the model makes as it runs.
+        self.remade = remade(self._twin, run)
         self._dense = Dense.of(self._twin, self._args, self._kwargs)
-        self._emptied = forget(self._twin, lambda: outputs(self._twin, self._args, self._kwargs))
         self._hint: tuple[Mend, ...] = ()
         self.found = dependencies(trace(self._twin, self._args, self._kwargs))
-        there = dict(model.named_buffers())
-        #: Buffers that the model makes as it runs, in another size than it was built with.
-        self.remade = {n for n, b in self._twin.named_buffers() if n not in there or b.shape != there[n].shape}
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
             "params": self.found.parameters,

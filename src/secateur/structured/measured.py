@@ -40,8 +40,10 @@ MEASURES: dict[str, tuple[Measure, str, float]] = {
 }
 
 
-def plan_measured(model: nn.Module, target: Target, example: Any, make: Make) -> StructuredPlan | WholePlan:
-    """A plan whose smaller model has what is asked for, within 5 %, by search over FLOPs.
+def plan_measured(
+    model: nn.Module, target: Target, example: Any, make: Make, by: str = "flops"
+) -> StructuredPlan | WholePlan:
+    """A plan whose smaller model has what is asked for, within 5 %, by search over FLOPs, or what else ``by`` counts.
 
     Each try makes the smaller model and measures it beside the dense one; for a latency they take turns on the
     example. The nearest of those that are within the target is returned, else the least, with a note.
@@ -54,7 +56,7 @@ def plan_measured(model: nn.Module, target: Target, example: Any, make: Make) ->
     found: list[tuple[float, StructuredPlan | WholePlan]] = []
     share = goal
     for _ in range(_ROUNDS):
-        plan = make(Target("flops", fraction=share))
+        plan = make(Target(by, fraction=share))
         if not _changes(plan):
             return plan if not found else found[-1][1]
         small = plan.shrink()

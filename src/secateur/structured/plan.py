@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..graph.trace import duplicate, plain_operations, stored_tensors
+from ..graph.state import duplicate
+from ..graph.trace import plain_operations, stored_tensors
 from ..graph.units import kind_of
 from ..recipe import Recipe
 from ..surgery.prove import Proof

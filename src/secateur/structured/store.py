@@ -97,14 +97,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if digest != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
     removed = [(kind, _check_removed(record, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
-    kept, mends = _check(record, model, folder)
+    shape = model
+    try:
+        for kind, gone in removed:
+            shape = kind.without(shape, gone) if gone else shape
+    except Exception as error:  # pieces that do not go together
+        raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
+    kept, mends = _check(record, shape, folder)
     try:
         state = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
-    shape = model
-    for kind, gone in removed:
-        shape = kind.without(shape, gone) if gone else shape
     _check_shapes(record, state, shape, kept, folder)
     for kind, gone in removed:
         kind.remove(model, gone)

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from ..graph.trace import duplicate
+from ..graph.state import duplicate
 from ..measure.flops import flops
 from ..recipe import Recipe
-from ..surgery.pieces import Pieces
+from ..surgery.pieces import Pieces, member
 from ..surgery.prove import Proof
 from .plan import described, header, proof_line
 from .stock import stock_config
@@ -108,7 +108,7 @@ class WholePlan:
             "before": self.before,
             "after": self.after,
             f"{self.pieces.name}s": [
-                {"name": f"{p}.{k}", "score": s, "goes": k in self.removed.get(p, ())}
+                {"name": member(p, k), "score": s, "goes": k in self.removed.get(p, ())}
                 for (p, k), s in self.scores.items()
             ],
             "left": [{"name": _name(piece), "reason": why} for piece, why in self.left.items()],
@@ -120,7 +120,7 @@ class WholePlan:
     def _each(self) -> Iterator[str]:
         for (path, k), score in self.scores.items():
             goes = "goes" if k in self.removed.get(path, ()) else ""
-            yield f"  {f'{path}.{k}':60} {score:<12.5g} {goes}".rstrip()
+            yield f"  {member(path, k):60} {score:<12.5g} {goes}".rstrip()
 
     def _by_place(self) -> Iterator[str]:
         for place in dict.fromkeys(path for path, _ in self.scores):
@@ -141,7 +141,7 @@ class WholePlan:
 
 def _name(piece: Piece) -> str:
     path, k = piece
-    return path if k < 0 else f"{path}.{k}"
+    return path if k < 0 else member(path, k)
 
 
 def totals(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:

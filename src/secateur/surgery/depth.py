@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pieces import EXACT, Pieces, Removed, compare
+from .pieces import EXACT, Pieces, Removed, compare, member
 from .prove import Proof, outputs, twin
 
 
-def block_lists(model: nn.Module, within: str = "") -> dict[str, list[nn.Module]]:
+def block_lists(model: nn.Module, within: str | None = None) -> dict[str, list[nn.Module]]:
     """The outermost lists, by path, of at least two modules of one type that have children of their own.
 
     Args:
@@ -20,7 +20,9 @@ def block_lists(model: nn.Module, within: str = "") -> dict[str, list[nn.Module]
     """
     found: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
-        if (within and not path.startswith(f"{within}.")) or any(path.startswith(f"{p}.") for p in found):
+        if (within is not None and (path == within or not _inside(path, within))) or any(
+            _inside(path, p) for p in found
+        ):
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             members = list(module)
@@ -28,6 +30,10 @@ def block_lists(model: nn.Module, within: str = "") -> dict[str, list[nn.Module]
             if own and len({type(m) for m in members}) == 1 and len({id(m) for m in members}) == len(members):
                 found[path] = members
     return found
+
+
+def _inside(path: str, place: str) -> bool:
+    return not place or path.startswith(f"{place}.")
 
 
 def members_of(model: nn.Module, path: str) -> list[nn.Module]:
@@ -43,8 +49,8 @@ def remove(model: nn.Module, removed: Removed) -> None:
         kept = [m for k, m in enumerate(members) if k not in set(gone)]
         model.get_submodule(path)._modules = {str(k): m for k, m in enumerate(kept)}
         for name, attribute in numbers:
-            for k, member in enumerate(kept):
-                setattr(member.get_submodule(name), attribute, k)
+            for k, one in enumerate(kept):
+                setattr(one.get_submodule(name), attribute, k)
         for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
             for key, value in list(getattr(config, "__dict__", {}).items()):
                 if isinstance(value, list) and len(value) == len(members):
@@ -67,7 +73,7 @@ def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
     copy = twin(model)
     for path, gone in removed.items():
         for k in gone:
-            for module in copy.get_submodule(f"{path}.{k}").modules():
+            for module in copy.get_submodule(member(path, k)).modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         module._parameters[name] = nn.Parameter(torch.zeros_like(parameter))
@@ -95,7 +101,7 @@ def parameters_of(model: nn.Module, removed: Removed) -> dict[int, int]:
 
 
 def _of(model: nn.Module, path: str, k: int) -> Iterable[Tensor]:
-    return model.get_submodule(f"{path}.{k}").parameters()
+    return model.get_submodule(member(path, k)).parameters()
 
 
 def _count(model: nn.Module, path: str) -> int | None:

@@ -13,6 +13,11 @@ from .prove import Proof, distance, first_line, twin
 Removed = Mapping[str, Sequence[int]]
 
 
+def member(path: str, k: int) -> str:
+    """The path of a piece: the model itself may be the place."""
+    return f"{path}.{k}" if path else str(k)
+
+
 @dataclass(frozen=True)
 class Pieces:
     """One kind of piece.

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..graph.labels import Array
-from ..graph.trace import duplicate, plain_operations, stored_tensors, visible
+from ..graph.state import duplicate
+from ..graph.trace import plain_operations, stored_tensors, visible
 from ..graph.units import Dependencies
 from .shrink import Mend, candidates, kept_by_name, shrink
 
