@@ -13,7 +13,7 @@ from .evidence import gather_gradients, gather_inputs
 from .evidence.inputs import INPUT_FACTS
 from .evidence.maps import gather_maps
 from .facts import of_source
-from .layers import Layer
+from .layers import Layer, evaluating
 from .recipe import GRADIENTS, Recipe
 from .solve import layer_generator
 
@@ -26,15 +26,16 @@ def evidence_of(
     """Layer name -> facts that the recipe's parts name, measured on the batches; ``loss`` where gradients are."""
     needs = recipe.needs()
     found: dict[str, Any] = {}
-    if needs & set(INPUT_FACTS):
-        found = dict(gather_inputs(model, layers, needs, batches, run_model))
-    if maps := needs & set(of_source("maps")):
-        found = dict(gather_maps(model, layers, maps, batches, run_model))
-    if needs & GRADIENTS:
-        assert loss is not None
-        generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)
-        gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, generator=generator)
-        found = {n: _Both(found.get(n), g) for n, g in gradients.items()}
+    with evaluating(model):  # statistics of batch norms are the model's own, and stay so
+        if needs & set(INPUT_FACTS):
+            found = dict(gather_inputs(model, layers, needs, batches, run_model))
+        if maps := needs & set(of_source("maps")):
+            found = dict(gather_maps(model, layers, maps, batches, run_model))
+        if needs & GRADIENTS:
+            assert loss is not None
+            generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)
+            gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, generator=generator)
+            found = {n: _Both(found.get(n), g) for n, g in gradients.items()}
     return found
 
 

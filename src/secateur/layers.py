@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -214,3 +215,16 @@ def _tied(model: nn.Module) -> dict[int, str]:
         for key, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
     return {k: " and ".join(v) for k, v in places.items() if len(v) > 1}
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module is in its own mode again afterwards."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -15,7 +15,7 @@ from .calibrate import Loss, batches_of, evidence_of
 from .data import Windows, windows
 from .errors import OutputError, RecipeError
 from .evidence.inputs import INPUT_FACTS
-from .layers import Layer, Skipped, find_layers
+from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
 from .recipe import Recipe
@@ -25,6 +25,7 @@ from .schedule import sparsity_at
 from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
+from .structured import WholePlan
 from .units import plan_coupled
 
 MEMORY = 2 << 30
@@ -123,8 +124,9 @@ def prune(
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
-        `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`: the model is masked,
-        and its ``shrink()`` returns the smaller one.
+        `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`, for whole blocks and experts
+        a `WholePlan`: the model is masked (but for experts, which no zeros stand for), and its ``shrink()`` returns
+        the smaller one.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError: before the model is touched wherever possible.
@@ -136,7 +138,10 @@ def prune(
     recipe = recipe_of(method, axes, target, example)
     if granularity.parse(recipe.granularity).coupled:
         plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss)
-        plan.mask()
+        if isinstance(plan, WholePlan) and plan.pieces.empty is None:
+            plan.notes.append(f"the model is as it was: no zeros stand for a missing {plan.pieces.name}; see shrink()")
+        else:
+            plan.mask()
         return plan
     start = time.perf_counter()
     blocks = find_blocks(model)
@@ -144,25 +149,19 @@ def prune(
     recipe.check(layers, data=data is not None, loss=loss is not None)
     for layer in layers:
         layer.check_finite()
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     described: Mapping[str, Any] | None = None
-    with Peak() as peak:
-        try:
-            if _by_block(model, recipe, blocks, layers, data):
-                assert blocks is not None
-                tokens = None
-                if recipe.needs_data:
-                    tokens = windows(data, tokenizer, count=windows_count, length=length)
-                    described = tokens.describe()
-                records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
-            else:
-                if recipe.needs_data:
-                    described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
-                records, masks = _whole(model, recipe, layers, data, loss)
-        finally:
-            for module, training in modes:
-                module.training = training
+    with Peak() as peak, evaluating(model):
+        if _by_block(model, recipe, blocks, layers, data):
+            assert blocks is not None
+            tokens = None
+            if recipe.needs_data:
+                tokens = windows(data, tokenizer, count=windows_count, length=length)
+                described = tokens.describe()
+            records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
+        else:
+            if recipe.needs_data:
+                described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
+            records, masks = _whole(model, recipe, layers, data, loss)
     run = run_record(
         recipe=recipe,
         model={

@@ -211,3 +211,13 @@ def test_mixtures_are_found_by_structure() -> None:
     net.model.layers[0].mlp.other = nn.Linear(4, 8)  # as many rows as there are experts
     found, left = mixtures(net)
     assert "several parameters have 8 rows" in left["model.layers.0.mlp.experts"]
+
+
+def test_prune_leaves_the_model_and_says_so() -> None:
+    net = build()
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    made = secateur.prune(net, "expert-frequency", target="params 20%", example=EXAMPLE, data=[IDS[:1, :2]])
+    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
+    assert isinstance(made, WholePlan) and any("the model is as it was" in n for n in made.notes)
+    assert any("were given no token" in n for n in made.notes)
+    assert sum(p.numel() for p in made.shrink().parameters()) == made.after["params"]

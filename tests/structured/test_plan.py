@@ -615,3 +615,30 @@ def test_trying_shapes_without_data_first_changes_nothing(monkeypatch: pytest.Mo
         plan = planned(wide(), IMAGE, "params 40%")
         made.append(({n: {a: list(p) for a, p in axes.items()} for n, axes in plan.kept.items()}, plan.proof.proven))
     assert made[0] == made[1] and made[0][1]
+
+
+def test_planning_with_data_leaves_a_model_in_training_as_it_was() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(16, 8, 3))
+    state = {n: t.clone() for n, t in net.train().state_dict().items()}
+    data = [nets.noise(4, 3, 8, 8) for _ in range(2)]
+    made = [secateur.plan(net, m, target="params 30%", example=data[0], data=data) for m in ("wanda-sp", "hrank")]
+    assert all(plan.proof.proven for plan in made) and all(m.training for m in net.modules())
+    assert all(torch.equal(state[n], t) for n, t in net.state_dict().items())
+
+
+def test_a_model_that_looks_at_values_is_not_judged_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if float(x.sum()) > 1e9:
+                raise ValueError("too large")
+            out: torch.Tensor = self.outer(torch.relu(self.inner(x)))
+            return out
+
+    proving = importlib.import_module("secateur.surgery.prove")
+    monkeypatch.setattr(proving, "_COSTLY", 0.0)
+    assert planned(Looks(), nets.noise(4, 6), "params 40%").proof.proven

@@ -62,7 +62,7 @@ def hrank(map_rank: Tensor) -> Tensor:
     >>> hrank(torch.tensor([4.0, 1.0])).tolist()
     [4.0, 1.0]
 
-    Source: Lin et al., HRank, arXiv 2002.10179, equation 4; the maps are those that the next layer reads.
+    Source: Lin et al., HRank, arXiv 2002.10179, section 3; the maps are those that the next layer reads.
     """
     return map_rank
 
@@ -80,6 +80,6 @@ def chip(map_independence: Tensor) -> Tensor:
     >>> chip(torch.tensor([0.5, 0.0])).tolist()
     [0.5, 0.0]
 
-    Source: Sui et al., CHIP: channel independence-based pruning, arXiv 2110.13981, equation 4.
+    Source: Sui et al., CHIP: channel independence-based pruning, arXiv 2110.13981, and its official code.
     """
     return map_independence

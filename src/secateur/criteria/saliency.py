@@ -58,8 +58,8 @@ def group_fisher(unit_change: Tensor) -> Tensor:
     >>> group_fisher(torch.tensor([[1.0, 2.0], [-1.0, 0.0]])).tolist()
     [0.5, 1.0]
 
-    Source: Liu et al., Group Fisher pruning, arXiv 2108.00708, equations 5 to 7; Molchanov et al., arXiv 1906.10771,
-    equation 8, is the same without the half.
+    Source: Liu et al., Group Fisher pruning, arXiv 2108.00708, and its official code: at the inputs of layers, summed
+    over coupled ones before it is squared. Molchanov et al., arXiv 1906.10771, is the same without the half.
     """
     return unit_change.square().mean(0) / 2
 
@@ -76,6 +76,6 @@ def unit_taylor(unit_change: Tensor) -> Tensor:
     [1.0, 1.0]
 
     Source: Molchanov et al., Pruning convolutional neural networks for resource efficient inference,
-    arXiv 1611.06440, equations 7 and 8; the scores of a layer are not scaled here, the allocation does that.
+    arXiv 1611.06440, section 2.2 (Taylor expansion); scores are not scaled by layer here, the allocation does that.
     """
     return unit_change.abs().mean(0)

@@ -72,15 +72,9 @@ def gather_maps(
             here[name] = here[name] + total if name in here else total
 
     chosen = [x for x in layers if x.kind == "conv" and x.stored.dim() == 4 and getattr(x.module, "groups", 1) == 1]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with watch(chosen, arrive):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with watch(chosen, arrive):
+        for batch in batches:
+            run(model, batch)
     if not sums:
         raise DataError("feature maps are those of two-dimensional convolutions, and none was reached: give images")
     return {layer: {k: v / images[layer] for k, v in facts.items()} for layer, facts in sums.items()}

@@ -20,12 +20,15 @@ Place = tuple[str, str]
 def as_before(model: nn.Module) -> Iterator[None]:
     """Put back afterwards what runs set on modules and what they put into dictionaries there. Buffers stay."""
     attributes = [(m, {k: v for k, v in vars(m).items() if k not in _OWN}) for m in model.modules()]
+    kinds = {id(m): type(m) for m in model.modules()}
     contents = [(v, dict(v)) for _, held in attributes for v in held.values() if type(v) is dict]
     try:
         yield
     finally:
         for module, held in attributes:
             state = vars(module)
+            if held and type(module) is not kinds[id(module)]:
+                continue  # a lazy module has become what it is for good
             for name in [k for k in state if k not in held and k not in _OWN]:
                 del state[name]
             state.update(held)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import evaluating
+
 
 def latency(
     models: Mapping[str, nn.Module], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, repeats: int = 9
@@ -21,20 +23,13 @@ def latency(
     """
     given = dict(kwargs or {})
     times: dict[str, list[float]] = {name: [] for name in models}
-    training = [(m, m.training) for model in models.values() for m in model.modules()]
-    try:
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode():
-            for turn in range(repeats + 2):
-                for name, model in models.items():
-                    begun = time.perf_counter()
-                    model(*args, **given)
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
-                    if turn >= 2:  # the first passes allocate and choose kernels
-                        times[name].append(time.perf_counter() - begun)
-    finally:
-        for module, was in training:
-            module.training = was
+    with evaluating(*models.values()), torch.inference_mode():
+        for turn in range(repeats + 2):
+            for name, model in models.items():
+                begun = time.perf_counter()
+                model(*args, **given)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if turn >= 2:  # the first passes allocate and choose kernels
+                    times[name].append(time.perf_counter() - begun)
     return {name: statistics.median(found) for name, found in times.items()}

@@ -11,6 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ..layers import evaluating
+
 
 class _Live(TorchDispatchMode):
     """Counts the storages that operations make, as long as anything refers to them."""
@@ -43,12 +45,6 @@ def peak_bytes(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, 
     given = dict(kwargs or {})
     held = [*model.parameters(), *model.buffers(), *(x for x in tree_iter((args, given)) if isinstance(x, Tensor))]
     stored = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held}
-    training = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), _Live(set(stored)) as live:
-            model(*args, **given)
-    finally:
-        for module, was in training:
-            module.training = was
+    with evaluating(model), torch.no_grad(), _Live(set(stored)) as live:
+        model(*args, **given)
     return int(sum(stored.values()) + live.peak)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from ..evidence import Stop, watch
 from ..evidence.watch import as_ni
 from ..lanes import Lanes, Parted
-from ..layers import Layer, find_layers
+from ..layers import Layer, evaluating, find_layers
 from ..registry import register
 from ..symmetric import add_gram, mirror
 
@@ -96,7 +96,7 @@ def _guarded(task: Smaller, heal: Callable[[list[Any]], list[str]]) -> list[str]
     train = _joined(batches[: len(batches) - aside])
     test = _joined(batches[-aside:] if aside else batches, 1)[0]
     before = {n: t.detach().clone() for n, t in task.small.state_dict(keep_vars=True).items()}
-    with _evaluating(task.dense), _evaluating(task.small), torch.no_grad():
+    with evaluating(task.dense, task.small), torch.no_grad():
         wanted = _outputs(task.run(task.dense, test))
         first = _distance(wanted, _outputs(task.run(task.small, test)))
         notes = heal(train)
@@ -266,17 +266,6 @@ def _renorm(task: Smaller, lots: list[Any]) -> list[str]:
             m.momentum = momentum
             m.eval()
     return [f"statistics of {len(norms)} batch norms were measured anew"]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _outputs(result: Any) -> list[Tensor]:

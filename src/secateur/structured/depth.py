@@ -50,11 +50,11 @@ def plan_depth(
     args, kwargs = inputs(example)
     double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
     free, left = _free(double, recipe, twin_args, twin_kwargs)
-    counted = flops(model, *args, **kwargs).by_module
-    total = totals(model, args, kwargs)
+    work = flops(model, *args, **kwargs)
+    total = totals(model, work.total)
 
     def counts(gone: Removed) -> dict[str, int]:
-        less = sum(counted.get(member(p, k), 0) for p, ks in gone.items() for k in ks)
+        less = sum(work.by_module.get(member(p, k), 0) for p, ks in gone.items() for k in ks)
         sizes = parameters_of(model, gone)
         return {
             "params": total["params"] - sum(sizes.values()),

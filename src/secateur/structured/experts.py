@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
-from ..facts import of_source
 from ..graph.trace import plain_operations
+from ..measure.flops import flops
 from ..recipe import Recipe
 from ..registry import get
 from ..surgery.experts import EXPERTS, Mixture, mixtures, prove_experts
@@ -59,27 +59,29 @@ def plan_experts(
             left.update({(path, k): why for k, why in held.items()})
         else:
             left[path, -1] = held[0]
-    before = totals(model, args, kwargs)
-    score = _scores(model, recipe, {p: known[p] for p in free}, batches, run, evidence or {})
+    before = totals(model, flops(model, *args, **kwargs).total)
+    notes: list[str] = []
+    score = _scores(model, recipe, {p: known[p] for p in free}, batches, run, evidence or {}, notes)
     order = {path: sorted(numbers, key=lambda k: float(score[path][k]), reverse=True) for path, numbers in free.items()}
 
     def going(size: int) -> dict[str, list[int]]:
         return {path: sorted(best[-size:]) for path, best in order.items()} if size else {}
 
-    share = {p: sum(_numel(model, n) for n in known[p].tensors) // known[p].count for p in free}
-    width = {p: sum(_numel(model, n, size=True) for n in known[p].tensors) // known[p].count for p in free}
+    parameters = dict(model.named_parameters())
+    each = [(parameters[n], known[p].count) for p in free for n in known[p].tensors if n in parameters]
+    one = sum(t.numel() // count for t, count in each)  # of one expert in every mixture
+    size_of_one = sum(t.numel() // count * t.element_size() for t, count in each)
 
     def counts(size: int) -> dict[str, int]:
         return {
-            "params": before["params"] - size * sum(share.values()),
+            "params": before["params"] - size * one,
             "flops": before["flops"],  # a token still goes to as many
-            "bytes": before["bytes"] - size * sum(width.values()),
+            "bytes": before["bytes"] - size * size_of_one,
         }
 
     limit = wanted.remaining(before[wanted.quantity])
     most = min((min(len(best), known[p].count - 1) for p, best in order.items()), default=0)
     due = next((n for n in range(1, most + 1) if counts(n)[wanted.quantity] <= limit), most)
-    notes: list[str] = []
     proof, size, why = NOTHING, due, ""
     if due:
         double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
@@ -97,17 +99,14 @@ def plan_experts(
     elif size < due:
         notes.append(f"{due} experts of each mixture are more than can go: {size} go" + (why and f" ({why})"))
     removed = going(size)
-    after = totals(EXPERTS.without(model, removed), args, kwargs) if removed else before
+    after = before
+    if removed:
+        small = EXPERTS.without(model, removed)
+        after = totals(small, flops(small, *args, **kwargs).total)
     if known and after[wanted.quantity] > limit:
         notes.append(f"the target is not met: {wanted.quantity} can only go to {after[wanted.quantity]:,} here")
     scores = {(path, k): float(score[path][k]) for path, numbers in free.items() for k in numbers}
     return WholePlan(model, recipe, wanted, EXPERTS, scores, left, removed, before, after, proof, notes, (args, kwargs))
-
-
-def _numel(model: nn.Module, name: str, size: bool = False) -> int:
-    """Elements, or bytes, of a parameter; a buffer has none that count."""
-    tensor = dict(model.named_parameters()).get(name)
-    return 0 if tensor is None else tensor.numel() * (tensor.element_size() if size else 1)
 
 
 def _scores(
@@ -117,14 +116,17 @@ def _scores(
     batches: Sequence[Any],
     run: Callable[[nn.Module, Any], Any],
     evidence: Mapping[str, Any],
+    notes: list[str],
 ) -> dict[str, Tensor]:
-    """Path -> what each expert there is worth."""
+    """Path -> what each expert there is worth; notes say what was not seen."""
     if recipe.criterion is None:
         raise RecipeError("experts are ranked by a criterion: name one with --criterion")
     part = get("criterion", recipe.criterion)
     if part.facts.get("of") == "expert":
-        measured = _measure(model, known, batches, run) if set(part.needs) & set(of_source("experts")) else {}
-        return {p: part(measured.get(p, {}), **recipe.knobs_of("criterion")) for p in known}
+        measured = _measure(model, known, batches, run, "expert_gain" in part.needs)
+        if unseen := sum(int((facts["expert_tokens"] == 0).sum()) for facts in measured.values()):
+            notes.append(f"{unseen} experts were given no token of the data: their scores say little (give more data)")
+        return {p: part(measured[p], **recipe.knobs_of("criterion")) for p in known}
     scored = weight_scores(model, recipe, evidence)
     found: dict[str, Tensor] = {}
     for path, mixture in known.items():
@@ -134,9 +136,13 @@ def _scores(
 
 
 def _measure(
-    model: nn.Module, known: Mapping[str, Mixture], batches: Sequence[Any], run: Callable[[nn.Module, Any], Any]
+    model: nn.Module,
+    known: Mapping[str, Mixture],
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Any],
+    outputs: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Path -> facts of the experts there, from how they are called on the batches."""
+    """Path -> facts of the experts there, from how they are called on the batches; ``outputs`` runs each by itself."""
     tokens = {p: torch.zeros(m.count, dtype=torch.int64) for p, m in known.items()}
     gain = {p: torch.zeros(m.count, dtype=torch.float64) for p, m in known.items()}
     inside = False
@@ -153,8 +159,10 @@ def _measure(
                     if not 0 <= k < known[path].count:
                         continue  # a place that stands for nobody
                     rows, places = (call.index == k).nonzero(as_tuple=True)
-                    norms = call.alone(module, rows, k).double().norm(dim=-1)
                     tokens[path][k] += len(rows)
+                    if not outputs:
+                        continue
+                    norms = call.alone(module, rows, k).double().norm(dim=-1)
                     gain[path][k] += float((norms * call.weights[rows, places].double()).sum())
             finally:
                 inside = False

@@ -103,7 +103,6 @@ class Case:
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
-
         self._twin.eval()
 
         def run() -> Any:

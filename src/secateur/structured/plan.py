@@ -118,10 +118,7 @@ class StructuredPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
-            "recipe": self.recipe.to_dict(),
-            "target": str(self.target),
-            "before": self.before,
-            "after": self.after,
+            **asked(self.recipe, self.target, self.before, self.after),
             "families": [vars(f) for f in self.families],
             "frozen": [{"name": n, "axis": a, "reason": r} for (n, a), r in self.frozen.items()],
             "proof": {
@@ -192,6 +189,11 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
     }
 
 
+def asked(recipe: Recipe, target: Target, before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """What was asked for, and every count before and after, as JSON data."""
+    return {"recipe": recipe.to_dict(), "target": str(target), "before": before, "after": after}
+
+
 def described(
     recipe: Recipe,
     target: Target,
@@ -205,10 +207,7 @@ def described(
     return {
         "version": 1,
         "format": "secateur",
-        "recipe": recipe.to_dict(),
-        "target": str(target),
-        "before": before,
-        "after": after,
+        **asked(recipe, target, before, after),
         "error": error,
         "example": [{"shape": list(x.shape), "dtype": str(x.dtype)} if isinstance(x, Tensor) else None for x in values],
     }

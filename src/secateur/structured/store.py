@@ -200,10 +200,11 @@ def _check(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[d
 def _check_removed(record: Mapping[str, Any], kind: Pieces, model: nn.Module, folder: Path) -> dict[str, list[int]]:
     """Which pieces the plan takes out, refused where the model has not that many."""
     found: dict[str, list[int]] = {}
+    places = kind.places(model) if record.get(kind.key) else {}
     try:
         for path, entry in record.get(kind.key, {}).items():
             size, gone = int(entry["of"]), [int(k) for k in entry["gone"]]
-            if kind.count(model, path) != size:
+            if places.get(path) != size:
                 raise ModelError(
                     f"{folder / _PLAN} takes {kind.name}s out of {path}, which has not {size} in this model: give the "
                     "model that was pruned, from the same factory"

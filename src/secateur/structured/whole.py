@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from ..errors import ModelError
 from ..graph.state import duplicate
-from ..measure.flops import flops
 from ..recipe import Recipe
 from ..surgery.pieces import Pieces, member
 from ..surgery.prove import Proof
-from .plan import described, header, proof_line
+from .plan import asked, described, header, proof_line
 from .stock import stock_config
 from .targets import Target
 
@@ -80,14 +80,15 @@ class WholePlan:
 
     run = shrink
 
-    def _count(self, path: str) -> int:
-        return self.pieces.count(self.model, path) or 0
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return self.pieces.places(self.model)
 
     def _sizes(self) -> dict[int, list[int]]:
         """Numbers of pieces and what they become, where that is the same everywhere."""
         found: dict[int, list[int]] = {}
         for path, gone in self.removed.items():
-            count = self._count(path)
+            count = self._places[path]
             left = found.setdefault(count, [])
             left += [n for n in (count - len(gone),) if n not in left]
         return found
@@ -97,16 +98,13 @@ class WholePlan:
             **described(self.recipe, self.target, self.before, self.after, self.proof.error, self.example),
             "kept": {},
             "mends": [],
-            self.pieces.key: {p: {"of": self._count(p), "gone": gone} for p, gone in self.removed.items()},
+            self.pieces.key: {p: {"of": self._places[p], "gone": gone} for p, gone in self.removed.items()},
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
-            "recipe": self.recipe.to_dict(),
-            "target": str(self.target),
-            "before": self.before,
-            "after": self.after,
+            **asked(self.recipe, self.target, self.before, self.after),
             f"{self.pieces.name}s": [
                 {"name": member(p, k), "score": s, "goes": k in self.removed.get(p, ())}
                 for (p, k), s in self.scores.items()
@@ -127,7 +125,7 @@ class WholePlan:
             gone = self.removed.get(place, [])
             worth = [score for (path, _), score in self.scores.items() if path == place]
             which = ", ".join(map(str, gone[:12])) + (", ..." if len(gone) > 12 else "")
-            what = f"{len(gone)} of {self._count(place)} go: {which}" if gone else f"all {self._count(place)} stay"
+            what = f"{len(gone)} of {self._places[place]} go: {which}" if gone else f"all {self._places[place]} stay"
             yield f"  {place:60} {f'{min(worth):.4g} to {max(worth):.4g}':24} {what}"
 
     def __str__(self) -> str:
@@ -144,10 +142,10 @@ def _name(piece: Piece) -> str:
     return path if k < 0 else member(path, k)
 
 
-def totals(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters, FLOPs of one forward pass, and bytes of the parameters."""
+def totals(model: nn.Module, work: int) -> dict[str, int]:
+    """Parameters, FLOPs of one forward pass as they were counted, and bytes of the parameters."""
     return {
         "params": sum(p.numel() for p in model.parameters()),
-        "flops": flops(model, *args, **kwargs).total,
+        "flops": work,
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }

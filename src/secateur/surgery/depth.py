@@ -104,9 +104,8 @@ def _of(model: nn.Module, path: str, k: int) -> Iterable[Tensor]:
     return model.get_submodule(member(path, k)).parameters()
 
 
-def _count(model: nn.Module, path: str) -> int | None:
-    place = dict(model.named_modules()).get(path)
-    return len(place) if isinstance(place, (nn.ModuleList, nn.Sequential)) else None
+def _places(model: nn.Module) -> dict[str, int]:
+    return {p: len(m) for p, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
 
 
 def _empty(model: nn.Module, removed: Removed) -> None:
@@ -117,4 +116,4 @@ def _empty(model: nn.Module, removed: Removed) -> None:
                     parameter.zero_()
 
 
-BLOCKS = Pieces("block", "removed", _count, remove, _empty)
+BLOCKS = Pieces("block", "removed", _places, remove, _empty)

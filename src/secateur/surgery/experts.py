@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import find_layers
-from .pieces import EXACT, ROUNDED, Pieces, Removed, compare
+from .pieces import EXACT, ROUNDED, Pieces, Removed, compare, member
 from .prove import Proof, outputs, twin
 
 _PRODUCTS = ("mm", "addmm", "matmul", "linear", "bmm", "baddbmm")
@@ -59,7 +59,7 @@ def mixtures(model: nn.Module) -> tuple[dict[str, Mixture], dict[str, str]]:
         for holder in dict.fromkeys(holders):
             module = model.get_submodule(holder)
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            tensors += [_join(holder, n) for n, t in own if t.dim() and t.shape[0] == count]
+            tensors += [member(holder, n) for n, t in own if t.dim() and t.shape[0] == count]
             attributes += [
                 (holder, k) for k, v in vars(module).items() if type(v) is int and v == count and k[0] != "_"
             ]
@@ -72,7 +72,7 @@ def _routers(model: nn.Module, path: str, count: int) -> tuple[str, list[str]]:
     place = path
     while place:
         place = place.rpartition(".")[0]
-        names = [_join(place, n) for n, p in model.get_submodule(place).named_parameters() if _rows(p) == count]
+        names = [member(place, n) for n, p in model.get_submodule(place).named_parameters() if _rows(p) == count]
         names = [n for n in names if not n.startswith(f"{path}.")]
         if names or any(isinstance(m, nn.ModuleList) for m in model.get_submodule(place).children()):
             return place, names
@@ -88,12 +88,8 @@ def _way(top: str, bottom: str) -> Iterator[str]:
     yield top
     steps = bottom[len(top) :].strip(".")
     for step in steps.split(".") if steps else ():
-        top = _join(top, step)
+        top = member(top, step)
         yield top
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -202,9 +198,8 @@ def prove_experts(model: nn.Module, removed: Removed, args: Sequence[Any], kwarg
     )
 
 
-def _count(model: nn.Module, path: str) -> int | None:
-    mixture = mixtures(model)[0].get(path)
-    return mixture.count if mixture else None
+def _places(model: nn.Module) -> dict[str, int]:
+    return {path: mixture.count for path, mixture in mixtures(model)[0].items()}
 
 
-EXPERTS = Pieces("expert", "experts", _count, remove_experts, None)
+EXPERTS = Pieces("expert", "experts", _places, remove_experts, None)

@@ -13,9 +13,9 @@ from .prove import Proof, distance, first_line, twin
 Removed = Mapping[str, Sequence[int]]
 
 
-def member(path: str, k: int) -> str:
-    """The path of a piece: the model itself may be the place."""
-    return f"{path}.{k}" if path else str(k)
+def member(path: str, name: int | str) -> str:
+    """The path of what a place holds; the place may be the model itself."""
+    return f"{path}.{name}" if path else str(name)
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Pieces:
     Attributes:
         name: of one.
         key: under which a surgery plan lists those that go.
-        count: how many are at a place of a model; None where the path is no place of this kind.
+        places: the places of a model by their paths, and how many are there.
         remove: takes pieces out of a model, in place.
         empty: leaves nothing in their place, in place; None where parameters cannot say so.
     """
 
     name: str
     key: str
-    count: Callable[[nn.Module, str], int | None]
+    places: Callable[[nn.Module], dict[str, int]]
     remove: Callable[[nn.Module, Removed], None]
     empty: Callable[[nn.Module, Removed], None] | None
 
