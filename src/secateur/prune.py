@@ -140,6 +140,8 @@ def prune(
         plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss)
         if isinstance(plan, WholePlan) and plan.pieces.empty is None:
             plan.notes.append(f"the model is as it was: no zeros stand for a missing {plan.pieces.name}; see shrink()")
+        elif plan.model is not model:
+            plan.notes.append("the model is as it was: its parameters that are shared cannot be masked; see shrink()")
         else:
             plan.mask()
         return plan

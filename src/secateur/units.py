@@ -9,6 +9,7 @@ from torch import nn
 from . import granularity
 from .calibrate import Loss, batches_of, evidence_of, run_model
 from .errors import RecipeError
+from .graph.state import duplicate
 from .layers import find_layers
 from .recipe import Recipe
 from .recover.units import Smaller
@@ -16,6 +17,8 @@ from .registry import get
 from .structured import StructuredPlan, Target, WholePlan, plan_depth, plan_experts, plan_structured
 from .structured.measured import MEASURES, plan_measured
 from .structured.rounds import plan_rounds
+from .structured.whole import totals
+from .surgery.tied import shared_heads, untie
 
 
 def plan_coupled(
@@ -45,6 +48,11 @@ def plan_coupled(
     _refuse(recipe, heals, pattern.whole, wanted)
     recipe.check(data=data is not None, loss=loss is not None)
     batches = batches_of(data) if data is not None else []
+    given, untied = model, (shared_heads(model) if recovery.facts.get("unties") else ())
+    if untied:  # counts are of the model that was given
+        model = duplicate(model)
+        untie(model, untied)
+        wanted = _absolute(wanted, given)
 
     def measure(net: nn.Module) -> dict[str, Any]:
         return evidence_of(net, recipe, find_layers(net)[0], batches, loss) if recipe.needs_data else {}
@@ -66,19 +74,33 @@ def plan_coupled(
         def make(goal: Target) -> StructuredPlan | WholePlan:
             if not pattern.whole:
                 return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
-            given: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence}
+            more: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence}
             if scored == "experts":
-                return plan_experts(model, recipe, target=goal, example=example, **given)
-            return plan_depth(model, recipe, target=goal, example=example, loss=loss, **given)
+                return plan_experts(model, recipe, target=goal, example=example, **more)
+            return plan_depth(model, recipe, target=goal, example=example, loss=loss, **more)
 
         plan = make(wanted) if wanted.quantity not in MEASURES else plan_measured(model, wanted, example, make, by)
     if pattern.whole and recipe.allocation != "uniform":
         plan.notes.append(f"allocation '{recipe.allocation}' says nothing of whole {scored}: they go by their scores")
+    if untied and isinstance(plan, StructuredPlan):
+        plan.untied = untied
+        plan.before.update(_counts(given))
+        plan.notes.append(f"{untied[0]} has been untied from the embedding: {_counts(model)['params']:,} parameters")
     if heals and isinstance(plan, StructuredPlan) and plan.kept:
         heal(plan)
         if not batches:
             plan.notes.append(f"recovery '{recipe.recovery}' was left out: it works on data, and none was given")
     return plan
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    return {k: v for k, v in totals(model, 0).items() if k != "flops"}
+
+
+def _absolute(target: Target, model: nn.Module) -> Target:
+    """What may remain as a count, where the share of a count of stored parameters was asked for."""
+    before = _counts(model).get(target.quantity)
+    return target if before is None else Target(target.quantity, limit=target.remaining(before))
 
 
 def _refuse(recipe: Recipe, heals: bool, whole: bool, wanted: Target) -> None:

@@ -36,12 +36,13 @@ class Family:
             a head are ``q_proj.weight:0 x64``.
         units: what may go.
         slots: slot numbers that every unit touches.
-        frozen: units of this footprint that may not go -> why; counted.
+        multiple: what the number of units that stay is a multiple of, besides what the user asks for.
     """
 
     name: str
     units: list[Unit]
     slots: tuple[int, ...]
+    multiple: int = 1
 
     def __len__(self) -> int:
         return len(self.units)

@@ -152,6 +152,22 @@ units(
     criterion="activation-mean",
     granularity="channel",
 )
+method(
+    "slicegpt",
+    "Keep the principal directions of the hidden state, in place of single features.",
+    choose="Choose it for pre-norm language models and vision transformers whose output layer is not tied.",
+    beware="an output layer that is tied to the embedding is untied, so a small model with a large vocabulary gains "
+    "little. The paper turns each block by its own matrix, and keeps those matrices on the residual connections; "
+    "here one serves all, and the result is a plain model of the same class.",
+    source="Ashkboos et al., SliceGPT, arXiv 2401.15024.",
+    paper="2401.15024",
+    family="decomposition",
+    granularities=("coupled", "channel"),
+    criterion="activation-mean",
+    granularity="channel",
+    recovery="project",
+    only=("@residual",),
+)
 units(
     "group-fisher",
     "Remove the channels whose masks carry least Fisher information, all coupled layers together.",

@@ -158,6 +158,7 @@ _PARTS = {
     ("solver", "least-squares"): ("B3.5",),
     ("solver", "admm"): ("B3.5",),
     ("recovery", "rewind"): ("B3.1",),
+    ("recovery", "project"): ("A3.5", "B3.5"),
     ("recovery", "distill"): ("D4",),
 }
 

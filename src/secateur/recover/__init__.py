@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import blockwise, units
+from . import blockwise, project, units
 
-__all__ = ["blockwise", "units"]
+__all__ = ["blockwise", "project", "units"]

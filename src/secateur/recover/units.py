@@ -58,7 +58,7 @@ def refit(task: Smaller, *, damp: float = 0.01) -> list[str]:
     Source: Luo et al., ThiNet, arXiv 1707.06342, section 3.2.3, and He et al., Channel pruning, arXiv 1707.06168,
     equation 3; the joint bias and the pull towards the kept weights are ours.
     """
-    return _guarded(task, lambda lots: [*_fit(task, lots, partial(_least_squares, damp=damp)), *_renorm(task, lots)])
+    return guarded(task, lambda lots: [*fitted(task, lots, damp), *_renorm(task, lots)])
 
 
 @register("recovery", name="bias", paper="2312.11983", data="units")
@@ -73,7 +73,7 @@ def bias(task: Smaller) -> list[str]:
 
     Source: An et al., FLAP, arXiv 2312.11983, equation 8; there x' = x on what is kept.
     """
-    return _guarded(task, lambda lots: _fit(task, lots, _shift, biased=True))
+    return guarded(task, lambda lots: _fit(task, lots, _shift, biased=True))
 
 
 @register("recovery", name="batch-norm", paper="2007.02491", data="units")
@@ -84,10 +84,10 @@ def batch_norm(task: Smaller) -> list[str]:
 
     Source: Li et al., EagleEye, arXiv 2007.02491, section 3.3 (adaptive batch normalization).
     """
-    return _guarded(task, lambda lots: _renorm(task, lots))
+    return guarded(task, lambda lots: _renorm(task, lots))
 
 
-def _guarded(task: Smaller, heal: Callable[[list[Any]], list[str]]) -> list[str]:
+def guarded(task: Smaller, heal: Callable[[list[Any]], list[str]]) -> list[str]:
     """Heal on most of the data, and take it back if the held-out rest says that it did harm."""
     batches = list(task.batches)
     if len(batches) == 1 and isinstance(batches[0], Tensor) and len(batches[0]) > 3:
@@ -107,6 +107,11 @@ def _guarded(task: Smaller, heal: Callable[[list[Any]], list[str]]) -> list[str]
                 tensor.copy_(before[name])
             return [*notes, f"taken back: error of the output on {where} would go from {first:.4f} to {last:.4f}"]
     return [*notes, f"error of the output on {where}: {first:.4f} before, {last:.4f} after"]
+
+
+def fitted(task: Smaller, lots: list[Any], damp: float) -> list[str]:
+    """Fit every layer that reads what was removed by least squares, as `refit` says."""
+    return _fit(task, lots, partial(_least_squares, damp=damp))
 
 
 @dataclass(eq=False)

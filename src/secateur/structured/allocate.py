@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +19,8 @@ _FLOOR = 0.1  # of a family stays, whatever its scores
 def step_of(family: Family, multiple: int) -> int:
     """Units are removed in steps: to a multiple of ``multiple``, or singly where a unit is many positions (a head)."""
     single = all(len(p) == 1 for p in family.units[0].places.values())
-    return multiple if single and len(family) >= 2 * multiple else 1
+    steps = (math.lcm(multiple, family.multiple), family.multiple, multiple)
+    return next((n for n in steps if n > 1 and len(family) >= 2 * n), 1) if single else 1
 
 
 def rounded(family: Family, keep: float, multiple: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -19,19 +19,20 @@ def chosen(
 ) -> tuple[list[int], dict[int, str]]:
     """Families that may be cut, and why others may not; ``remade`` are buffers that the model makes as it runs."""
     made, block_of = _made_by_config(model), _block_of(model)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
     active, left = [], {}
     for i, family in enumerate(found.families):
         names = [n for s in family.slots for n in found.slots[s].names]
-        paths = [
-            *names,
-            *(n.rpartition(".")[0] for n in names),
-            *([RESIDUAL] if len({b for n in names if (b := block_of(n))}) > 1 else []),
-        ]
+        shared = len({b for n in names if (b := block_of(n))}) > 1
+        own = [*names, *(n.rpartition(".")[0] for n in names)]
+        paths = [*own, RESIDUAL] if shared else own
+        if shared and isinstance(heads, int) and not made & set(names):
+            family.multiple = heads  # configs of transformers want a width that heads divide
         if why := globbed(recipe, paths):
             left[i] = why
         elif made_anew := sorted(set(remade) & set(names)):
             left[i] = f"{made_anew[0]} is made by the model as it runs"
-        elif not recipe.only and made & set(names):
+        elif made & set(names) and not (recipe.only and _matches(own, recipe.only)):
             left[i] = f"{sorted(made & set(names))[0]} is not saved: stock loaders would compute it anew (use --only)"
         else:
             active.append(i)
@@ -40,9 +41,13 @@ def chosen(
 
 def globbed(recipe: Recipe, names: Sequence[str]) -> str:
     """Why the recipe's globs leave alone what has these names; empty when they do not."""
-    if recipe.only and not any(fnmatchcase(n, g) for n in names for g in recipe.only):
+    if recipe.only and not _matches(names, recipe.only):
         return "not chosen by --only"
-    return "chosen by --skip" if any(fnmatchcase(n, g) for n in names for g in recipe.skip) else ""
+    return "chosen by --skip" if _matches(names, recipe.skip) else ""
+
+
+def _matches(names: Iterable[str], globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(n, g) for n in names for g in globs)
 
 
 def _block_of(model: nn.Module) -> Callable[[str], str | None]:

@@ -44,6 +44,7 @@ class StructuredPlan:
         sizes: length of an axis anywhere in the run -> what such axes become.
         emptied: module and attribute of what modules keep from one run to the next, which a smaller model must not.
         healed: tensors of the smaller model that a recovery changed, by name.
+        untied: parameters of ``model`` that share their values with others in the model that was given.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class StructuredPlan:
     example: tuple[tuple[Any, ...], dict[str, Any]] = field(repr=False)
     emptied: list[tuple[str, str]] = field(default_factory=list, repr=False)
     healed: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    untied: tuple[str, ...] = field(default=(), repr=False)
 
     def mask(self) -> nn.Module:
         """Set to zero, in place, every parameter position that goes; shapes stay as they are.
@@ -86,7 +88,8 @@ class StructuredPlan:
         before = {n: t.detach().clone() for n, t in stored_tensors(small).items()}
         self.notes += recover(small)
         after = stored_tensors(small)
-        self.healed = {n: after[n].detach() for n, old in before.items() if not torch.equal(old, after[n])}
+        changed = {n: after[n].detach() for n, old in before.items() if not torch.equal(old, after[n])}
+        self.healed = {**self.healed, **changed}
 
     def shrink(self) -> nn.Module:
         """A smaller copy of the model. The model itself stays as it is.
@@ -178,6 +181,7 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
     return {
         **described(plan.recipe, plan.target, plan.before, plan.after, plan.proof.error, plan.example),
         "sizes": {str(a): b for a, b in plan.sizes.items()},
+        **({"untied": list(plan.untied)} if plan.untied else {}),
         "kept": {
             name: {str(axis): {"of": tensors[name].shape[axis], "keep": _ranges(p)} for axis, p in axes.items()}
             for name, axes in plan.kept.items()

@@ -21,6 +21,7 @@ from ..surgery.depth import BLOCKS
 from ..surgery.experts import EXPERTS
 from ..surgery.pieces import Pieces
 from ..surgery.shrink import Mend, shrink
+from ..surgery.tied import shared_heads, untie
 
 _PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
 _OVER = 1 << 31
@@ -103,6 +104,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             shape = kind.without(shape, gone) if gone else shape
     except Exception as error:  # pieces that do not go together
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
+    apart = _check_untied(record, model, folder)
     kept, mends = _check(record, shape, folder)
     try:
         state = load_file(folder / _WEIGHTS)
@@ -111,6 +113,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     _check_shapes(record, state, shape, kept, folder)
     for kind, gone in removed:
         kind.remove(model, gone)
+    untie(model, apart)
     shrink(model, kept, mends)
     for alias, name in record["tied"].items():
         state[alias] = state[name]
@@ -215,6 +218,14 @@ def _check_removed(record: Mapping[str, Any], kind: Pieces, model: nn.Module, fo
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
     return found
+
+
+def _check_untied(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[str, ...]:
+    """Parameters that share their values with others in a fresh model, and are to have their own."""
+    names = record.get("untied", [])
+    if not isinstance(names, list) or not set(names) <= set(shared_heads(model)):
+        raise ModelError(f"{folder / _PLAN} unties {names}, which are not tied in this model")
+    return tuple(names)
 
 
 def _check_shapes(
