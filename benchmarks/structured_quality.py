@@ -14,8 +14,8 @@ from typing import Any
 
 from common import RESULTS, environment, table, write_json
 
-METHODS = ["l1-norm", "llm-pruner", "wanda-sp", "flap", "shortgpt", "sleb", "angular-depth"]
-WIDTH = {"l1-norm", "llm-pruner", "wanda-sp", "flap"}
+METHODS = ["llm-pruner", "wanda-sp", "flap", "slicegpt", "shortgpt", "sleb", "l1-norm", "angular-depth"]
+WIDTH = {"l1-norm", "llm-pruner", "wanda-sp", "flap", "slicegpt"}
 TARGETS = ["10%", "20%", "30%"]
 
 
@@ -74,7 +74,9 @@ def measure(args: argparse.Namespace, result: dict[str, Any]) -> None:
         for method in args.methods:
             for recovery in args.recoveries if method in WIDTH else ["none"]:
                 axes: dict[str, Any] = {"recovery": recovery}
-                if method in WIDTH:
+                if method == "slicegpt":  # without its projection it would be another method
+                    axes = {"knobs": {"recovery": {"refit": recovery == "refit"}}}
+                elif method in WIDTH:
                     axes["skip"] = ["@residual"]
                 recipe = secateur.Recipe.of(method, **axes)
                 key = f"{method}|{target}|{recovery}|{recipe.digest}|{group}"
