@@ -22,7 +22,7 @@ RECOVERIES = ["none", "batch-norm", "refit"]
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/dataset-fashion-mnist"), help="*-ubyte.gz files")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="*-ubyte.gz files")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--target", default="flops 50%")
     parser.add_argument("--epochs", type=int, default=3)
