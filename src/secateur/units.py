@@ -16,6 +16,7 @@ from .registry import get
 from .structured import StructuredPlan, Target, WholePlan, plan_depth, plan_experts, plan_structured
 from .structured.measured import MEASURES, plan_measured
 from .structured.rounds import plan_rounds
+from .structured.score import Probes
 
 
 def plan_coupled(
@@ -46,8 +47,11 @@ def plan_coupled(
     recipe.check(data=data is not None, loss=loss is not None)
     batches = batches_of(data) if data is not None else []
 
-    def measure(net: nn.Module) -> dict[str, Any]:
-        return evidence_of(net, recipe, find_layers(net)[0], batches, loss) if recipe.needs_data else {}
+    def measure(net: nn.Module, probes: Probes | None = None) -> dict[str, Any]:
+        if not recipe.needs_data:
+            return {}
+        directions = None if probes is None else probes.directions()
+        return evidence_of(net, recipe, find_layers(net)[0], batches, loss, directions)
 
     def heal(plan: StructuredPlan) -> None:
         net, kept, knobs = plan.model, plan.kept, recipe.knobs_of("recovery")
@@ -60,13 +64,18 @@ def plan_coupled(
             model, recipe, target=wanted, measure=measure, heal=heal, **shared
         )
     else:
-        evidence = measure(model)
         by = "params" if scored == "experts" else "flops"
+        known: list[dict[str, Any]] = []
+
+        def evidence(probes: Probes | None = None) -> dict[str, Any]:
+            if not known:  # every goal draws the same signs
+                known.append(measure(model, probes))
+            return known[0]
 
         def make(goal: Target) -> StructuredPlan | WholePlan:
             if not pattern.whole:
                 return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
-            given: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence}
+            given: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence()}
             if scored == "experts":
                 return plan_experts(model, recipe, target=goal, example=example, **given)
             return plan_depth(model, recipe, target=goal, example=example, loss=loss, **given)
