@@ -60,16 +60,17 @@ def obd(weight: Tensor, hessian: Tensor, *, probes: int = 4) -> Tensor:
     of="unit",
     scales={"unit_change": 1, "unit_curvature": 1},
 )
-def unit_hessian(unit_change: Tensor, unit_curvature: Tensor, *, probes: int = 4) -> Tensor:
+def unit_hessian(unit_change: Tensor, unit_curvature: Tensor, *, probes: int = 16) -> Tensor:
     """The size of the loss change without the unit, to second order, with all of the Hessian between its weights.
 
     :: s_u = |mean over batches of w_u^T H w_u / 2 - sum over its weights of w dL/dw|
 
-    Choose it when a loss is at hand and a few more backward passes on each batch can be paid for: it is exact where
+    Choose it when a loss is at hand and a dozen more backward passes on each batch can be paid for: it is exact where
     the loss is quadratic in a unit's weights, as a squared error is in those that read it (granularity channel).
 
-    Beware: w^T H w is estimated with random signs of units, probes of them on each batch, and what units share is
-    its noise: draw more where there are few batches. Biases and the scales of normalizations do not count.
+    Beware: w^T H w is estimated with random signs of units, probes of them on each batch, and what units share is its
+    noise, which ranks worse than first order where probes and batches are few: draw more. Biases and the scales of
+    normalizations do not count.
 
     >>> import torch
     >>> unit_hessian(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 4.0], [4.0, 0.0]])).tolist()
