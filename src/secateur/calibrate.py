@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .data import Windows
 from .errors import DataError, RecipeError
 from .evidence import gather_gradients, gather_inputs
+from .evidence.gradients import Directions
 from .evidence.inputs import INPUT_FACTS
 from .evidence.maps import gather_maps
 from .facts import of_source
@@ -21,9 +22,17 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def evidence_of(
-    model: nn.Module, recipe: Recipe, layers: list[Layer], batches: list[Any], loss: Loss | None
+    model: nn.Module,
+    recipe: Recipe,
+    layers: list[Layer],
+    batches: list[Any],
+    loss: Loss | None,
+    directions: Directions | None = None,
 ) -> dict[str, Any]:
-    """Layer name -> facts that the recipe's parts name, measured on the batches; ``loss`` where gradients are."""
+    """Layer name -> facts that the recipe's parts name, measured on the batches; ``loss`` where gradients are.
+
+    A criterion's knob ``probes`` says how many draws of random signs estimate curvature on each batch.
+    """
     needs = recipe.needs()
     found: dict[str, Any] = {}
     with evaluating(model):  # statistics of batch norms are the model's own, and stay so
@@ -34,7 +43,9 @@ def evidence_of(
         if needs & GRADIENTS:
             assert loss is not None
             generator = layer_generator(recipe.seed, "gradients", next(model.parameters()).device)
-            gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, generator=generator)
+            knobs = recipe.knobs_of("criterion") if recipe.criterion is not None else {}
+            options = {"generator": generator, "directions": directions, "probes": knobs.get("probes", 4)}
+            gradients = gather_gradients(model, layers, needs & GRADIENTS, batches, loss, **options)
             found = {n: _Both(found.get(n), g) for n, g in gradients.items()}
     return found
 

@@ -28,6 +28,8 @@ FACTS: dict[str, Fact] = {
     "curvature": Fact("the damped Gram matrix of the input and its factors", "engine"),
     "count": Fact("how many pieces go", "engine"),
     "block_free": Fact("which blocks of a list may go, bool, (blocks,)", "engine"),
+    "unit_square": Fact("sum of the squares of a unit's weights that the granularity counts, (units,)", "engine"),
+    "unit_size": Fact("how many of a unit's weights the granularity counts, (units,)", "engine"),
     "scale": Fact("the scales of one normalization, (units,)", "engine"),
     "input_norm": Fact("l2 norm of each input feature over all tokens, (i,)", "inputs"),
     "input_mean": Fact("mean of each input feature, (i,)", "inputs"),
@@ -52,6 +54,12 @@ FACTS: dict[str, Fact] = {
         "gradients",
         loss=True,
     ),
+    "unit_curvature": Fact(
+        "w^T H w over the same weights, one estimate for each batch and draw of signs, (batches x probes, units)",
+        "gradients",
+        loss=True,
+    ),
+    "unit_trace": Fact("sum of the Hessian's diagonal over the same weights, (units,)", "gradients", loss=True),
     "map_rank": Fact("mean rank of each feature map that a convolution reads, (channels,)", "maps"),
     "map_independence": Fact(
         "nuclear norm lost with each of the feature maps that a convolution reads, mean over images, (channels,)",

@@ -102,6 +102,17 @@ class Layer:
             raise NumericalError(f"{self.name} has NaN or infinite weights; repair the model before pruning it")
 
 
+def axis_sums(tensor: Tensor) -> dict[int, Tensor]:
+    """For each axis the sums over all others, in float64.
+
+    >>> axis_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))[0].tolist()
+    [3.0, 7.0]
+    """
+    axes = range(tensor.dim())
+    wide = tensor.detach().double()
+    return {a: wide.sum([d for d in axes if d != a]) if len(axes) > 1 else wide for a in axes}
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A parameter that is not pruned, and why."""

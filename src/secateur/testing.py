@@ -158,6 +158,10 @@ def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
     given: dict[str, Any] = {
         "scale": torch.randn(units, generator=generator),
         "unit_change": torch.randn(3, units, generator=generator),
+        "unit_curvature": torch.randn(6, units, generator=generator),
+        "unit_trace": torch.randn(units, generator=generator),
+        "unit_square": torch.rand(units, generator=generator),
+        "unit_size": torch.randint(1, 9, (units,), generator=generator),
         "map_rank": torch.rand(units, generator=generator),
         "map_independence": torch.rand(units, generator=generator),
         "block_cosine": torch.rand(units, generator=generator),

@@ -17,6 +17,7 @@ from .registry import get
 from .structured import StructuredPlan, Target, WholePlan, plan_depth, plan_experts, plan_structured
 from .structured.measured import MEASURES, plan_measured
 from .structured.rounds import plan_rounds
+from .structured.score import Probes
 from .structured.whole import totals
 from .surgery.tied import shared_heads, untie
 
@@ -54,8 +55,11 @@ def plan_coupled(
         untie(model, untied)
         wanted = _absolute(wanted, given)
 
-    def measure(net: nn.Module) -> dict[str, Any]:
-        return evidence_of(net, recipe, find_layers(net)[0], batches, loss) if recipe.needs_data else {}
+    def measure(net: nn.Module, probes: Probes | None = None) -> dict[str, Any]:
+        if not recipe.needs_data:
+            return {}
+        directions = None if probes is None else probes.directions()
+        return evidence_of(net, recipe, find_layers(net)[0], batches, loss, directions)
 
     def heal(plan: StructuredPlan) -> None:
         net, kept, knobs = plan.model, plan.kept, recipe.knobs_of("recovery")
@@ -68,13 +72,18 @@ def plan_coupled(
             model, recipe, target=wanted, measure=measure, heal=heal, **shared
         )
     else:
-        evidence = measure(model)
         by = "params" if scored == "experts" else "flops"
+        known: list[dict[str, Any]] = []
+
+        def evidence(probes: Probes | None = None) -> dict[str, Any]:
+            if not known:  # every goal draws the same signs
+                known.append(measure(model, probes))
+            return known[0]
 
         def make(goal: Target) -> StructuredPlan | WholePlan:
             if not pattern.whole:
                 return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
-            more: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence}
+            more: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence()}
             if scored == "experts":
                 return plan_experts(model, recipe, target=goal, example=example, **more)
             return plan_depth(model, recipe, target=goal, example=example, loss=loss, **more)

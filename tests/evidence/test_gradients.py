@@ -166,6 +166,38 @@ def test_hessian_of_a_linear_loss_is_zero_and_attention_has_a_second_derivative(
     assert found["weight"]["hessian"].any()
 
 
+def test_unit_curvature_is_the_weight_times_a_hessian_product():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
+    layers, _ = find_layers(model)
+    names = ["0.weight", "3.weight"]
+    weights = [model[0].weight, model[3].weight]
+    batches = [(torch.randn(4, 2, 3).double(), torch.randn(4, 2).double()) for _ in range(2)]
+    vectors = [[torch.randn_like(w) for w in weights] for _ in range(6)]
+    directions = iter([{id(w): v for w, v in zip(weights, row, strict=True)} for row in vectors])
+    needs = {"unit_curvature", "unit_change", "unit_trace"}
+    found = gather_gradients(model, layers, needs, batches, _mse, probes=3, directions=directions)
+    for k, layer in enumerate(layers):
+        for row, v in enumerate(vectors):
+            x, y = batches[row // 3]
+
+            def of(*given, x=x, y=y):
+                return F.mse_loss(torch.func.functional_call(model, dict(zip(names, given, strict=True)), (x,)), y)
+
+            plain = tuple(w.detach() for w in weights)
+            _, products = torch.autograd.functional.hvp(of, plain, tuple(v))
+            wanted = plain[k] * products[k]
+            for axis, lines in found[layer.name]["unit_curvature"].items():
+                rest = [d for d in range(wanted.dim()) if d != axis]
+                assert lines.shape == (6, wanted.shape[axis])
+                torch.testing.assert_close(lines[row], wanted.sum(rest))
+        assert {a: x.shape[0] for a, x in found[layer.name]["unit_change"].items()} == dict.fromkeys(
+            range(wanted.dim()), 2
+        )
+        trace = found[layer.name]["unit_trace"]
+        torch.testing.assert_close(trace[0].sum(), trace[1].sum())
+
+
 def test_convolutions_are_seen_as_matrices():
     torch.manual_seed(0)
     model = nn.ConvTranspose2d(4, 6, 3, groups=2)
@@ -280,6 +312,6 @@ def test_what_cannot_be_used_is_refused():
         gather_gradients(model, layers, {"gradient"}, [], _mse)
     with pytest.raises(DataError, match="one element"):
         gather_gradients(model, layers, {"gradient"}, _batches(), lambda m, b: m(b[0]))
-    for needs in ({"gradient"}, {"fisher"}, {"fisher_inverse"}, {"hessian"}):
+    for needs in ({"gradient"}, {"fisher"}, {"fisher_inverse"}, {"hessian"}, {"unit_change"}, {"unit_trace"}):
         with pytest.raises(NumericalError, match="gradient of weight is NaN"):
             gather_gradients(model, layers, needs, _batches(), lambda m, b: _mse(m, b) * m.weight.sum() * float("nan"))

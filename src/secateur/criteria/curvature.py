@@ -33,7 +33,7 @@ def fisher(weight: Tensor, fisher: Tensor) -> Tensor:
 
 
 @register("criterion", family="curvature", scales={"weight": 2, "hessian": 1})
-def obd(weight: Tensor, hessian: Tensor) -> Tensor:
+def obd(weight: Tensor, hessian: Tensor, *, probes: int = 4) -> Tensor:
     """Optimal brain damage: the rise of the loss, to second order, with the Hessian's own diagonal.
 
     :: s = max(h, 0) w^2 / 2
@@ -41,7 +41,7 @@ def obd(weight: Tensor, hessian: Tensor) -> Tensor:
     Choose it for small trained networks where a second derivative can be paid for.
 
     Beware: it assumes a minimum, where h >= 0. A negative estimate (noise, or a model not trained out)
-    counts as flat, so those weights tie at zero and go first; draw more probes if they are many.
+    counts as flat, so those weights tie at zero and go first; draw more probes on each batch if they are many.
 
     >>> import torch
     >>> obd(torch.tensor([[-2.0, 1.0, 3.0]]), torch.tensor([[0.5, 4.0, -1.0]])).tolist()
@@ -50,6 +50,63 @@ def obd(weight: Tensor, hessian: Tensor) -> Tensor:
     Source: LeCun, Denker and Solla, Optimal brain damage, NIPS 1989.
     """
     return 0.5 * hessian.clamp_min(0) * weight.square()
+
+
+@register(
+    "criterion",
+    name="unit-hessian",
+    family="curvature",
+    paper="1906.10771",
+    of="unit",
+    scales={"unit_change": 1, "unit_curvature": 1},
+)
+def unit_hessian(unit_change: Tensor, unit_curvature: Tensor, *, probes: int = 16) -> Tensor:
+    """The size of the loss change without the unit, to second order, with all of the Hessian between its weights.
+
+    :: s_u = |mean over batches of w_u^T H w_u / 2 - sum over its weights of w dL/dw|
+
+    Choose it when a loss is at hand and a dozen more backward passes on each batch can be paid for: it is exact where
+    the loss is quadratic in a unit's weights, as a squared error is in those that read it (granularity channel).
+
+    Beware: w^T H w is estimated with random signs of units, probes of them on each batch, and what units share is its
+    noise, which ranks worse than first order where probes and batches are few: draw more. Biases and the scales of
+    normalizations do not count.
+
+    >>> import torch
+    >>> unit_hessian(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 4.0], [4.0, 0.0]])).tolist()
+    [1.0, 1.0]
+
+    Source: Molchanov et al., Importance estimation, arXiv 1906.10771, second-order Taylor: their official code squares
+    this sum for gates, whose Hessian it computes; here the gate is a factor on the unit's weights.
+    """
+    return (unit_curvature.mean(0) / 2 - unit_change.mean(0)).abs()
+
+
+@register(
+    "criterion",
+    family="curvature",
+    paper="2101.08940",
+    of="unit",
+    scales={"unit_trace": 1, "unit_square": 1, "unit_size": -1},
+)
+def hap(unit_trace: Tensor, unit_square: Tensor, unit_size: Tensor, *, probes: int = 4) -> Tensor:
+    """Hessian-aware pruning: the mean curvature of a unit's weights times their squared norm.
+
+    :: s_u = max(Tr H_u, 0) / (2 p) |w_u|^2,  p weights in the unit
+
+    Choose it with granularity filter for trained convolutional networks, when second derivatives can be paid for:
+    the trace of a unit is far less noisy than its single entries.
+
+    Beware: it assumes a minimum; a negative trace counts as flat.
+
+    >>> import torch
+    >>> hap(torch.tensor([4.0, -1.0]), torch.tensor([3.0, 3.0]), torch.tensor([2.0, 2.0])).tolist()
+    [3.0, 0.0]
+
+    Source: Yu et al., Hessian-aware pruning and optimal neural implant, arXiv 2101.08940; the official code takes
+    the trace of a filter's block by Hutchinson's estimate, without the half and without the maximum.
+    """
+    return unit_trace.clamp_min(0) * unit_square / (2 * unit_size)
 
 
 @register("criterion", family="curvature", paper="2004.14340", scales={"weight": 2, "fisher_inverse": -1})

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import DataError, ModelError, NumericalError
+from ..errors import DataError, ModelError, NumericalError, RecipeError
 from ..facts import of_source
-from ..layers import Layer
+from ..layers import Layer, axis_sums
 
 #: What a criterion or solver may name, and what it is.
 GRADIENT_FACTS = of_source("gradients")
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+#: Vectors ``v`` of a Hessian product by the id of a parameter, without end; parameters that are absent have zeros.
+Directions = Iterator[Mapping[int, Tensor]]
+
+#: Of parameters whose gradient is not constant: ``v``, and what ``H v`` is multiplied by.
+_Draw = Callable[[Mapping[int, Tensor]], tuple[Mapping[int, Tensor], ...]]
 
 _CHUNK = 2048  # blocks of the Fisher that are inverted at a time, in float64
 
@@ -65,7 +72,7 @@ class GradientEvidence:
         self._square = zeros(*shape) if "fisher" in self.needs else None
         self._outer = zeros(blocks, block, block) if "fisher_inverse" in self.needs else None
         self._curve = zeros(*shape) if "hessian" in self.needs else None
-        self._changes: dict[int, list[Tensor]] = {}
+        self._lines: dict[str, dict[int, list[Tensor]]] = {}
 
     def update(self, gradient_oi: Tensor) -> None:
         """Add the gradient of one batch."""
@@ -81,12 +88,11 @@ class GradientEvidence:
             g_pb = flat.view(-1, self.block)
             self._outer.baddbmm_(g_pb[:, :, None], g_pb[:, None, :])
 
-    def update_changes(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add one batch's ``weight * gradient``, in the stored shape, summed over all axes but one, for each axis."""
-        change = weight.detach().double() * gradient.detach().double()
-        for axis in range(change.dim()):
-            line = change.sum([d for d in range(change.dim()) if d != axis]) if change.dim() > 1 else change
-            self._changes.setdefault(axis, []).append(line.cpu())
+    def update_lines(self, fact: str, stored: Tensor) -> None:
+        """Add a row to a fact of units: a tensor of the stored shape, of which only sums along each axis are kept."""
+        if fact in self.needs:
+            for axis, line in axis_sums(stored).items():
+                self._lines.setdefault(fact, {}).setdefault(axis, []).append(line.cpu())
 
     def update_hessian(self, sample_oi: Tensor) -> None:
         """Add one sample ``v * (H v)`` of the Hessian's diagonal, ``v`` of random signs."""
@@ -102,13 +108,15 @@ class GradientEvidence:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += theirs.to(mine.device)
-        for axis, lines in other._changes.items():
-            self._changes.setdefault(axis, []).extend(lines)
+        for fact, axes in other._lines.items():
+            for axis, lines in axes.items():
+                self._lines.setdefault(fact, {}).setdefault(axis, []).extend(lines)
 
     def __getitem__(self, fact: str) -> Any:
-        """One of `GRADIENT_FACTS`; of ``unit_change`` this layer's part: stored axis -> ``(batches, n)``."""
-        if fact == "unit_change":
-            return {axis: torch.stack(lines) for axis, lines in self._changes.items()}
+        """One of `GRADIENT_FACTS`; of those of units this layer's part: stored axis -> ``(rows, n)``."""
+        if fact in self._lines:
+            rows = {axis: torch.stack(lines) for axis, lines in self._lines[fact].items()}
+            return {a: x.mean(0, keepdim=True) for a, x in rows.items()} if fact == "unit_trace" else rows
         if fact == "gradient" and self._sum is not None:
             return self._sum / max(self.batches, 1)
         if fact == "fisher" and self._square is not None:
@@ -140,7 +148,8 @@ class GradientEvidence:
 
     def check_finite(self, name: str) -> None:
         """Raise `NumericalError` naming the layer when a gradient was NaN or infinite."""
-        for tensor in (self._sum, self._square, self._outer, self._curve):
+        lines = [line for axes in self._lines.values() for some in axes.values() for line in some]
+        for tensor in (self._sum, self._square, self._outer, self._curve, *lines):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise NumericalError(
                     f"the gradient of {name} is NaN or infinite on the calibration data; "
@@ -157,6 +166,7 @@ def gather_gradients(
     *,
     generator: torch.Generator | None = None,
     probes: int = 4,
+    directions: Directions | None = None,
 ) -> dict[str, GradientEvidence]:
     """Backpropagate ``loss(model, batch)`` for every batch and gather evidence of all ``layers`` at once.
 
@@ -172,14 +182,20 @@ def gather_gradients(
         loss: ``loss(model, batch)`` returns a tensor of one element.
         generator: draws the signs for ``hessian``; without one, a fresh generator seeded with 0.
         probes: draws for each batch; the estimate's variance falls with ``probes * batches``.
+        directions: for ``unit_curvature``: what ``H`` is multiplied by, ``probes`` of them for each batch. Kept is
+            ``w * (H v)``, summed along each axis.
 
     Raises:
+        RecipeError: fewer than one probe.
         DataError: there are no batches, or the loss is not one number.
         ModelError: a layer received no gradient from any batch (an expert that no token chose has zeros).
         NumericalError: a gradient is NaN or infinite.
     """
     needs = frozenset(needs) & GRADIENT_FACTS.keys()
-    curved = "hessian" in needs
+    estimated = bool(needs & {"hessian", "unit_trace"})
+    curved = estimated or "unit_curvature" in needs
+    if curved and probes < 1:
+        raise RecipeError(f"curvature is estimated with at least one probe, not {probes}")
     generator = generator or torch.Generator().manual_seed(0)
     found = {x.name: GradientEvidence(x.shape, needs, x.stored.device, name=x.name) for x in layers}
     # Experts are slices of one parameter: differentiate with respect to each parameter once.
@@ -189,18 +205,26 @@ def gather_gradients(
     attention = sdpa_kernel(SDPBackend.MATH) if curved else nullcontext()
     with _left_alone(model, list(parameters.values())), torch.enable_grad(), attention:
         for batch in batches:
-            gradients, samples = _differentiate(
-                loss(model, batch), parameters, generator if curved else None, probes if curved else 0
-            )
+            draws: list[_Draw] = [partial(_hutchinson, generator)] * (probes if estimated else 0)
+            along: list[_Draw] = []
+            if "unit_curvature" in needs:
+                assert directions is not None
+                along = [partial(_along, parameters, next(directions)) for _ in range(probes)]
+            gradients, samples = _differentiate(loss(model, batch), parameters, [*draws, *along])
             reached |= gradients.keys()
             for layer in layers:
-                key = id(getattr(layer.module, layer.parameter))
-                part = _part(layer, gradients.get(key))
-                found[layer.name].update(part)
-                if "unit_change" in needs and layer.index is None:  # stacked experts are not scored by units
-                    found[layer.name].update_changes(layer.stored, layer.from_oi(part))
-                for sample in samples:
-                    found[layer.name].update_hessian(_part(layer, sample.get(key)))
+                key, evidence = id(getattr(layer.module, layer.parameter)), found[layer.name]
+                evidence.update(_part(layer, gradients.get(key)))
+                for sample in samples[: len(draws)]:
+                    evidence.update_hessian(_part(layer, sample.get(key)))
+                if layer.index is None:  # stacked experts are not scored by units
+                    weight = layer.stored.detach()
+                    nothing = torch.zeros_like(weight)
+                    if "unit_change" in needs:
+                        evidence.update_lines("unit_change", weight.double() * gradients.get(key, nothing).double())
+                    for place, sample in enumerate(samples):
+                        fact = "unit_trace" if place < len(draws) else "unit_curvature"
+                        evidence.update_lines(fact, sample.get(key, nothing))
     if found and not any(x.batches for x in found.values()):
         raise DataError("there are no batches to take gradients of; give calibration data")
     for layer in layers:
@@ -215,31 +239,47 @@ def gather_gradients(
 
 
 def _differentiate(
-    value: Tensor, parameters: dict[int, Tensor], generator: torch.Generator | None, probes: int
+    value: Tensor, parameters: dict[int, Tensor], draws: Sequence[_Draw]
 ) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
-    """Gradients by parameter id, and Hutchinson samples ``v * (H v)``; what is not reached is absent."""
+    """Gradients by parameter id, and a sample for each draw of ``v`` and ``u``: ``u * (H v)``.
+
+    What is not reached is absent.
+    """
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise DataError("the loss of a batch must be a tensor of one element; average it over the batch")
     if not value.requires_grad:
-        return {}, [{} for _ in range(probes)]
-    raw = torch.autograd.grad(value.sum(), list(parameters.values()), create_graph=probes > 0, allow_unused=True)
+        return {}, [{} for _ in draws]
+    raw = torch.autograd.grad(value.sum(), list(parameters.values()), create_graph=bool(draws), allow_unused=True)
     gradients = {k: g for k, g in zip(parameters, raw, strict=True) if g is not None}
     samples: list[dict[int, Tensor]] = []
     # A constant gradient (the loss is linear in that weight) has no graph, and adds nothing to H.
     bent = {k: g for k, g in gradients.items() if g.requires_grad}
-    for _ in range(probes):
-        signs = {k: _signs(g, generator) for k, g in bent.items()}
+    for draw in draws:
+        v, u = draw(bent)
         products: Sequence[Tensor | None] = ()
         if bent:
             products = torch.autograd.grad(
                 list(bent.values()),
                 [parameters[k] for k in bent],
-                list(signs.values()),
+                [v[k] for k in bent],
                 retain_graph=True,
                 allow_unused=True,
             )
-        samples.append({k: signs[k] * hv for k, hv in zip(bent, products, strict=True) if hv is not None})
+        samples.append({k: u[k].detach() * hv for k, hv in zip(bent, products, strict=True) if hv is not None})
     return gradients, samples
+
+
+def _hutchinson(generator: torch.Generator, bent: Mapping[int, Tensor]) -> tuple[Mapping[int, Tensor], ...]:
+    """The same random signs twice: the expectation of ``v * (H v)`` is the diagonal."""
+    signs = {k: _signs(g, generator) for k, g in bent.items()}
+    return signs, signs
+
+
+def _along(
+    parameters: Mapping[int, Tensor], v: Mapping[int, Tensor], bent: Mapping[int, Tensor]
+) -> tuple[Mapping[int, Tensor], ...]:
+    """A direction, and the weights themselves."""
+    return {k: v[k].to(g) if k in v else torch.zeros_like(g) for k, g in bent.items()}, parameters
 
 
 def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:

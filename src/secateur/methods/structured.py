@@ -181,6 +181,64 @@ units(
     allocation="global",
 )
 units(
+    "unit-hessian",
+    "Remove the coupled units without which the loss changes least, to second order.",
+    choose="Choose it for trained networks with a loss, when first order says too little: near a minimum.",
+    beware="it takes second derivatives, and its estimate is noisy with few batches: raise the criterion's probes.",
+    source="Molchanov et al., Importance estimation for neural network pruning, arXiv 1906.10771, second-order Taylor "
+    "score, in one shot.",
+    paper="1906.10771",
+    family="curvature",
+    criterion="unit-hessian",
+    granularity="coupled",
+    allocation="global",
+)
+units(
+    "group-hessian",
+    "Remove the coupled units whose weights, one by one, curve the loss least: optimal brain damage of groups.",
+    choose="Choose it for small trained networks where a second derivative can be paid for.",
+    beware="torch-pruning's importance of that name takes mean squared gradients for the Hessian's diagonal: that is "
+    "criterion fisher.",
+    source="LeCun, Denker and Solla, Optimal brain damage, NIPS 1989, summed over coupled weights as in Fang et al., "
+    "DepGraph, arXiv 2301.12900.",
+    paper="2301.12900",
+    family="curvature",
+    criterion="obd",
+    granularity="coupled",
+    allocation="global",
+)
+units(
+    "hap",
+    "Remove the filters with the smallest mean curvature times squared norm.",
+    choose="Choose it for trained convolutional networks with a loss.",
+    beware="the neural implant, a low-rank stand-in for filters of middling score, is not part of this recipe, and the "
+    "official code ranks raw scores.",
+    source="Yu et al., Hessian-aware pruning and optimal neural implant, arXiv 2101.08940, in one shot.",
+    paper="2101.08940",
+    family="curvature",
+    criterion="hap",
+    granularity="filter",
+    allocation="global",
+)
+units(
+    "nvit",
+    "Remove embedding dimensions, heads, their dimensions and neurons of a transformer in one ranking of Hessian-aware "
+    "saliency.",
+    choose="Choose it for vision transformers when there are labels, with a target in latency or FLOPs.",
+    beware="its saliency, the mean squared sum of weight times gradient over a group, is criterion group-fisher but "
+    "for the half. The official code sums a neuron or head dimension over the weights that compute it, ranks raw sums "
+    "after fixed divisors (12 for the embedding, 6 for a head, 2 for a dimension in one), subtracts what a table of "
+    "latencies says that a group saves, and trains meanwhile; here sums are over all coupled weights, allocation "
+    "global divides by the family's mean, and latency is a target.",
+    source="Yang et al., Global vision transformer pruning with Hessian-aware saliency (NViT), arXiv 2110.04869, and "
+    "its official code, in one shot.",
+    paper="2110.04869",
+    family="saliency",
+    criterion="group-fisher",
+    granularity="coupled",
+    allocation="global",
+)
+units(
     "hrank",
     "Remove the channels whose feature maps have the lowest rank.",
     choose="Choose it for convolutional networks and data without labels.",

@@ -18,8 +18,11 @@ from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
 from .plan import FamilyPlan, StructuredPlan, inputs
-from .score import Scores, combined, unit_scores, weight_scores
+from .score import Probes, Scores, combined, unit_scores, weight_scores
 from .targets import Target
+
+#: Layer name -> facts, or what measures them, with probes of the units for those that need some.
+Evidence = Mapping[str, Any] | Callable[[Probes], Mapping[str, Any]]
 
 #: Rounds of dropping what cannot be proven and allocating the rest again.
 _ROUNDS = 3
@@ -33,7 +36,7 @@ def plan_structured(
     *,
     target: str | Target,
     example: Any,
-    evidence: Mapping[str, Any] | None = None,
+    evidence: Evidence | None = None,
     multiple: int = 8,
     where: str = "coupled",
 ) -> StructuredPlan:
@@ -41,7 +44,7 @@ def plan_structured(
 
     Args:
         example: inputs of one forward pass: a tensor, a tuple of positional or a dict of keyword inputs.
-        evidence: layer name -> facts that the criterion needs beside the weights.
+        evidence: layer name -> facts that the criterion needs beside the weights, or what measures them.
         multiple: sizes are rounded to it, where the units are single positions.
         where: see `unit_scores`.
 
@@ -52,8 +55,10 @@ def plan_structured(
     wanted = target if isinstance(target, Target) else Target.parse(target)
     case = Case(model, recipe, example)
     found = case.found
-    each = weight_scores(model, recipe, evidence or {})
-    scores = unit_scores(found, each, where, recipe.allocation == "standardized", combined(recipe))
+    probes = Probes(found, model, where, recipe.seed)
+    each = weight_scores(model, recipe, evidence(probes) if callable(evidence) else evidence or {})
+    combine = combined(recipe, each, probes)
+    scores = unit_scores(found, each, where, recipe.allocation == "standardized", combine)
     active, left = chosen(found, recipe, model, case.remade)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]

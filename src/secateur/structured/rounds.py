@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..schedule import sparsity_at
 from .choose import chosen
 from .make import NOTHING, Case, plan_structured
 from .plan import StructuredPlan
+from .score import Probes
 from .targets import Target
 
 #: Tensor name -> axis -> positions that stay.
@@ -26,7 +28,7 @@ def plan_rounds(
     *,
     target: Target,
     example: Any,
-    measure: Callable[[nn.Module], Mapping[str, Any]],
+    measure: Callable[[nn.Module, Probes], Mapping[str, Any]],
     heal: Callable[[StructuredPlan], None],
     multiple: int = 8,
     where: str = "coupled",
@@ -52,7 +54,7 @@ def plan_rounds(
             recipe,
             target=Target(target.quantity, limit=goal),
             example=example,
-            evidence=measure(current),
+            evidence=partial(measure, current),
             multiple=multiple,
             where=where,
         )

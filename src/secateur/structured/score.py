@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import NumericalError, RecipeError
 from ..graph import Dependencies
-from ..layers import find_layers
+from ..layers import Layer, axis_sums, find_layers
 from ..recipe import Recipe
 from ..registry import Part, get
 from ..solve import Facts
 
 Scores = NDArray[np.float64]
+
+#: Facts of units that are one number for each, not one for each batch.
+_SINGLE = ("unit_trace", "unit_square", "unit_size")
 
 
 class Scored:
@@ -26,11 +30,18 @@ class Scored:
     Args:
         output: that axis.
         score: of each weight, in the parameter's shape; or None.
-        lines: axis -> ``(batches, n)``, where positions of an axis are scored, not weights.
+        lines: axis -> ``(rows, n)``, where positions of an axis are scored, not weights.
+        rows: fact -> how many of the rows, from the top, are its own, where a criterion of units names facts.
     """
 
-    def __init__(self, output: int, score: Tensor | None = None, lines: Mapping[int, Tensor] | None = None) -> None:
-        self.output, self.score, self._lines = output, score, lines or {}
+    def __init__(
+        self,
+        output: int,
+        score: Tensor | None = None,
+        lines: Mapping[int, Tensor] | None = None,
+        rows: Mapping[str, int] | None = None,
+    ) -> None:
+        self.output, self.score, self._lines, self.rows = output, score, lines or {}, rows or {}
 
     def weights(self) -> Tensor:
         """The score of each weight.
@@ -43,7 +54,7 @@ class Scored:
         return self.score
 
     def line(self, axis: int) -> Scores | None:
-        """``(batches, n)``, of one batch where weights are scored; None where this axis has no scores."""
+        """``(rows, n)``, one row where weights are scored; None where this axis has no scores."""
         if self.score is None:
             return self._lines[axis].numpy() if axis in self._lines else None
         rest = [d for d in range(self.score.dim()) if d != axis]
@@ -56,16 +67,14 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
     part = get("criterion", recipe.criterion or "")
     if part.facts.get("of") == "norm":
         return _norm_scores(model, part, recipe)
-    layers, _ = find_layers(model, (), ())
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Scored] = {}
-    for layer in layers:
+    for layer, name, output in _places(model):
         whole = getattr(layer.module, layer.parameter)
-        name = names[id(whole)]
-        output = int(layer.transposed or layer.kind == "conv-transpose")
         if part.facts.get("of") == "unit":
             if layer.index is None:
-                found[name] = Scored(output, lines=evidence[layer.name]["unit_change"])
+                facts = {n: _lines(layer, n, evidence) for n in part.needs}
+                lines = {a: torch.cat([x[a] for x in facts.values()]) for a in range(whole.dim())}
+                found[name] = Scored(output, lines=lines, rows={n: len(x[0]) for n, x in facts.items()})
             continue
         if part.facts.get("of") == "map":
             if layer.name in evidence:
@@ -80,6 +89,85 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
             stacked = found.setdefault(name, Scored(output + 1, torch.zeros(whole.shape, dtype=torch.float64)))
             stacked.weights()[layer.index] = stored
     return found
+
+
+def _places(model: nn.Module) -> Iterator[tuple[Layer, str, int]]:
+    """Every layer, the name of its parameter, and the axis of that on which its outputs lie."""
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    for layer in find_layers(model, (), ())[0]:
+        name = names[id(getattr(layer.module, layer.parameter))]
+        yield layer, name, int(layer.transposed or layer.kind == "conv-transpose")
+
+
+def _lines(layer: Layer, fact: str, evidence: Mapping[str, Any]) -> Mapping[int, Tensor]:
+    """A layer's part of a fact of units: stored axis -> ``(rows, n)``."""
+    weight = layer.stored.detach().double().cpu()
+    if fact == "unit_square":
+        return {a: line[None] for a, line in axis_sums(weight.square()).items()}
+    if fact == "unit_size":
+        return {a: line[None] for a, line in axis_sums(torch.ones_like(weight)).items()}
+    measured: Mapping[int, Tensor] = evidence[layer.name][fact]
+    return measured
+
+
+def counted(found: Dependencies, sides: Mapping[int, str], where: str) -> list[list[int]]:
+    """The slots over which a unit's score is summed, of each family; ``sides`` says where those with a score lie."""
+    result = []
+    for family in found.families:
+        used = [i for i in family.slots if i in sides]
+        if where != "coupled":  # some units are computed by nothing, such as features of a constant
+            used = [i for i in used if sides[i] == where] or used
+        result.append(used)
+    return result
+
+
+class Probes:
+    """Random signs of units, and what they turn: ``v`` is the sum over units of sign times the unit's weights.
+
+    Times the sign of a unit, the product of its weights with ``H v`` has the expectation ``w^T H w`` over them. The
+    same draws come each time they are asked for.
+
+    Args:
+        where: as for `unit_scores`: only what is counted is turned.
+    """
+
+    def __init__(self, found: Dependencies, model: nn.Module, where: str, seed: int = 0) -> None:
+        self._found, self._seed = found, seed
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        outputs = {name: output for layer, name, output in _places(model) if layer.index is None}
+        sides = {}
+        for i, slot in enumerate(found.slots):
+            name = next((n for n in slot.names if n in outputs), None)
+            if name is not None:
+                sides[i] = "output" if slot.axis == outputs[name] else "input"
+        self._used = counted(found, sides, where)
+
+    def draws(self) -> Iterator[list[Scores]]:
+        """Signs of the units of every family, draw after draw without end."""
+        generator = np.random.default_rng(self._seed)
+        while True:
+            yield [generator.choice([-1.0, 1.0], len(f)) for f in self._found.families]
+
+    def signs(self, family: int, count: int) -> Scores:
+        """``(count, units)``: the first draws of one family."""
+        return np.stack([draw[family] for draw in islice(self.draws(), count)])
+
+    def directions(self) -> Iterator[dict[int, Tensor]]:
+        """``v`` of every draw, by the id of a parameter."""
+        for draw in self.draws():
+            lines = {i: np.zeros(len(self._found.slots[i].labels)) for used in self._used for i in used}
+            for family, used, signs in zip(self._found.families, self._used, draw, strict=True):
+                for i in used:
+                    places = [u.places[i] for u in family.units]
+                    lines[i][np.concatenate(places)] += np.repeat(signs, [len(p) for p in places])
+            turned: dict[int, Tensor] = {}
+            for i, line in lines.items():
+                slot = self._found.slots[i]
+                whole = self._parameters[slot.names[0]]
+                shape = [-1 if a == slot.axis else 1 for a in range(whole.dim())]
+                part = whole.detach() * torch.from_numpy(line).to(whole).reshape(shape)
+                turned[id(whole)] = turned[id(whole)] + part if id(whole) in turned else part
+            yield turned
 
 
 def _standardized(line: Scores, positions: Any = slice(None)) -> Scores:
@@ -105,7 +193,7 @@ def unit_scores(
     scores: Mapping[str, Scored],
     where: str = "coupled",
     standardized: bool = False,
-    combine: Callable[[Scores], Scores] | None = None,
+    combine: Callable[[Scores, int], Scores] | None = None,
 ) -> list[Scores]:
     """A score for every unit of every family.
 
@@ -115,8 +203,8 @@ def unit_scores(
             those that read it (FLAP, arXiv 2312.11983); over all, where there are none of that side.
         standardized: bring the positions of each family to mean 0 and variance 1 first, and take a unit's mean, as
             FLAP's code does: a head is then as far from 0 as its positions are together, not as one of few heads.
-        combine: what a unit is worth from its sums of each batch, ``(batches, units) -> (units,)``, where the
-            criterion looks at units; they are standardized afterwards then.
+        combine: what a unit is worth from its sums of each row, and the number of its family: ``(rows, units) ->
+            (units,)``, where the criterion looks at units; they are standardized afterwards then.
 
     Returns:
         ``(units,)`` for each family; empty where the criterion has no score for any of its tensors.
@@ -133,10 +221,7 @@ def unit_scores(
             lines[i] = line
     early = standardized and combine is None
     result = []
-    for family in found.families:
-        used = [i for i in family.slots if i in lines]
-        if where != "coupled":  # some units are computed by nothing, such as features of a constant
-            used = [i for i in used if sides[i] == where] or used
+    for number, (family, used) in enumerate(zip(found.families, counted(found, sides, where), strict=True)):
         if not used:
             result.append(np.zeros(0))
             continue
@@ -148,7 +233,7 @@ def unit_scores(
             sums[:, k] = sum(mine[i][:, unit.places[i]].sum(1) for i in used)
             if early:
                 sums[:, k] /= sum(len(unit.places[i]) for i in used)
-        total = sums[0] if combine is None else combine(sums)
+        total = sums[0] if combine is None else combine(sums, number)
         if standardized and not early:
             total = _standardized(total)
         if not np.isfinite(total).all():
@@ -157,14 +242,21 @@ def unit_scores(
     return result
 
 
-def combined(recipe: Recipe) -> Callable[[Scores], Scores] | None:
+def combined(recipe: Recipe, scores: Mapping[str, Scored], probes: Probes) -> Callable[[Scores, int], Scores] | None:
     """How a criterion that looks at whole units makes one score of what is measured of each; None for others."""
     part = get("criterion", recipe.criterion or "")
     if part.facts.get("of") != "unit":
         return None
+    rows = next(iter(scores.values())).rows if scores else {}
 
-    def score(sums: Scores) -> Scores:
-        found: Scores = part({"unit_change": torch.from_numpy(sums)}, **recipe.knobs_of("criterion")).double().numpy()
+    def score(sums: Scores, family: int) -> Scores:
+        given: dict[str, Tensor] = {}
+        for fact, count in rows.items():
+            mine, sums = sums[:count], sums[count:]
+            if fact == "unit_curvature":
+                mine = mine * probes.signs(family, count)
+            given[fact] = torch.from_numpy(mine[0] if fact in _SINGLE else mine)
+        found: Scores = part(given, **recipe.knobs_of("criterion")).double().numpy()
         return found
 
     return score
