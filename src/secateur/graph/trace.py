@@ -233,7 +233,8 @@ def plain_operations(model: nn.Module) -> Iterator[None]:
     onednn = bool(torch.backends.mkldnn.enabled)
     try:
         _onednn(False)
-        with torch.no_grad(), as_before(model), _Grouped() if grouped else contextlib.nullcontext():
+        layout = _Grouped() if grouped else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+        with torch.no_grad(), as_before(model), layout:
             yield
     finally:
         _onednn(onednn)
