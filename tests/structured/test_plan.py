@@ -642,3 +642,29 @@ def test_a_model_that_looks_at_values_is_not_judged_without_data(monkeypatch: py
     proving = importlib.import_module("secateur.surgery.prove")
     monkeypatch.setattr(proving, "_COSTLY", 0.0)
     assert planned(Looks(), nets.noise(4, 6), "params 40%").proof.proven
+
+
+def test_a_plan_runs_the_model_three_times_and_the_smaller_one_once() -> None:
+    net, runs = wide(), []
+    net.register_forward_pre_hook(lambda _, args: runs.append((args[0].dtype, args[0].device.type)))  # copies keep it
+    plan = planned(net, IMAGE)
+    assert plan.proof.proven and runs == [(torch.float64, "cpu")] * 3  # traced, masked, smaller
+    plan.shrink()
+    assert runs[3:] == [(torch.float32, "cpu")]
+
+
+def test_a_model_whose_first_run_leaves_a_buffer_is_traced_again() -> None:
+    net, runs = Positions(), []
+    net.register_forward_pre_hook(lambda *_: runs.append(1))
+    assert planned(net, nets.noise(2, 6)).proof.proven
+    assert len(runs) == 5  # twice traced, once without the buffer, masked, smaller
+    assert net.grid.shape == (1, 3)
+
+
+def test_units_have_one_score_each_however_many_positions_they_take() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8 * 4, 5))
+    found = dependencies(trace(net, (nets.noise(1, 3, 2, 2),)))
+    (family,) = (f for f in found.families if len(f) == 8)
+    wide_slot = next(i for i in family.slots if found.slots[i].tensor is net[2].weight and found.slots[i].axis == 1)
+    assert family.places(wide_slot).tolist() == [[4 * k + j for j in range(4)] for k in range(8)]
+    assert [u.places[wide_slot].tolist() for u in family.units] == family.places(wide_slot).tolist()

@@ -309,3 +309,15 @@ def test_another_number_of_heads_is_found_out_where_attention_is_flat() -> None:
     inner = next(i for i, f in enumerate(found.families) if f.name == "a.weight:0")
     proof = prove(model, found, first(found, inner, 1), (x,), {})
     assert proof.proven and not proof.mends and proof.error is not None and proof.error <= 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_layout_of_a_convolution_is_that_of_its_input(groups: int, layout: torch.memory_format) -> None:
+    conv = nn.Conv2d(8, 16, 3, groups=groups).double()
+    x = nets.noise(2, 8, 6, 6).double().contiguous(memory_format=layout)
+    with torch.no_grad():
+        expected = conv(x)
+    (found,) = outputs(conv, (x,), {})
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == expected.stride()

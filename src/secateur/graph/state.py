@@ -17,11 +17,15 @@ Place = tuple[str, str]
 
 
 @contextlib.contextmanager
-def as_before(model: nn.Module) -> Iterator[None]:
-    """Put back afterwards what runs set on modules and what they put into dictionaries there. Buffers stay."""
+def as_before(model: nn.Module, buffers: bool = False) -> Iterator[None]:
+    """Put back afterwards what runs set on modules and what they put into dictionaries there.
+
+    Buffers stay as a run left them, unless ``buffers`` says that those that were there come back.
+    """
     attributes = [(m, {k: v for k, v in vars(m).items() if k not in _OWN}) for m in model.modules()]
     kinds = {id(m): type(m) for m in model.modules()}
     contents = [(v, dict(v)) for _, held in attributes for v in held.values() if type(v) is dict]
+    contents += [(m._buffers, dict(m._buffers)) for m in model.modules()] if buffers else []
     try:
         yield
     finally:

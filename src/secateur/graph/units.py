@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +47,10 @@ class Family:
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def places(self, slot: int) -> Array:
+        """``(units, positions of each)`` along a slot's axis."""
+        return np.stack([unit.places[slot] for unit in self.units])
 
     @property
     def kind(self) -> str:
@@ -153,14 +158,15 @@ class _Closure:
 
     def __init__(self, trace: Trace) -> None:
         labels = trace.labels
-        self.labels = labels
+        up = labels.roots(np.arange(len(labels))).tolist()
         self.joins: dict[int, list[frozenset[int]]] = {}
         self.children: dict[int, set[int]] = {}
         for label in list(labels.joins):
-            root = labels.root(label)
+            root = up[label]
             if root in self.joins:
                 continue
-            joins = self.joins[root] = list(dict.fromkeys(labels.parents(root)))
+            ways = [frozenset(up[p] for p in join) for join in dict.fromkeys(labels.joins[root])]
+            joins = self.joins[root] = list(dict.fromkeys(ways))
             for join in joins:
                 for parent in join:
                     if parent != root:
@@ -173,6 +179,8 @@ class _Closure:
 
     def of(self, seed: int) -> frozenset[int]:
         """All that goes with ``seed``."""
+        if seed not in self.children and seed not in self.several:
+            return frozenset((seed,))
         gone: set[int] = set()
         due = [seed]
         while due:
@@ -202,57 +210,42 @@ def dependencies(trace: Trace) -> Dependencies:
     roots = [labels.roots(slot.labels) for slot in trace.slots]
     if not roots:
         return Dependencies(trace, [], {})
-    where_slot = np.concatenate([np.full(len(r), i) for i, r in enumerate(roots)])
-    where_position = np.concatenate([np.arange(len(r)) for r in roots])
-    flat = np.concatenate(roots)
-    order = np.argsort(flat, kind="stable")
-    ranked = flat[order]
     frozen = np.array(sorted({labels.root(x) for x in labels.frozen}), dtype=np.int64)
     blocked: dict[int, str] = {labels.root(x): why for x, why in reversed(labels.frozen.items())}
-
-    def places(gone: frozenset[int]) -> dict[int, Array]:
-        found: dict[int, list[int]] = {}
-        for root in gone:
-            a, b = np.searchsorted(ranked, root, "left"), np.searchsorted(ranked, root, "right")
-            for k in order[a:b]:
-                found.setdefault(int(where_slot[k]), []).append(int(where_position[k]))
-        return {i: np.array(sorted(set(found[i])), dtype=np.int64) for i in sorted(found)}
 
     families: dict[tuple[tuple[int, int], ...], list[Family]] = {}
     taken: dict[int, set[int]] = {}  # of each family: what goes with its units; they share nothing
     stuck: dict[int, str] = {}
-    seen: set[frozenset[int]] = set()
-    seeds = np.unique(np.concatenate([flat, np.array(sorted(closure.children), dtype=np.int64)]))
+    closures: dict[frozenset[int], int] = {}
+    seeds = np.unique(np.concatenate([*roots, np.array(sorted(closure.children), dtype=np.int64)]))
     for seed in seeds[~np.isin(seeds, frozen)].tolist():
-        if not closure.is_seed(seed):
+        if closure.is_seed(seed) and (gone := closure.of(seed)) not in closures:
+            closures[gone] = seed
+            if reason := next((blocked[g] for g in gone if g in blocked), None):
+                stuck[seed] = reason
+    free = [gone for gone, seed in closures.items() if seed not in stuck]
+    lengths = [len(slot.labels) for slot in trace.slots]
+    parameters = {i for i, slot in enumerate(trace.slots) if slot.is_parameter}
+    for gone, places in zip(free, _places(roots, free), strict=True):
+        if parameters.isdisjoint(places):
             continue
-        gone = closure.of(seed)
-        if gone in seen:
-            continue
-        seen.add(gone)
-        reasons = [blocked[g] for g in gone if g in blocked]
-        if reasons:
-            stuck[seed] = reasons[0]
-            continue
-        unit = Unit(gone, places(gone))
-        if not any(trace.slots[i].is_parameter for i in unit.places):
-            continue
-        whole = [i for i, p in unit.places.items() if len(p) == len(trace.slots[i].labels)]
+        unit = Unit(gone, places)
+        whole = [i for i, p in places.items() if len(p) == lengths[i]]
         if whole:
-            stuck[seed] = f"it is all of {trace.slots[whole[0]].names[0]}"
+            stuck[closures[gone]] = f"it is all of {trace.slots[whole[0]].names[0]}"
             continue
-        key = tuple((i, len(p)) for i, p in unit.places.items())
+        key = tuple((i, len(p)) for i, p in places.items())
         alike = families.setdefault(key, [])
         family = next((f for f in alike if taken[id(f)].isdisjoint(gone)), None)
         if family is None:
-            slots = tuple(unit.places)
+            slots = tuple(places)
             family = Family(_name(trace, slots, unit), [], slots)
             alike.append(family)
             taken[id(family)] = set()
         family.units.append(unit)
         taken[id(family)] |= gone
     every = [family for alike in families.values() for family in alike]
-    reached = {g for family in every for unit in family.units for g in unit.gone}
+    reached = set().union(*(unit.gone for family in every for unit in family.units))
     reasons_of: dict[tuple[str, int], str] = {}
     for i, slot in enumerate(trace.slots):
         mine = set(roots[i].tolist())
@@ -266,6 +259,28 @@ def dependencies(trace: Trace) -> Dependencies:
                 why = "its positions only go with others that cannot"
             reasons_of[slot.names[0], slot.axis] = why
     return Dependencies(trace, every, reasons_of)
+
+
+def _places(roots: Sequence[Array], gone: Sequence[frozenset[int]]) -> list[dict[int, Array]]:
+    """For each set of labels: slot number -> the positions there that have one of them."""
+    found: list[dict[int, Array]] = [{} for _ in gone]
+    slots = np.repeat(np.arange(len(roots)), [len(r) for r in roots])
+    positions = np.concatenate([np.arange(len(r)) for r in roots])
+    flat = np.concatenate(roots)
+    order = np.argsort(flat, kind="stable")
+    labels = np.fromiter(itertools.chain.from_iterable(gone), dtype=np.int64)
+    first, last = (np.searchsorted(flat, labels, side, sorter=order) for side in ("left", "right"))
+    counts = last - first
+    inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    owner = np.repeat(np.repeat(np.arange(len(gone)), [len(g) for g in gone]), counts)
+    # By set, then by slot and position, which is the order of the flat list.
+    owner, where = np.divmod(np.sort(owner * len(flat) + order[np.repeat(first, counts) + inside]), len(flat))
+    slot, position = slots[where], positions[where]
+    starts = np.flatnonzero(np.diff(owner, prepend=-1) | np.diff(slot, prepend=-1))
+    edges = [*starts.tolist(), len(where)]
+    for k, i, (a, b) in zip(owner[starts].tolist(), slot[starts].tolist(), itertools.pairwise(edges), strict=True):
+        found[k][i] = position[a:b]
+    return found
 
 
 def _name(trace: Trace, slots: Iterable[int], unit: Unit) -> str:

@@ -79,13 +79,12 @@ ALLOCATIONS: dict[str, Callable[[Sequence[Family], Sequence[Scores], float, int]
 
 def gone(families: Sequence[Family], scores: Sequence[Scores], counts: Sequence[int]) -> frozenset[int]:
     """The labels that go when each family keeps its best ``count`` units; ties keep the earlier."""
-    lost: set[int] = set()
+    lost: list[frozenset[int]] = []
     for family, score, count in zip(families, scores, counts, strict=True):
         if count < len(family):
             kept = select(torch.from_numpy(score)[None], count)[0].numpy()
-            for k in np.flatnonzero(~kept):
-                lost |= family.units[k].gone
-    return frozenset(lost)
+            lost += [family.units[k].gone for k in np.flatnonzero(~kept).tolist()]
+    return frozenset().union(*lost)
 
 
 def meet(
@@ -108,12 +107,17 @@ def meet(
     limit = target.remaining(counts_of(frozenset()))
     low, high = 0.0, 1.0
     best = None
+    within: dict[tuple[int, ...], bool] = {}  # the fractions of a search often round to the same sizes
     for _ in range(20):
         keep = (low + high) / 2
         counts = ALLOCATIONS[allocation](families, scores, keep, multiple)
-        labels = gone(families, scores, counts)
-        if counts_of(labels) <= limit:
-            best, low = (labels, counts), keep
+        key = tuple(counts)
+        if key not in within:
+            labels = gone(families, scores, counts)
+            within[key] = counts_of(labels) <= limit
+            best = (labels, counts) if within[key] else best
+        if within[key]:
+            low = keep
         else:
             high = keep
         if high - low < 1e-4:

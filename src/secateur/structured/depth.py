@@ -17,6 +17,7 @@ from ..recipe import Recipe
 from ..registry import get
 from ..surgery.depth import BLOCKS, block_lists, members_of, parameters_of, prove_depth
 from ..surgery.pieces import Removed, member
+from ..surgery.prove import outputs
 from .choose import globbed
 from .make import NOTHING, waking_twin
 from .plan import inputs
@@ -48,7 +49,7 @@ def plan_depth(
     """
     wanted = target if isinstance(target, Target) else Target.parse(target)
     args, kwargs = inputs(example)
-    double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
+    double, twin_args, twin_kwargs, _ = waking_twin(model, args, kwargs, outputs)
     free, left = _free(double, recipe, twin_args, twin_kwargs)
     work = flops(model, *args, **kwargs)
     total = totals(model, work.total)

@@ -14,6 +14,7 @@ from ..measure.flops import flops
 from ..recipe import Recipe
 from ..registry import get
 from ..surgery.experts import EXPERTS, Mixture, mixtures, prove_experts
+from ..surgery.prove import outputs
 from .choose import globbed
 from .make import NOTHING, waking_twin
 from .plan import inputs
@@ -84,7 +85,7 @@ def plan_experts(
     due = next((n for n in range(1, most + 1) if counts(n)[wanted.quantity] <= limit), most)
     proof, size, why = NOTHING, due, ""
     if due:
-        double, twin_args, twin_kwargs = waking_twin(model, args, kwargs)
+        double, twin_args, twin_kwargs, _ = waking_twin(model, args, kwargs, outputs)
         holds, failed = 0, due + 1  # sizes between which the largest that holds lies
         while failed - holds > 1:
             size = due if failed > due else (holds + failed) // 2

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
-from ..graph import Dependencies, dependencies, trace
-from ..graph.state import duplicate, forget, remade
-from ..graph.trace import plain_operations, stored_tensors
+from ..graph import Dependencies, Trace, dependencies, trace
+from ..graph.state import Place, duplicate, forget, remade
+from ..graph.trace import stored_tensors
 from ..recipe import Recipe
-from ..surgery.prove import Dense, Proof, doubled, prove, wake
+from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
 from .choose import chosen
 from .plan import FamilyPlan, StructuredPlan, inputs
 from .score import Probes, Scores, combined, unit_scores, weight_scores
 from .targets import Target
+
+T = TypeVar("T")
 
 #: Layer name -> facts, or what measures them, with probes of the units for those that need some.
 Evidence = Mapping[str, Any] | Callable[[Probes], Mapping[str, Any]]
@@ -107,19 +109,12 @@ class Case:
             raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
-        self._twin, self._args, self._kwargs = waking_twin(model, self.args, self.kwargs)
-        self._twin.eval()
-
-        def run() -> Any:
-            with torch.no_grad():
-                return self._twin(*self._args, **self._kwargs)
-
-        self._emptied = forget(self._twin, run)
+        self._emptied: list[Place] = []
+        self._twin, self._args, self._kwargs, traced = waking_twin(model, self.args, self.kwargs, self._trace)
         #: Buffers that the model makes as it runs.
-        self.remade = remade(self._twin, run)
-        self._dense = Dense.of(self._twin, self._args, self._kwargs)
+        self.remade = remade(self._twin, lambda: _ran(self._twin, self._args, self._kwargs))
         self._hint: tuple[Mend, ...] = ()
-        self.found = dependencies(trace(self._twin, self._args, self._kwargs))
+        self.found = dependencies(traced)
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
             "params": self.found.parameters,
@@ -127,12 +122,20 @@ class Case:
             "bytes": lambda gone: self.found.parameters(gone, bytes_of),
         }
 
+    def _trace(self, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        twin.eval()
+        self._emptied = forget(twin, lambda: _ran(twin, args, kwargs))
+        before = _stamps(twin)
+        first = trace(twin, args, kwargs)
+        # What a first run leaves in buffers shows another path than all later runs take.
+        return first if _stamps(twin) == before else trace(twin, args, kwargs)
+
     def prove(self, labels: frozenset[int], quick: bool = False, draft: bool = False) -> Proof:
         """Whether the model without these labels computes what the masked one does.
 
         ``quick`` tries few mends; a ``draft`` may hold more mends than it must.
         """
-        options: dict[str, Any] = {"hint": self._hint, "fewest": not draft, "dense": self._dense}
+        options: dict[str, Any] = {"hint": self._hint, "fewest": not draft, "dense": self.found.trace.outputs}
         if quick:
             options["tries"] = _FEW
         proof = prove(self._twin, self.found, labels, self._args, self._kwargs, **options)
@@ -190,24 +193,49 @@ class Case:
 
 
 def waking_twin(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """An awake copy in float64, or in the model's own dtype where its code does not take float64."""
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], T],
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], T]:
+    """An awake copy in float64, or in the model's own dtype where its code does not take float64; and its first run."""
     problem: Exception | None = None
     for convert in (True, False):
         a, k = args, kwargs
         try:
-            twin = duplicate(model)
             if convert:
-                twin, a, k = twin.double(), doubled(args), doubled(kwargs)
+                a, k = doubled(args), doubled(kwargs)
+            twin = duplicate(model, _doubles(model) if convert else None)
+            if convert:
+                twin = twin.double()
             wake(twin)
-            with plain_operations(twin):
-                twin(*a, **k)
-            return twin, a, k
+            return twin, a, k, run(twin, a, k)
         except Exception as error:  # the user's own code
             problem = error
     reason = f"{type(problem).__name__}: {problem}"
     raise ModelError(f"the model cannot be copied and run on the example: {reason}") from problem
+
+
+def _ran(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """One run that leaves behind what it sets."""
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def _stamps(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensors a model holds, and how often each was written."""
+    return {name: (id(tensor), tensor._version) for name, tensor in stored_tensors(model).items()}
+
+
+def _doubles(model: nn.Module) -> dict[int, Any]:
+    """Copies in float64 of the stored tensors by their ids, made in one step; others are left to a deep copy."""
+    found: dict[int, Any] = {}
+    for tensor in stored_tensors(model).values():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.is_leaf:
+            double = tensor.detach().to(torch.float64, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            found[id(tensor)] = nn.Parameter(double, tensor.requires_grad) if is_parameter else double
+    return found
 
 
 def _failing(case: Case, scores: Sequence[Scores], counts: Mapping[int, int]) -> dict[int, str]:

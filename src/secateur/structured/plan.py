@@ -219,8 +219,9 @@ def described(
 
 def _ranges(positions: Any) -> list[list[int]]:
     """Runs ``[start, stop)`` of increasing positions."""
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    return [[int(run[0]), int(run[-1]) + 1] for run in np.split(positions, breaks) if len(run)]
+    last = np.flatnonzero(np.diff(positions, append=-1) != 1)
+    first = np.concatenate([[0], last[:-1] + 1])
+    return np.stack([positions[first], positions[last] + 1], 1).tolist() if len(positions) else []
 
 
 def inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -226,13 +226,12 @@ def unit_scores(
             result.append(np.zeros(0))
             continue
         mine = {i: lines[i] for i in used}
+        places = {i: family.places(i) for i in used}
         if early:
-            mine = {i: _standardized(lines[i], np.concatenate([u.places[i] for u in family.units])) for i in used}
-        sums = np.zeros((len(mine[used[0]]), len(family.units)))
-        for k, unit in enumerate(family.units):
-            sums[:, k] = sum(mine[i][:, unit.places[i]].sum(1) for i in used)
-            if early:
-                sums[:, k] /= sum(len(unit.places[i]) for i in used)
+            mine = {i: _standardized(lines[i], places[i].reshape(-1)) for i in used}
+        sums = sum(np.take(mine[i], places[i], axis=1).sum(2) for i in used)
+        if early:
+            sums = sums / sum(places[i].shape[1] for i in used)
         total = sums[0] if combine is None else combine(sums, number)
         if standardized and not early:
             total = _standardized(total)

@@ -8,7 +8,6 @@ the comparison is exact everywhere.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 from ..graph.labels import Array
-from ..graph.state import duplicate
-from ..graph.trace import plain_operations, stored_tensors, visible
+from ..graph.state import as_before, duplicate
+from ..graph.trace import floating, plain_operations, stored_tensors
 from ..graph.units import Dependencies
-from .shrink import Mend, candidates, kept_by_name, shrink
+from .shrink import Mend, candidates, kept_by_name, mend, shrink
 
 _SCATTERED = (
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm",
     "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "cudnn_batch_norm",
 )  # fmt: skip
 _TRIES = 12
-#: Seconds of one run above which shapes are tried without data first; below, the run itself is cheaper.
-_COSTLY = 1.0
+#: Floating point operations of one run above which shapes are tried without data first; below, the run is cheaper.
+_COSTLY = 1e11
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,15 @@ def wake(model: nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             if not parameter.is_floating_point() or parameter.numel() < 2:
                 continue
-            if float(parameter.max() - parameter.min()) < 1e-3:
+            least, most = torch.aminmax(parameter)
+            if float(most - least) < 1e-3:
                 parameter.copy_(draw(parameter, 0.5, 1.5) if parameter.dim() == 1 else draw(parameter, -0.1, 0.1))
 
 
 def outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Every floating point tensor of one run's output, in evaluation mode."""
     with plain_operations(model):
-        result = model(*args, **kwargs)
-    return [x.detach() for x in tree_iter(visible(result)) if isinstance(x, Tensor) and x.is_floating_point()]
+        return floating(model(*args, **kwargs))
 
 
 def masked_outputs(
@@ -92,25 +91,26 @@ def masked_outputs(
     """Outputs with everything that goes at zero, and statistics over what stays. The model is as before after."""
     gone = np.fromiter(gone, dtype=np.int64)
     tensors = stored_tensors(model)
-    saved: dict[int, tuple[Tensor, Tensor]] = {}
+    lost: dict[int, list[tuple[Tensor, int, Tensor, Tensor]]] = {}
     with torch.no_grad():
         for name, axes in kept_by_name(found, gone).items():
             tensor = tensors[name]
-            if not isinstance(tensor, nn.Parameter):
+            if not isinstance(tensor, nn.Parameter) or id(tensor) in lost:
                 continue
-            if id(tensor) not in saved:
-                saved[id(tensor)] = (tensor, tensor.detach().clone())
+            steps = lost[id(tensor)] = []
             for axis, positions in axes.items():
-                out = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
-                tensor.index_fill_(axis, torch.from_numpy(out).to(tensor.device), 0)
+                out = torch.from_numpy(np.delete(np.arange(tensor.shape[axis]), positions)).to(tensor.device)
+                steps.append((tensor, axis, out, tensor.index_select(axis, out)))
+                tensor.index_fill_(axis, out, 0)
     try:
         with plain_operations(model), _Kept(found, gone):
             result = model(*args, **kwargs)
     finally:
         with torch.no_grad():
-            for tensor, before in saved.values():
-                tensor.copy_(before)
-    return [x.detach() for x in tree_iter(visible(result)) if isinstance(x, Tensor) and x.is_floating_point()]
+            for steps in lost.values():
+                for tensor, axis, out, before in reversed(steps):
+                    tensor.index_copy_(axis, out, before)
+    return floating(result)
 
 
 class _OtherPath(Exception):
@@ -171,27 +171,6 @@ class _Kept(TorchDispatchMode):
         return first if isinstance(out, Tensor) else (first, *out[1:])
 
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """What the model itself computes.
-
-    Attributes:
-        empty: whether shapes of a smaller model are worth trying without data first: a run is long, and the model
-            runs without data, which one that looks at values does not.
-    """
-
-    outputs: list[Tensor]
-    empty: bool
-
-    @staticmethod
-    def of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dense:
-        """Run it once."""
-        begun = time.perf_counter()
-        found = outputs(model, args, kwargs)
-        costly = time.perf_counter() - begun > _COSTLY
-        return Dense(found, costly and _shapes_fail(model, {}, (), args, kwargs) is None)
-
-
 class _Trial:
     """One cut, against which ways to mend are tried; the masked model runs when a smaller one first does."""
 
@@ -202,10 +181,25 @@ class _Trial:
         gone: frozenset[int],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        dense: Dense,
+        dense: list[Tensor],
     ) -> None:
         self.model, self.found, self.gone, self.args, self.kwargs, self.dense = model, found, gone, args, kwargs, dense
         self.kept = kept_by_name(found, gone)
+
+    @cached_property
+    def small(self) -> nn.Module:
+        """The smaller model before anything is mended."""
+        copy = twin(self.model)
+        shrink(copy, self.kept, ())
+        return copy
+
+    @cached_property
+    def empty(self) -> bool:
+        """Whether shapes are worth trying without data first: a run is long, and the model runs without data.
+
+        A model that looks at values does not.
+        """
+        return self.found.flops() > _COSTLY and _shapes_fail(self.model, {}, (), self.args, self.kwargs) is None
 
     @cached_property
     def masked(self) -> list[Tensor]:
@@ -228,19 +222,19 @@ class _Trial:
         return masked
 
     def attempt(self, mends: tuple[Mend, ...]) -> Proof:
-        small = twin(self.model)
         try:
-            if self.dense.empty:
+            if self.empty:
                 problem = _shapes_fail(self.model, self.kept, mends, self.args, self.kwargs)
                 if problem is not None:
                     raise problem
-            shrink(small, self.kept, mends)
-            result = outputs(small, self.args, self.kwargs)
+            with as_before(self.small, buffers=True):
+                mend(self.small, mends)
+                result = outputs(self.small, self.args, self.kwargs)
         except Exception as problem:  # the model's own code, on sizes it may not expect
             return Proof(False, None, 0.0, mends, f"{type(problem).__name__}: {first_line(problem)}")
         masked = self.masked
         scale = max((float(x.abs().max()) for x in masked if x.numel()), default=0.0) or 1.0
-        effect = distance(self.dense.outputs, masked, scale) or 0.0
+        effect = distance(self.dense, masked, scale) or 0.0
         tolerance = 1e-9
         if self.found.trace.low_precision:
             tolerance = 2e-5 if all(x.dtype == torch.float64 for x in masked) else 2e-4
@@ -260,7 +254,7 @@ def prove(
     tries: int = _TRIES,
     hint: Sequence[Mend] = (),
     fewest: bool = True,
-    dense: Dense | None = None,
+    dense: list[Tensor] | None = None,
 ) -> Proof:
     """Compare the masked model with a smaller copy, trying the numbers that its modules may have to change.
 
@@ -269,12 +263,12 @@ def prove(
         tries: how many ways to mend are tried.
         hint: mends of another proof on this model; numbers of their kinds are tried first.
         fewest: leave out mends without which the proof holds as well.
-        dense: the model's own outputs, where they are known.
+        dense: the model's own `outputs`, where they are known.
 
     Returns:
         The first proof that holds, or the last that did not.
     """
-    trial = _Trial(model, found, frozenset(gone), args, kwargs, dense or Dense.of(model, args, kwargs))
+    trial = _Trial(model, found, frozenset(gone), args, kwargs, dense or outputs(model, args, kwargs))
     failed = Proof(False, None, 0.0, (), "nothing was tried")
     try:
         for mends in itertools.islice(_choices(model, found, trial.gone, hint), tries):
@@ -289,13 +283,20 @@ def prove(
 
 
 def _fewer(model: nn.Module, proof: Proof, attempt: Callable[[tuple[Mend, ...]], Proof]) -> Proof:
-    """Leave out mends without which the proof is as exact: a number may equal a size by chance."""
-    kinds = _kinds(model, proof.mends)
-    for one in list(dict.fromkeys(kinds))[:_TRIES]:
-        left = tuple(m for m, kind in zip(proof.mends, _kinds(model, proof.mends), strict=True) if kind != one)
-        tried = attempt(left)
-        if tried.proven and (tried.error or 0.0) <= 10 * max(proof.error or 0.0, 1e-14):
-            proof = tried
+    """Leave out mends without which the proof is as exact: a number may equal a size by chance.
+
+    Those of a class are left out together first: a class that only describes the model reads none of its numbers.
+    """
+    kinds = list(dict.fromkeys(_kinds(model, proof.mends)))[:_TRIES]
+    for owner in dict.fromkeys(kind[0] for kind in kinds):
+        own = [kind for kind in kinds if kind[0] is owner]
+        for some in [own, *([kind] for kind in own if len(own) > 1)]:
+            left = tuple(m for m, k in zip(proof.mends, _kinds(model, proof.mends), strict=True) if k not in some)
+            tried = attempt(left)
+            if tried.proven and (tried.error or 0.0) <= 10 * max(proof.error or 0.0, 1e-14):
+                proof = tried
+                if some is own:
+                    break
     return proof
 
 

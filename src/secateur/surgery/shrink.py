@@ -70,10 +70,15 @@ def shrink(model: nn.Module, kept: Kept, mends: Sequence[Mend] = ()) -> None:
             module._parameters[leaf] = new  # type: ignore[assignment]
         else:
             module._buffers[leaf] = new
-    for mend in mends:
-        _mend(model.get_submodule(mend.module), mend)
+    mend(model, mends)
     for module in model.modules():
         _follow(module)
+
+
+def mend(model: nn.Module, mends: Iterable[Mend]) -> None:
+    """Change these numbers, in place."""
+    for one in mends:
+        _mend(model.get_submodule(one.module), one)
 
 
 def _stored(model: nn.Module, name: str) -> Tensor:
