@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,8 @@ def stock_config(
     if config is None or not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
         return False
     due = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if _uneven(due, model, config):
+        return False
     fields = {k: v for k, v in config.to_dict().items() if type(v) is int and v in sizes}
     options = [(*sizes[v], v) for v in fields.values()]
     for choice in itertools.islice(itertools.product(*options), _TRIES):
@@ -52,6 +56,21 @@ def stock_config(
                     module.config = trial
             return True
     return False
+
+
+def _uneven(due: Mapping[str, tuple[int, ...]], model: nn.Module, config: Any) -> bool:
+    """Whether tensors of one place in all blocks, alike in the original, no longer are: no whole number says that."""
+    try:
+        with torch.device("meta"):
+            original = type(model)(config)
+    except Exception:  # the class itself says no more
+        return False
+    before: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
+    after: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for shapes, found in (({n: tuple(p.shape) for n, p in original.named_parameters()}, before), (due, after)):
+        for name, shape in shapes.items():
+            found[re.sub(r"(?<=\.)\d+(?=\.)", "#", name)].add(shape)
+    return any(len(after[kind]) > len(shapes) for kind, shapes in before.items())
 
 
 class _Undrawn(TorchFunctionMode):
