@@ -24,7 +24,7 @@ from ..graph.labels import Array
 from ..graph.state import duplicate
 from ..graph.trace import plain_operations, stored_tensors, visible
 from ..graph.units import Dependencies
-from .shrink import Mend, candidates, kept_by_name, shrink
+from .shrink import Mend, candidates, exact, kept_by_name, shrink
 
 _SCATTERED = (
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm",
@@ -290,7 +290,7 @@ def prove(
 
 def _fewer(model: nn.Module, proof: Proof, attempt: Callable[[tuple[Mend, ...]], Proof]) -> Proof:
     """Leave out mends without which the proof is as exact: a number may equal a size by chance."""
-    kinds = _kinds(model, proof.mends)
+    kinds = [k for k in _kinds(model, proof.mends) if not getattr(k[0], "keeps_sizes", False)]
     for one in list(dict.fromkeys(kinds))[:_TRIES]:
         left = tuple(m for m, kind in zip(proof.mends, _kinds(model, proof.mends), strict=True) if kind != one)
         tried = attempt(left)
@@ -346,20 +346,20 @@ def _choices(
 
     A number is decided alike in all modules of a class, so that there are few ways.
     """
-    options = candidates(model, found, gone)
+    options, sure = candidates(model, found, gone), exact(model, found, gone)
     modules = dict(model.named_modules())
     groups: dict[tuple[type, str, int | None], list[list[Mend]]] = {}
     for (name, _, attribute, item), mends in options.items():
         groups.setdefault((type(modules[name]), attribute, item), []).append(mends)
     if not groups:
-        yield ()
+        yield sure
         return
     keys = list(groups)
     ranks = [[*range(max(len(m) for m in groups[k])), None] for k in keys]
     done = set()
 
     def chosen(choice: Sequence[int | None]) -> tuple[Mend, ...]:
-        picked = []
+        picked = [*sure]
         for key, rank in zip(keys, choice, strict=True):
             if rank is not None:
                 picked += [m[min(rank, len(m) - 1)] for m in groups[key]]
