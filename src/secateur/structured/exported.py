@@ -67,8 +67,8 @@ def program_again(record: Mapping[str, Any], model: nn.Module, where: str) -> Pr
     try:
         args, kwargs = [_value(x) for x in record["args"]], {str(k): _value(x) for k, x in record["kwargs"].items()}
         dynamic = record["dynamic"]
-        if type(dynamic) is not bool:
-            raise TypeError("dynamic")
+        if type(dynamic) is not bool or type(record["torch"]) is not str:
+            raise TypeError("dynamic or torch")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{where} is damaged: {type(error).__name__} {error}") from None
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -77,3 +77,11 @@ def program_again(record: Mapping[str, Any], model: nn.Module, where: str) -> Pr
             lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs)
         )
     return as_program(model, args, kwargs, dynamic)
+
+
+def other_torch(record: Mapping[str, Any]) -> str:
+    """What may be wrong with the record of a program that was exported by another torch; empty for all others."""
+    saved = record["exported"]["torch"] if "exported" in record else torch.__version__
+    if saved == torch.__version__:
+        return ""
+    return f" (or torch {torch.__version__} exports it otherwise than {saved}, under which it was saved)"

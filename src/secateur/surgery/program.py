@@ -7,6 +7,8 @@ as the number that it came to, and each of these numbers is kept by a small modu
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +29,7 @@ _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
 class _Frame:
     """What never changes in a program; its copies share it."""
 
-    def __init__(self, run: Callable[..., Any], specs: tuple[Any, Any], guards: Callable[..., Any] | None) -> None:
+    def __init__(self, run: Callable[..., Any], specs: tuple[Any, Any], guards: Callable[..., None]) -> None:
         self.run, self.specs, self.guards = run, specs, guards
 
     def __deepcopy__(self, memo: Any) -> _Frame:
@@ -102,6 +104,8 @@ def as_program(
         except Exception as error:  # of the exporter, or of the model's own code under it
             problem = error
     said = first_line(problem) or type(problem).__name__
+    if "data-dependent" in said:
+        said = f"the way through its forward depends on values ({said})"
     raise ModelError(f"the model cannot be exported on this example: {said}") from problem
 
 
@@ -115,15 +119,19 @@ def _check(model: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapp
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Program:
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # takes a while, and few need it
+
     shapes: Any = None
     if dynamic:
         args, kwargs, batched = _batched(args, kwargs)
         shapes = torch.export.ShapesCollection()
         for x in batched:
             shapes[x] = {0: torch.export.Dim.AUTO}
-    with warnings.catch_warnings(), plain_operations(model), _no_cache(model):
-        warnings.simplefilter("ignore")
+    with _quiet(), plain_operations(model), _no_cache(model):
         made: Any = torch.export.export(model, args, kwargs, dynamic_shapes=shapes).module()
+    firsts = [tuple(n.meta["val"].shape[:1]) for n in made.graph.nodes if n.op == "placeholder" and _shaped(n)]
+    if dynamic and all(is_concrete_int(n) for first in firsts for n in first):
+        raise ModelError("its batch is fixed")
     stored = stored_tensors(model)
     holder = "sizes"
     while holder in dict(model.named_children()) or hasattr(made, holder):
@@ -132,11 +140,9 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     constants = {}
     for node in made.graph.nodes:
         if node.op == "get_attr" and node.target not in stored:
-            constants[node.target] = made.get_buffer(node.target) if _is_tensor(made, node.target) else None
-            if constants[node.target] is None:
-                raise ModelError(f"it holds a branch or a loop of its own ({node.target})")
+            constants[node.target] = _constant(made, node.target)
     made.recompile()
-    frame = _Frame(type(made).forward, (made._in_spec, made._out_spec), getattr(made, "_guards_fn", None))
+    frame = _Frame(type(made).forward, (made._in_spec, made._out_spec), _checked(getattr(made, "_guards_fn", None)))
     program = Program(frame, dynamic)
     hidden = {f"{p}.{k}" if p else k for p, m in model.named_modules() for k in m._non_persistent_buffers_set}
     for name, tensor in {**stored, **constants}.items():
@@ -149,6 +155,33 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     for name, step in sized.items():
         _place(program, holder).add_module(name, step)
     return program.train(model.training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter prints of a model that it refuses is in its exception."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _checked(guards: Callable[..., Any] | None) -> Callable[..., None]:
+    """The program's own check of its inputs, with a sentence for who calls it otherwise."""
+
+    def check(*inputs: Any) -> None:
+        try:
+            if guards is not None:
+                guards(*inputs)
+        except AssertionError as error:
+            said = str(error).removeprefix("Guard failed: ")
+            raise ValueError(f"the program was exported for inputs of other sizes: {said} does not hold") from None
+
+    return check
 
 
 @contextlib.contextmanager
@@ -165,9 +198,16 @@ def _no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _is_tensor(module: nn.Module, name: str) -> bool:
+def _shaped(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _constant(made: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return isinstance(getattr(module.get_submodule(owner), leaf, None), Tensor)
+    found = getattr(made.get_submodule(owner), leaf, None)
+    if not isinstance(found, Tensor):
+        raise ModelError(f"it holds a branch or a loop of its own ({name})")
+    return found
 
 
 def _place(program: nn.Module, path: str) -> nn.Module:
