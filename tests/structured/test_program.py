@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import nets
 from tests.conftest import Run
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import secateur
 from secateur.errors import ModelError, RecipeError
@@ -231,6 +232,36 @@ def test_heads_of_torch_by_hand(heads: tuple[nn.Module, Program, Any, Tensor], g
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
+class Padded(nn.Module):
+    """Attention in which sizes are those of tensors made on the way: zeros, masks for all heads."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.m = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+
+    def forward(self, x: Tensor, pad: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        h = self.i(x)
+        return self.o(h + self.m(h, h, h, key_padding_mask=pad, attn_mask=mask)[0])
+
+
+@pytest.mark.parametrize("name", ["pad", "both", "bias", "zeros"])
+def test_attention_with_more_to_read(name: str) -> None:
+    x, pad, mask = nets.noise(2, 6, 5), torch.zeros(2, 6, dtype=torch.bool), torch.ones(6, 6).triu(1).bool()
+    pad[0, 4:] = True
+    example = {"pad": {"x": x, "pad": pad}, "both": {"x": x, "pad": pad, "mask": mask}}.get(name, {"x": x})
+    torch.manual_seed(0)
+    model = Padded(add_bias_kv=name == "bias", add_zero_attn=name == "zeros").eval()
+    plan = planned(model, example, target="params 50%", only=["m"])
+    assert plan.proof.proven and len(attention_of(plan)) == 2  # heads, and widths of heads
+    assert all(f.kept < f.units for f in attention_of(plan))
+    more = {k: v if k == "mask" else torch.cat([v, v[:1]]) for k, v in example.items()}
+    small = plan.shrink()
+    secateur.prune(model, "l1-norm", target="params 50%", example=example, exported=True, only=["m"])
+    with torch.no_grad():
+        torch.testing.assert_close(small(**more), model(**more), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name", ["shuffle", "group-norm", "depthwise", "transposed", "chunked-qkv", "gqa", "mqa-fused", "lstm", "unet"]
 )
@@ -385,6 +416,11 @@ def test_sizes_know_their_axes() -> None:
     aten = torch.ops.aten
     assert of(aten.view.default, [None, [3, 8]], [(1,)], [(0, 1)]) == {1: 5}
     assert of(aten.view.default, [None, [3, -1]], [(1,)], [(0, 1)]) == {}
+    graph = fx.Graph()
+    batch = graph.placeholder("batch")
+    several = graph.call_function(operator.mul, (batch, 8))
+    assert of(aten.zeros.default, [[several, 2]], [], [(1, 0)]) == {0: 5}
+    assert Sized(aten.zeros.default, [[several, 2]], {})([3, None]).shape == (24, 2)
     assert of(aten.unflatten.int, [None, -1, [3, 8]], [(0, 1)], [(0, 0, 1)]) == {1: 5}
     assert of(aten.slice.Tensor, [None, 1, 2, 6, 1], [(0, 1)], [(0, 1)]) == {0: 1, 1: 3}
     assert of(aten.slice.Tensor, [None, 1, 0, 1 << 62, 1], [(0, 1)], [(0, 1)]) == {0: 0}

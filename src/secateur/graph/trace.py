@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -320,11 +320,18 @@ def _pop(stack: list[str]) -> None:
 
 
 def _note(tracer: Tracer, name: str, module: Any, args: Any, out: Any) -> None:
-    """What each axis is that a call was given and has made; a tensor made of nothing has labels of its own."""
-    if module.creates and tracer.is_constant(out):
-        tracer.put(out, [tracer.labels.fresh(n) if n > 1 else None for n in out.shape])
+    """What each axis is that a call was given and has made; new positions that are alike have labels of their own."""
+    if module.creates:
+        with _disable_current_modes():  # looking at values is no operation of the run
+            tracer.put(out, [_alike(tracer, out, i, axis) for i, axis in enumerate(tracer.axes(out))])
     given, made = ([tracer.axes(x) for x in tree_iter(y) if isinstance(x, Tensor)] for y in (args, out))
     tracer.trace.calls[name] = (given, made)
+
+
+def _alike(tracer: Tracer, x: Tensor, i: int, axis: Axis) -> Axis:
+    """The labels of an axis; new ones where its positions are one and the same, or a constant's that are all alike."""
+    same = x.shape[i] > 1 and (x.stride(i) == 0 if axis is None else isinstance(axis, Constant) and axis.uniform())
+    return tracer.labels.fresh(x.shape[i]) if same else axis
 
 
 def visible(output: Any) -> Any:

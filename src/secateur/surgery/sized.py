@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,18 +33,18 @@ _MEANS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("groups", (6,))),
     "convolution": ("groups", (8,)),
 }
-#: Results that are alike at all positions, so that any of them can go.
-_CREATES = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+#: Operations whose results have new positions that are alike, so that any of them can go.
+_CREATES = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "expand")
 
 
 class Sized(nn.Module):
     """Calls one operation with sizes, and a dtype, that it keeps itself.
 
     Attributes:
-        size: the sizes, None for one that is computed in each run (the batch).
+        size: the sizes; None for one that is computed in each run (the batch), a factor where it is a multiple of that.
         dtype: of the result, where the program names one of floating point.
         keeps_sizes: so that a trace notes what each axis of inputs and results is.
-        creates: the result depends on no input, and all its positions are alike.
+        creates: the result has positions that no input has and that are all alike, such as those of zeros.
     """
 
     keeps_sizes = True
@@ -55,7 +56,7 @@ class Sized(nn.Module):
         self._op, self._means, self._places = op, means, places
         self._listed = bool(places) and isinstance(args[places[0]], (list, tuple))
         sizes = list(args[places[0]]) if self._listed else [args[p] for p in places]
-        self.size = [x if type(x) is int else None for x in sizes]
+        self.size = [_split(x)[1] for x in sizes]
         self._dim = args[2] if name == "split_with_sizes" else args[1] if name in ("slice", "unflatten") else 0
         self._holder = 0 if name == "group_norm" else 1
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -68,10 +69,10 @@ class Sized(nn.Module):
         """What a call is given: the arguments with None for what is kept here."""
         given, named = list(args), dict(kwargs)
         if self._listed:
-            given[self._places[0]] = [None if type(x) is int else x for x in args[self._places[0]]]
+            given[self._places[0]] = [_split(x)[0] for x in args[self._places[0]]]
         else:
             for p in self._places:
-                given[p] = None if type(args[p]) is int else args[p]
+                given[p] = _split(args[p])[0]
         if isinstance(self._typed, str):
             del named[self._typed]
         elif self._typed is not None:
@@ -83,10 +84,10 @@ class Sized(nn.Module):
         given = list(args)
         if self._listed:
             place = self._places[0]
-            given[place] = [g if s is None else s for g, s in zip(given[place], self.size, strict=True)]
+            given[place] = [_join(g, s) for g, s in zip(given[place], self.size, strict=True)]
         else:
             for p, s in zip(self._places, self.size, strict=True):
-                given[p] = given[p] if s is None else s
+                given[p] = _join(given[p], s)
         if isinstance(self._typed, str):
             kwargs[self._typed] = self.dtype
         elif self._typed is not None:
@@ -116,12 +117,34 @@ class Sized(nn.Module):
         else:
             start = self._dim % len(inputs[0]) if self._dim else 0
             along = list(outputs[0][start : start + len(self.size)])
-        known = [(i, a) for i, a in enumerate(along) if isinstance(a, np.ndarray) and (self.size[i] or -1) > 0]
-        return {i: int(stays(a).sum()) for i, a in known}
+        found = {}
+        for i, axis in enumerate(along):
+            size = self.size[i]
+            if isinstance(axis, np.ndarray) and size is not None and size > 0:
+                left = int(stays(axis).sum()) * size  # a size is its axis' length, or a factor of it
+                if left % len(axis) == 0:
+                    found[i] = left // len(axis)
+        return found
 
     def extra_repr(self) -> str:
         said = [_name(self._op), f"size={self.size}" if self.size else "", f"dtype={self.dtype}" if self.dtype else ""]
         return ", ".join(s for s in said if s)
+
+
+def _split(size: Any) -> tuple[Any, int | None]:
+    """A size as what is computed in each run, and what is kept."""
+    if type(size) is int:
+        return None, size
+    if isinstance(size, fx.Node) and size.target is operator.mul:
+        numbers = [x for x in size.args if type(x) is int]
+        symbols = [x for x in size.args if isinstance(x, fx.Node)]
+        if len(numbers) == len(symbols) == 1:
+            return symbols[0], numbers[0]
+    return size, None
+
+
+def _join(computed: Any, kept: int | None) -> Any:
+    return kept if computed is None else computed if kept is None else computed * kept
 
 
 def _name(op: Any) -> str:
