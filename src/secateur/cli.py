@@ -26,6 +26,7 @@ from .options import (
     Crit,
     EvalWindows,
     Example,
+    Exported,
     Goal,
     Gran,
     Json,
@@ -114,6 +115,7 @@ def prune(
     memory: Annotated[float, typer.Option("--memory", help="GiB of activations in one pass.")] = 2.0,
     target: Goal = None,
     example: Example = None,
+    exported: Exported = False,
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
@@ -131,10 +133,10 @@ def prune(
         "schedule": schedule, "steps": steps,
     }  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     if parse(recipe.granularity).coupled:
         with _interruptible(f"stopped: {out} was not written"):
-            return _prune_coupled(model, recipe, out, target, example, data, windows, length, force, as_json)
+            return _prune_coupled(model, recipe, out, target, example, exported, data, windows, length, force, as_json)
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
     again = (
@@ -173,6 +175,7 @@ def _prune_coupled(
     out: Path,
     target: str | None,
     example: str | None,
+    exported: bool,
     data: str,
     windows: int,
     length: int,
@@ -182,8 +185,8 @@ def _prune_coupled(
     from .coupled import prune_source
 
     made, run = prune_source(
-        model, recipe, out, target=target, example=example, data=data, count=windows, length=length, force=force,
-        command=_command(),
+        model, recipe, out, target=target, example=example, exported=exported, data=data, count=windows,
+        length=length, force=force, command=_command(),
     )  # fmt: skip
     if as_json:
         print(json.dumps(run))
@@ -222,6 +225,7 @@ def plan(
     knobs: Set = None,
     target: Goal = None,
     example: Example = None,
+    exported: Exported = False,
     data: Annotated[str | None, typer.Option("--data", help="For coupled units ranked by data.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -233,12 +237,12 @@ def plan(
         "solver": solver, "recovery": recovery, "only": only, "skip": skip, "schedule": schedule, "steps": steps,
     }  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     made: Any
     if parse(recipe.granularity).coupled:
         from .coupled import plan_source
 
-        made = plan_source(model, recipe, target=target, example=example, data=data, weights=False)
+        made = plan_source(model, recipe, target=target, example=example, exported=exported, data=data, weights=False)
     else:
         made = make(model, recipe)
     print(json.dumps(made.to_dict()) if as_json else made)

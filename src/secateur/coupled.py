@@ -150,6 +150,7 @@ def plan_source(
     count: int = 64,
     length: int = 512,
     weights: bool = True,
+    exported: bool = False,
 ) -> StructuredPlan | WholePlan:
     """The plan for a model named on the command line.
 
@@ -168,7 +169,13 @@ def plan_source(
         note = f"method '{recipe.method}' ranks by data: which units go is shown for magnitude, until data is given"
         recipe = recipe.override(criterion="magnitude")
     plan = plan_coupled(
-        net, recipe, target=target, example=example_inputs(example, net), data=batches or None, loss=loss
+        net,
+        recipe,
+        target=target,
+        example=example_inputs(example, net),
+        data=batches or None,
+        loss=loss,
+        exported=exported,
     )
     plan.notes += [note] if note else []
     return plan
@@ -186,6 +193,7 @@ def prune_source(
     length: int = 512,
     force: bool = False,
     command: str = "",
+    exported: bool = False,
 ) -> tuple[StructuredPlan | WholePlan, dict[str, Any]]:
     """Make a smaller model and write it, with ``run.json`` beside it; returns the plan and the record.
 
@@ -196,11 +204,14 @@ def prune_source(
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
         raise OutputError(f"{out} exists: choose another directory or --force")
     begun = time.perf_counter()
-    plan = plan_source(source, recipe, target=target, example=example, data=data, count=count, length=length)
+    plan = plan_source(
+        source, recipe, target=target, example=example, data=data, count=count, length=length, exported=exported
+    )
     planned = time.perf_counter() - begun
     small = plan.shrink()
     args, kwargs = plan.example
-    speed = latency({"before": plan.model, "after": small}, args, kwargs)
+    given = getattr(plan, "origin", None) or plan.model
+    speed = latency({"before": given, "after": small}, args, kwargs)
     run = {
         **plan.to_dict(),
         "secateur": versions().get("secateur", "0"),
@@ -208,7 +219,7 @@ def prune_source(
         "command": command,
         "digest": plan.recipe.digest,
         "cite": plan.recipe.cite(),
-        "model": {"source": source, "class": type(plan.model).__name__},
+        "model": {"source": source, "class": type(given).__name__},
         "before": {**plan.before, "seconds": speed["before"]},
         "after": {**plan.after, "seconds": speed["after"]},
         "timings": {"plan": round(planned, 3), "total": round(time.perf_counter() - begun, 3)},

@@ -34,6 +34,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw."
 Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set solver.damp=0.02; may be repeated.")]
 Goal = Annotated[str | None, typer.Option("--target", help="For coupled units: 'flops 50%' or 'params to 2M'.")]
 Example = Annotated[str | None, typer.Option("--example", help="Shape of one input, e.g. 1x3x224x224.")]
+Exported = Annotated[bool, typer.Option("--exported", help="For coupled units: cut the program torch.export makes.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]

@@ -104,6 +104,7 @@ def prune(
     progress: Progress | None = None,
     target: str | None = None,
     example: Any = None,
+    exported: bool = False,
     **axes: Any,
 ) -> Any:
     """Prune a model in place.
@@ -121,6 +122,8 @@ def prune(
         target: for coupled units, e.g. ``"flops 50%"`` (what goes) or ``"params to 2M"`` (what remains);
             see `structured.Target`. Without it ``sparsity`` is the share of the parameters that goes.
         example: for coupled units, inputs of one forward pass: a tensor, a tuple or a dict.
+        exported: cut the program that ``torch.export`` makes of the model, where more can go, such as heads whose
+            width ``forward`` derives from shapes; ``shrink()`` returns a smaller program then.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
@@ -135,12 +138,12 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
-    recipe = recipe_of(method, axes, target, example)
+    recipe = recipe_of(method, axes, target, example, exported)
     if granularity.parse(recipe.granularity).coupled:
-        plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss)
+        plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss, exported=exported)
         if isinstance(plan, WholePlan) and plan.pieces.empty is None:
             plan.notes.append(f"the model is as it was: no zeros stand for a missing {plan.pieces.name}; see shrink()")
-        elif plan.model is not model:
+        elif model not in (plan.model, getattr(plan, "origin", None)):
             plan.notes.append("the model is as it was: its parameters that are shared cannot be masked; see shrink()")
         else:
             plan.mask()
@@ -181,13 +184,15 @@ def prune(
     return Pruned(model, recipe, masks, records, skipped, run)
 
 
-def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None, example: Any) -> Recipe:
+def recipe_of(
+    method: str | Recipe, axes: Mapping[str, Any], target: str | None, example: Any, exported: bool = False
+) -> Recipe:
     """The recipe; a target or an example means coupled units where the method names none.
 
     A named method that makes a smaller model is healed by ``refit`` unless another recovery, or none, is asked for.
 
     Raises:
-        RecipeError: coupled units without an example, or an example that nothing would use.
+        RecipeError: an example, or an exported program, that nothing would use.
     """
     given = dict(axes)
     recipe = method.override(**given) if isinstance(method, Recipe) else Recipe.of(method, **given)
@@ -200,6 +205,8 @@ def recipe_of(method: str | Recipe, axes: Mapping[str, Any], target: str | None,
         recipe = recipe.override(granularity="coupled")
     pattern = granularity.parse(recipe.granularity)
     units = pattern.coupled and not pattern.whole
+    if exported and not units:
+        raise RecipeError(f"exported is for units of the whole model (coupled), not granularity '{recipe.granularity}'")
     asked = "recovery" in given if isinstance(method, Recipe) else True
     if units and asked and recipe.recovery == "none" and given.get("recovery") is None:
         recipe = recipe.override(recovery="refit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,9 +17,11 @@ from .recover.units import Smaller
 from .registry import get
 from .structured import StructuredPlan, Target, WholePlan, plan_depth, plan_experts, plan_structured
 from .structured.measured import MEASURES, plan_measured
+from .structured.plan import inputs
 from .structured.rounds import plan_rounds
 from .structured.score import Probes
 from .structured.whole import totals
+from .surgery.program import as_program
 from .surgery.tied import shared_heads, untie
 
 
@@ -31,11 +34,16 @@ def plan_coupled(
     data: Any = None,
     loss: Loss | None = None,
     multiple: int = 8,
+    exported: bool = False,
 ) -> StructuredPlan | WholePlan:
     """A plan for units of the whole model: evidence from data where the criterion needs it, then the plan itself.
 
+    Args:
+        exported: plan on the model's exported program; see `surgery.program`.
+
     Raises:
         RecipeError: an example, data or a loss is missing, or the solver or recovery is not one for units.
+        ModelError: the model does not run on the example, or cannot be exported on it.
     """
     if example is None:
         raise RecipeError(
@@ -49,6 +57,8 @@ def plan_coupled(
     _refuse(recipe, heals, pattern.whole, wanted)
     recipe.check(data=data is not None, loss=loss is not None)
     batches = batches_of(data) if data is not None else []
+    if exported:
+        _refuse_exported(recipe, recovery.facts)
     given, untied = model, (shared_heads(model) if recovery.facts.get("unties") else ())
     if untied:  # counts are of the model that was given
         model = duplicate(model)
@@ -67,6 +77,7 @@ def plan_coupled(
             plan.heal(lambda small: recovery.function(Smaller(net, small, kept, batches, run_model), **knobs))
 
     shared = {"example": example, "multiple": multiple, "where": scored}
+    net = as_program(model, *inputs(example)) if exported else model
     if recipe.steps > 1:
         plan: StructuredPlan | WholePlan = plan_rounds(
             model, recipe, target=wanted, measure=measure, heal=heal, **shared
@@ -82,7 +93,8 @@ def plan_coupled(
 
         def make(goal: Target) -> StructuredPlan | WholePlan:
             if not pattern.whole:
-                return plan_structured(model, recipe, target=goal, evidence=evidence, **shared)
+                origin = model if exported else None
+                return plan_structured(net, recipe, target=goal, evidence=evidence, origin=origin, **shared)
             more: dict[str, Any] = {"batches": batches, "run": run_model, "evidence": evidence()}
             if scored == "experts":
                 return plan_experts(model, recipe, target=goal, example=example, **more)
@@ -95,7 +107,11 @@ def plan_coupled(
         plan.untied = untied
         plan.before.update(_counts(given))
         plan.notes.append(f"{untied[0]} has been untied from the embedding: {_counts(model)['params']:,} parameters")
-    if heals and isinstance(plan, StructuredPlan) and plan.kept:
+    if exported and heals and batches:
+        plan.notes.append(
+            f"recovery '{recipe.recovery}' was left out: it fits layers, and an exported program has none"
+        )
+    elif heals and isinstance(plan, StructuredPlan) and plan.kept:
         heal(plan)
         if not batches:
             plan.notes.append(f"recovery '{recipe.recovery}' was left out: it works on data, and none was given")
@@ -110,6 +126,17 @@ def _absolute(target: Target, model: nn.Module) -> Target:
     """What may remain as a count, where the share of a count of stored parameters was asked for."""
     before = _counts(model).get(target.quantity)
     return target if before is None else Target(target.quantity, limit=target.remaining(before))
+
+
+def _refuse_exported(recipe: Recipe, recovery: Mapping[str, Any]) -> None:
+    """What an exported program cannot have."""
+    if recovery.get("unties"):
+        raise RecipeError(
+            f"recovery '{recipe.recovery}' turns the layers of a module, and an exported program has none: leave out "
+            "exported, or choose recovery none"
+        )
+    if recipe.steps > 1:
+        raise RecipeError("an exported program is cut in one step: leave steps at 1, or leave out exported")
 
 
 def _refuse(recipe: Recipe, heals: bool, whole: bool, wanted: Target) -> None:

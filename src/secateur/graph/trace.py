@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -66,6 +66,8 @@ class Trace:
         statistics: number of an operation -> the labelled axes over which it normalizes or reduces; there the
             zeros of a mask still count, where a smaller model has nothing.
         seen: module name -> the different labelled axes that operations in its own ``forward`` met, in order.
+        calls: name of a module that ``keeps_sizes`` of one operation -> the axes of each tensor that it was given, and
+            of each that it made.
         unknown: operations no rule knows -> how often they were met; their inputs are frozen.
         costs: of each product, the factor and the labelled axes whose lengths multiply it to floating point
             operations.
@@ -80,6 +82,7 @@ class Trace:
     slots: list[Slot]
     statistics: dict[int, tuple[tuple[int, Array], ...]] = field(default_factory=dict)
     seen: dict[str, list[Array]] = field(default_factory=dict)
+    calls: dict[str, tuple[list[Axes], list[Axes]]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
     costs: list[tuple[int, tuple[Array, ...]]] = field(default_factory=list)
     sequence: list[str] = field(default_factory=list)
@@ -302,7 +305,7 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     for x in tree_iter((args, dict(kwargs or {}))):
         if isinstance(x, Tensor):
             tracer.rigid(x)
-    with plain_operations(model), _entering(model, tracer.modules), tracer:
+    with plain_operations(model), _entering(model, tracer), tracer:
         output = model(*args, **(kwargs or {}))
     for slot in found.slots:
         if id(slot.tensor) not in tracer.read:
@@ -318,11 +321,13 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
 
 
 @contextlib.contextmanager
-def _entering(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that are running on a stack."""
-    handles = []
+def _entering(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Keep the names of the modules that are running on a stack, and what goes through those that keep sizes."""
+    stack, handles = tracer.modules, []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        if getattr(module, "keeps_sizes", False):
+            handles.append(module.register_forward_hook(lambda *a, name=name: _note(tracer, name, *a)))
         handles.append(module.register_forward_hook(lambda *_: _pop(stack), always_call=True))
     try:
         yield
@@ -333,6 +338,21 @@ def _entering(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 def _pop(stack: list[str]) -> None:
     stack.pop()
+
+
+def _note(tracer: Tracer, name: str, module: Any, args: Any, out: Any) -> None:
+    """What each axis is that a call was given and has made; new positions that are alike have labels of their own."""
+    if module.creates:
+        with _disable_current_modes():  # looking at values is no operation of the run
+            tracer.put(out, [_alike(tracer, out, i, axis) for i, axis in enumerate(tracer.axes(out))])
+    given, made = ([tracer.axes(x) for x in tree_iter(y) if isinstance(x, Tensor)] for y in (args, out))
+    tracer.trace.calls[name] = (given, made)
+
+
+def _alike(tracer: Tracer, x: Tensor, i: int, axis: Axis) -> Axis:
+    """The labels of an axis; new ones where its positions are one and the same, or a constant's that are all alike."""
+    same = x.shape[i] > 1 and (x.stride(i) == 0 if axis is None else isinstance(axis, Constant) and axis.uniform())
+    return tracer.labels.fresh(x.shape[i]) if same else axis
 
 
 def visible(output: Any) -> Any:

@@ -15,11 +15,16 @@ RESIDUAL = "@residual"
 
 
 def chosen(
-    found: Dependencies, recipe: Recipe, model: nn.Module, remade: Collection[str] = ()
+    found: Dependencies, recipe: Recipe, model: nn.Module, remade: Collection[str] = (), stock: bool = True
 ) -> tuple[list[int], dict[int, str]]:
-    """Families that may be cut, and why others may not; ``remade`` are buffers that the model makes as it runs."""
-    made, block_of = _made_by_config(model), _block_of(model)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    """Families that may be cut, and why others may not.
+
+    Args:
+        remade: buffers that the model makes as it runs.
+        stock: a transformers model is to stay one that stock loaders build.
+    """
+    made, block_of = _made_by_config(model) if stock else set[str](), _block_of(model)
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None) if stock else None
     active, left = [], {}
     for i, family in enumerate(found.families):
         names = [n for s in family.slots for n in found.slots[s].names]

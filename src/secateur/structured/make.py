@@ -41,14 +41,17 @@ def plan_structured(
     evidence: Evidence | None = None,
     multiple: int = 8,
     where: str = "coupled",
+    origin: nn.Module | None = None,
 ) -> StructuredPlan:
     """Find what can go together, score it, and choose what goes, with a proof. The model is not changed.
 
     Args:
+        model: a module, or the exported program of one.
         example: inputs of one forward pass: a tensor, a tuple of positional or a dict of keyword inputs.
         evidence: layer name -> facts that the criterion needs beside the weights, or what measures them.
         multiple: sizes are rounded to it, where the units are single positions.
         where: see `unit_scores`.
+        origin: the module that a program was made of; layers, norms and blocks are looked for there.
 
     Raises:
         RecipeError: the allocation is not one of families.
@@ -57,13 +60,14 @@ def plan_structured(
     wanted = target if isinstance(target, Target) else Target.parse(target)
     case = Case(model, recipe, example)
     found = case.found
-    probes = Probes(found, model, where, recipe.seed)
-    each = weight_scores(model, recipe, evidence(probes) if callable(evidence) else evidence or {})
+    probes = Probes(found, origin or model, where, recipe.seed)
+    each = weight_scores(origin or model, recipe, evidence(probes) if callable(evidence) else evidence or {})
     combine = combined(recipe, each, probes)
     scores = unit_scores(found, each, where, recipe.allocation == "standardized", combine)
-    active, left = chosen(found, recipe, model, case.remade)
+    active, left = chosen(found, recipe, origin or model, case.remade, origin is None)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]
+    allowed = set(active)
     proof, labels = NOTHING, frozenset[int]()
     counts: dict[int, int] = {}
     for _ in range(_ROUNDS):
@@ -89,7 +93,12 @@ def plan_structured(
         if not failing:  # each alone is proven, all together are not: nothing is safe
             left.update(dict.fromkeys(active, f"together with others {proof.reason}"))
         active = [i for i in active if i not in left]
-    return case.plan(wanted, labels, proof, left, multiple)
+    plan = case.plan(wanted, labels, proof, left, multiple)
+    plan.origin = origin
+    if origin is None and (failed := len(allowed & set(left))):
+        more = "1 family that is" if failed == 1 else f"{failed} families that are"
+        plan.notes.append(f"{more} left alone here may be cut in the exported program: exported=True (--exported)")
+    return plan
 
 
 #: The proof of a plan that cuts nothing.

@@ -15,8 +15,10 @@ from ..graph.state import duplicate
 from ..graph.trace import plain_operations, stored_tensors
 from ..graph.units import kind_of
 from ..recipe import Recipe
+from ..surgery.program import Program
 from ..surgery.prove import Proof
 from ..surgery.shrink import shrink
+from .exported import recorded
 from .stock import stock_config
 from .targets import Target
 
@@ -45,6 +47,7 @@ class StructuredPlan:
         emptied: module and attribute of what modules keep from one run to the next, which a smaller model must not.
         healed: tensors of the smaller model that a recovery changed, by name.
         untied: parameters of ``model`` that share their values with others in the model that was given.
+        origin: what ``model`` is the exported program of, with the same parameters; None where it is no such.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class StructuredPlan:
     emptied: list[tuple[str, str]] = field(default_factory=list, repr=False)
     healed: dict[str, Tensor] = field(default_factory=dict, repr=False)
     untied: tuple[str, ...] = field(default=(), repr=False)
+    origin: nn.Module | None = field(default=None, repr=False)
 
     def mask(self) -> nn.Module:
         """Set to zero, in place, every parameter position that goes; shapes stay as they are.
@@ -80,7 +84,7 @@ class StructuredPlan:
                 tensor, axes = tensors[name], self.kept.get(name, {})
                 index = np.ix_(*[np.asarray(axes.get(a, np.arange(n))) for a, n in enumerate(tensor.shape)])
                 tensor[tuple(torch.from_numpy(i) for i in index)] = values
-        return self.model
+        return self.origin or self.model
 
     def heal(self, recover: Callable[[nn.Module], list[str]]) -> None:
         """Let a recovery change the smaller model's tensors; `mask` and `shrink` give them from then on."""
@@ -182,6 +186,7 @@ def describe(plan: StructuredPlan) -> dict[str, Any]:
         **described(plan.recipe, plan.target, plan.before, plan.after, plan.proof.error, plan.example),
         "sizes": {str(a): b for a, b in plan.sizes.items()},
         **({"untied": list(plan.untied)} if plan.untied else {}),
+        **({"exported": recorded(plan.model, *plan.example)} if isinstance(plan.model, Program) else {}),
         "kept": {
             name: {str(axis): {"of": tensors[name].shape[axis], "keep": _ranges(p)} for axis, p in axes.items()}
             for name, axes in plan.kept.items()

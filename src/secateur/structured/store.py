@@ -22,6 +22,7 @@ from ..surgery.experts import EXPERTS
 from ..surgery.pieces import Pieces
 from ..surgery.shrink import Mend, shrink
 from ..surgery.tied import shared_heads, untie
+from .exported import other_torch, program_again
 
 _PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
 _OVER = 1 << 31
@@ -79,6 +80,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model: from the same factory as the model that was pruned; its weights do not matter, and it is changed
             in place. Not needed where the directory is in transformers' format.
 
+    Returns:
+        The model. Where an exported program was saved, the program of this model, which is used up for it.
+
     Raises:
         ModelError: a file is missing, was changed, or does not fit the model; nothing is changed then.
     """
@@ -97,6 +101,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if digest != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
+    if "exported" in record:
+        if any(record.get(kind.key) for kind in (EXPERTS, BLOCKS)):
+            raise ModelError(f"{folder / _PLAN} is damaged: a program has no experts and no blocks")
+        model = program_again(record["exported"], model, str(folder / _PLAN))
     removed = [(kind, _check_removed(record, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
     shape = model
     try:
@@ -105,14 +113,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     except Exception as error:  # pieces that do not go together
         raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
     apart = _check_untied(record, model, folder)
-    kept, mends = _check(record, shape, folder)
+    try:
+        kept, mends = _check(record, shape, folder)
+    except ModelError as error:
+        raise ModelError(f"{error}{other_torch(record)}") from None
     try:
         state = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
     _check_shapes(record, state, shape, kept, folder)
     for kind, gone in removed:
-        kind.remove(model, gone)
+        if gone:
+            kind.remove(model, gone)
     untie(model, apart)
     shrink(model, kept, mends)
     for alias, name in record["tied"].items():

@@ -23,7 +23,7 @@ from ..graph.labels import Array
 from ..graph.state import as_before, duplicate
 from ..graph.trace import floating, plain_operations, stored_tensors
 from ..graph.units import Dependencies
-from .shrink import Mend, candidates, kept_by_name, mend, shrink
+from .shrink import Mend, candidates, exact, kept_by_name, mend, shrink
 
 _SCATTERED = (
     "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "_fused_rms_norm", "native_group_norm",
@@ -287,7 +287,7 @@ def _fewer(model: nn.Module, proof: Proof, attempt: Callable[[tuple[Mend, ...]],
 
     Those of a class are left out together first: a class that only describes the model reads none of its numbers.
     """
-    kinds = list(dict.fromkeys(_kinds(model, proof.mends)))[:_TRIES]
+    kinds = [k for k in dict.fromkeys(_kinds(model, proof.mends)) if not getattr(k[0], "keeps_sizes", False)][:_TRIES]
     for owner in dict.fromkeys(kind[0] for kind in kinds):
         own = [kind for kind in kinds if kind[0] is owner]
         for some in [own, *([kind] for kind in own if len(own) > 1)]:
@@ -347,20 +347,20 @@ def _choices(
 
     A number is decided alike in all modules of a class, so that there are few ways.
     """
-    options = candidates(model, found, gone)
+    options, sure = candidates(model, found, gone), exact(model, found, gone)
     modules = dict(model.named_modules())
     groups: dict[tuple[type, str, int | None], list[list[Mend]]] = {}
     for (name, _, attribute, item), mends in options.items():
         groups.setdefault((type(modules[name]), attribute, item), []).append(mends)
     if not groups:
-        yield ()
+        yield sure
         return
     keys = list(groups)
     ranks = [[*range(max(len(m) for m in groups[k])), None] for k in keys]
     done = set()
 
     def chosen(choice: Sequence[int | None]) -> tuple[Mend, ...]:
-        picked = []
+        picked = [*sure]
         for key, rank in zip(keys, choice, strict=True):
             if rank is not None:
                 picked += [m[min(rank, len(m) - 1)] for m in groups[key]]

@@ -146,11 +146,24 @@ def candidates(
     options: dict[tuple[str, int, str, int | None], list[Mend]] = {}
     modules = dict(model.named_modules())
     for name, sizes in found.sizes(gone).items():
+        if name in found.trace.calls:
+            continue  # see `exact`
         for attribute, item, value in _numbers(modules[name]):
             if value in sizes:
                 key = (name, value, attribute, item)
                 options[key] = [Mend(name, attribute, item, value, new) for new in sizes[value]]
     return options
+
+
+def exact(model: nn.Module, found: Dependencies, gone: Iterable[int]) -> tuple[Mend, ...]:
+    """What becomes of the sizes that modules of a program keep: each is known to be that of one axis."""
+    mask = found.mask(gone)
+    mends = []
+    for name, (inputs, outputs) in found.trace.calls.items():
+        module: Any = model.get_submodule(name)
+        lengths = module.lengths(inputs, outputs, lambda axis: ~mask[found.trace.labels.roots(axis)])
+        mends += [Mend(name, "size", i, old, n) for i, n in lengths.items() if (old := module.size[i]) != n]
+    return tuple(mends)
 
 
 _SIZES = (
