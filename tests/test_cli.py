@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,8 @@ def test_interrupt_says_how_to_go_on(
     monkeypatch.setattr(Engine, "prune_block", lambda self, k, *a, **n: calls.append(k) or original(self, k, *a, **n))
     assert prune(run, model, text, out, "--method", "wanda")[0] == 0
     assert calls == [0, 1, 1, 2]
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "secateur", "--help"], capture_output=True, text=True, check=True)
+    assert "prune" in done.stdout
