@@ -59,7 +59,7 @@ def plan_coupled(
     batches = batches_of(data) if data is not None else []
     if exported:
         _refuse_exported(recipe, recovery.facts)
-    given, untied = model, (shared_heads(model) if recovery.facts.get("unties") else ())
+    given, untied = model, (shared_heads(model) if recovery.facts.get("unties") and batches else ())
     if untied:  # counts are of the model that was given
         model = duplicate(model)
         untie(model, untied)

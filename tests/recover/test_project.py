@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +176,63 @@ def test_a_saved_one_loads_onto_a_fresh_tied_model(tmp_path: Path) -> None:
     again = load(tmp_path / "small", Net()).eval()
     with torch.no_grad():
         assert torch.equal(again(ids), small(ids))
-    record = (tmp_path / "small" / "surgery.json").read_text()
-    (tmp_path / "small" / "surgery.json").write_text(record.replace('"head.weight"\n', '"norm.weight"\n', 1))
-    with pytest.raises(secateur.errors.ModelError):
-        load(tmp_path / "small", Net())
+    record = json.loads((tmp_path / "small" / "surgery.json").read_text())
+    for damage in (["norm.weight"], [["head.weight"]], [{}], [], None):
+        (tmp_path / "small" / "surgery.json").write_text(json.dumps({**record, "untied": damage}))
+        with pytest.raises(secateur.errors.ModelError):
+            load(tmp_path / "small", Net())
+
+
+class Odd(nn.Module):
+    """Inputs of several shapes, a cast of its own, and a normalization that is not of the hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(7, WIDTH), nn.Embedding(12, WIDTH)
+        self.norm, self.last, self.inner = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.o, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, px: Tensor, pos: Tensor, cast: bool = False) -> Tensor:
+        x = self.embed(px) + self.place(pos)
+        x = x + self.o(torch.tanh(self.inner(self.q(self.norm(x)))))
+        y = self.last(x).mean(1)
+        out: Tensor = self.head(y.float() if cast else y)
+        return out
+
+
+def odd(**more: Any) -> StructuredPlan:
+    torch.manual_seed(0)
+    net = Odd().eval()
+    data = [UserDict(px=torch.randn(8, 12, 7), pos=torch.arange(12), **more) for _ in range(3)]
+    plan = secateur.plan(net, "slicegpt", target="params 20%", example=dict(data[0]), data=data, only="place*")
+    assert isinstance(plan, StructuredPlan) and plan.kept
+    return plan
+
+
+def test_only_normalizations_of_the_hidden_state_are_turned() -> None:
+    plan = odd()
+    assert any("directions in place of" in note for note in plan.notes), plan.notes
+    small = plan.shrink()
+    assert small.inner.weight.shape == (WIDTH,) and small.norm.weight.shape < (WIDTH,)  # type: ignore[union-attr]
+
+
+def test_a_model_that_does_not_run_in_float64_is_cut_by_features() -> None:
+    plan = odd(cast=True)
+    assert any("cut by single features: turning a copy of it failed" in n for n in plan.notes), plan.notes
+
+
+def test_without_data_nothing_is_untied() -> None:
+    model = llama(tie_word_embeddings=True)
+    plan = secateur.plan(
+        model, "l1-norm", granularity="coupled", target="params 10%", example={"input_ids": batches()[0][:1]},
+        recovery="project",
+    )  # fmt: skip
+    assert isinstance(plan, StructuredPlan) and not plan.untied and plan.model is model
+
+
+def test_a_bfloat16_model_is_turned() -> None:
+    plan = sliced(llama().bfloat16())
+    assert any("directions in place of" in note for note in plan.notes), plan.notes
 
 
 def test_a_state_that_may_not_turn_is_cut_by_features() -> None:

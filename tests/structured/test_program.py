@@ -427,3 +427,31 @@ def test_sizes_know_their_axes() -> None:
     assert of(aten.layer_norm.default, [None, [8], None, None], [(0, 1)], [(0, 1)]) == {0: 5}
     assert of(aten.group_norm.default, [None, 4, None, None], [(0, 1)], [(0, 1)]) == {0: 3}
     assert of(aten.conv1d.default, [None, None, None, [1], [0], [1], 8], [(0, 1), (1, 0)], [(0, 1)]) == {0: 5}
+
+
+class Positions(nn.Module):
+    """Makes positions as it runs, and takes their sines in float32 whatever its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], device=x.device).float().sin()
+        out: Tensor = self.a(x) + at.to(x.dtype)[None, :, None]
+        return out
+
+
+def test_a_program_moves_and_refuses_what_would_change_its_casts() -> None:
+    x = nets.noise(2, 600, 1)
+    program = as_program(Positions().eval(), (x,), {})
+    assert program.to("meta")(x.to("meta")).device.type == "meta"
+    program = as_program(Positions().eval(), (x,), {})
+    with pytest.raises(ModelError, match="convert the model to torch.bfloat16 first"):
+        program.to(torch.bfloat16)
+    half = Positions().eval().bfloat16()
+    program = as_program(half, (x.bfloat16(),), {})
+    there = copy.deepcopy(program).double()
+    back = there.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(back(x.bfloat16()), half(x.bfloat16()))

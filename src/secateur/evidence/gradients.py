@@ -209,22 +209,23 @@ def gather_gradients(
             along: list[_Draw] = []
             if "unit_curvature" in needs:
                 assert directions is not None
-                along = [partial(_along, parameters, next(directions)) for _ in range(probes)]
+                along = [partial(_along, parameters, directions)] * probes
             gradients, samples = _differentiate(loss(model, batch), parameters, [*draws, *along])
             reached |= gradients.keys()
             for layer in layers:
                 key, evidence = id(getattr(layer.module, layer.parameter)), found[layer.name]
                 evidence.update(_part(layer, gradients.get(key)))
-                for sample in samples[: len(draws)]:
-                    evidence.update_hessian(_part(layer, sample.get(key)))
-                if layer.index is None:  # stacked experts are not scored by units
-                    weight = layer.stored.detach()
-                    nothing = torch.zeros_like(weight)
-                    if "unit_change" in needs:
-                        evidence.update_lines("unit_change", weight.double() * gradients.get(key, nothing).double())
-                    for place, sample in enumerate(samples):
+                if "unit_change" in needs and layer.index is None:  # stacked experts are not scored by units
+                    change = gradients.get(key, torch.zeros_like(layer.stored)).double()
+                    evidence.update_lines("unit_change", layer.stored.detach().double() * change)
+            for place, sample in enumerate(samples):  # one at a time: each is as large as the model
+                for layer in layers:
+                    key, evidence = id(getattr(layer.module, layer.parameter)), found[layer.name]
+                    if place < len(draws):
+                        evidence.update_hessian(_part(layer, sample.get(key)))
+                    if layer.index is None:
                         fact = "unit_trace" if place < len(draws) else "unit_curvature"
-                        evidence.update_lines(fact, sample.get(key, nothing))
+                        evidence.update_lines(fact, sample.get(key, torch.zeros_like(layer.stored)))
     if found and not any(x.batches for x in found.values()):
         raise DataError("there are no batches to take gradients of; give calibration data")
     for layer in layers:
@@ -240,18 +241,23 @@ def gather_gradients(
 
 def _differentiate(
     value: Tensor, parameters: dict[int, Tensor], draws: Sequence[_Draw]
-) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
+) -> tuple[dict[int, Tensor], Iterator[dict[int, Tensor]]]:
     """Gradients by parameter id, and a sample for each draw of ``v`` and ``u``: ``u * (H v)``.
 
     What is not reached is absent.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise DataError("the loss of a batch must be a tensor of one element; average it over the batch")
-    if not value.requires_grad:
-        return {}, [{} for _ in draws]
-    raw = torch.autograd.grad(value.sum(), list(parameters.values()), create_graph=bool(draws), allow_unused=True)
-    gradients = {k: g for k, g in zip(parameters, raw, strict=True) if g is not None}
-    samples: list[dict[int, Tensor]] = []
+    gradients: dict[int, Tensor] = {}
+    if value.requires_grad:
+        raw = torch.autograd.grad(value.sum(), list(parameters.values()), create_graph=bool(draws), allow_unused=True)
+        gradients = {k: g for k, g in zip(parameters, raw, strict=True) if g is not None}
+    return gradients, _products(gradients, parameters, draws)
+
+
+def _products(
+    gradients: Mapping[int, Tensor], parameters: Mapping[int, Tensor], draws: Sequence[_Draw]
+) -> Iterator[dict[int, Tensor]]:
     # A constant gradient (the loss is linear in that weight) has no graph, and adds nothing to H.
     bent = {k: g for k, g in gradients.items() if g.requires_grad}
     for draw in draws:
@@ -265,8 +271,7 @@ def _differentiate(
                 retain_graph=True,
                 allow_unused=True,
             )
-        samples.append({k: u[k].detach() * hv for k, hv in zip(bent, products, strict=True) if hv is not None})
-    return gradients, samples
+        yield {k: u[k].detach() * hv for k, hv in zip(bent, products, strict=True) if hv is not None}
 
 
 def _hutchinson(generator: torch.Generator, bent: Mapping[int, Tensor]) -> tuple[Mapping[int, Tensor], ...]:
@@ -276,9 +281,10 @@ def _hutchinson(generator: torch.Generator, bent: Mapping[int, Tensor]) -> tuple
 
 
 def _along(
-    parameters: Mapping[int, Tensor], v: Mapping[int, Tensor], bent: Mapping[int, Tensor]
+    parameters: Mapping[int, Tensor], directions: Directions, bent: Mapping[int, Tensor]
 ) -> tuple[Mapping[int, Tensor], ...]:
-    """A direction, and the weights themselves."""
+    """The next direction, and the weights themselves."""
+    v = next(directions)
     return {k: v[k].to(g) if k in v else torch.zeros_like(g) for k, g in bent.items()}, parameters
 
 

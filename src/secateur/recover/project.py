@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from ..graph.state import duplicate
 from ..graph.trace import stored_tensors
 from ..layers import evaluating, find_layers
 from ..registry import register
+from ..surgery.prove import doubled, first_line
 from .units import Smaller, fitted, guarded
 
 #: How far outputs may move, relative to the largest, when the whole width is turned: some models round to float32.
@@ -78,9 +80,14 @@ class _Norm:
     offset: float | None
     readers: list[str] = field(default_factory=list)
 
+    @property
+    def bare(self) -> bool:
+        """Whether it has no scale of its own."""
+        return self.offset is None
+
     def normal(self, x: Tensor) -> Tensor:
-        """``n(x)``."""
-        x = x.double()
+        """``n(x)``, in float64 and main memory, where all that is computed here lies."""
+        x = x.detach().double().cpu()
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
@@ -94,18 +101,25 @@ class _Stream:
 
     def __init__(self, task: Smaller) -> None:
         self.task = task
-        self.dense = stored_tensors(task.dense)
+        self.dense = {n: t.detach().cpu() for n, t in stored_tensors(task.dense).items()}
         sizes = {(self.dense[n].shape[a], len(p)) for n, axes in task.kept.items() for a, p in axes.items()}
         if len(sizes) != 1:
             raise _NotTurned("the plan cuts other sizes too (choose --only '@residual')")
         self.width, self.kept = sizes.pop()
-        self.norms = list(_norms(task.dense, self.width))
-        if not self.norms or len({n.centred for n in self.norms}) > 1:
-            raise _NotTurned("it is not normalized in one way before it is read")
+        every = {n.name: n for n in _norms(task.dense, self.width)}
         self.inputs = _read_axes(task.dense)
-        for name, norm in _read_after(task, {n.name: n for n in self.norms}).items():
-            norm.readers.append(name)
-        self._check()
+        try:
+            for name, norm in _read_after(task, every).items():
+                norm.readers.append(name)
+            # Others of this width, such as one over all heads, are not of the hidden state.
+            self.norms = [n for n in every.values() if f"{n.name}.weight" in task.kept or (n.readers and n.bare)]
+            if not self.norms or len({n.centred for n in self.norms}) > 1:
+                raise _NotTurned("it is not normalized in one way before it is read")
+            self._check()
+        except _NotTurned:
+            raise
+        except Exception as error:  # the model's own code, on a few examples and in float64
+            raise _NotTurned(f"turning a copy of it failed: {type(error).__name__}: {first_line(error)}") from error
 
     def project(self, lots: list[Any]) -> tuple[int, float]:
         """Rewrite the smaller model's tensors; how many directions it carries, and their share of the energy."""
@@ -159,11 +173,11 @@ class _Stream:
             start -= start.mean(0)  # the first columns of the factor then have no mean either
         basis = self._basis(torch.linalg.qr(start).Q, self.width)
         batch = _few(self.task.batches[0])
-        copy = duplicate(self.task.dense).double()
-        with evaluating(copy), torch.no_grad():
-            a = _first(self.task.run(copy, _doubled(batch)))
-            self._rewrite(copy, basis)
-            b = _first(self.task.run(copy, _doubled(batch)))
+        twin = duplicate(self.task.dense).double()
+        with evaluating(twin), torch.no_grad():
+            a = _first(self.task.run(twin, _doubled(batch)))
+            self._rewrite(twin, basis)
+            b = _first(self.task.run(twin, _doubled(batch)))
         moved = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
         if not moved < _SAME:
             raise _NotTurned(f"a turn of it, which should change nothing, moves the output by {moved:.1e}")
@@ -228,7 +242,7 @@ def _read_axes(model: nn.Module) -> dict[str, int]:
 
 def _norms(model: nn.Module, width: int) -> Iterator[_Norm]:
     """Modules that normalize a state of this width, found by what they compute."""
-    x = 100 * torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+    x = 100 * torch.randn(8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         if next(module.children(), None) is not None or (isinstance(weight, Tensor) and weight.shape != (width,)):
@@ -237,11 +251,12 @@ def _norms(model: nn.Module, width: int) -> Iterator[_Norm]:
             continue
         try:
             with torch.no_grad():
-                y = module(x.to(weight if isinstance(weight, Tensor) else x)).double()
+                y = copy.deepcopy(module).cpu().double()(x)
         except Exception:  # it takes something else
             continue
         if not isinstance(y, Tensor) or y.shape != x.shape:
             continue
+        y = y.double()
         eps = next((float(v) for k, v in vars(module).items() if "eps" in k and isinstance(v, float)), 1e-6)
         for centred in (False, True):
             norm = _Norm(name, centred, eps, torch.ones(width), torch.zeros(width), None)
@@ -253,10 +268,10 @@ def _norms(model: nn.Module, width: int) -> Iterator[_Norm]:
                 continue
             norm.gain, norm.shift = gain, torch.where(shift.abs() < 1e-4 * y.abs().max(), 0.0, shift)
             if isinstance(weight, Tensor):
-                norm.offset = float((gain - weight.detach().double()).median().round())
-                norm.gain = weight.detach().double() + norm.offset  # exactly
+                norm.offset = float((gain - weight.detach().double().cpu()).median().round())
+                norm.gain = weight.detach().double().cpu() + norm.offset  # exactly
             bias = getattr(module, "bias", None)
-            norm.shift = bias.detach().double() if isinstance(bias, Tensor) else torch.zeros(width).double()
+            norm.shift = bias.detach().double().cpu() if isinstance(bias, Tensor) else torch.zeros(width).double()
             yield norm
             break
 
@@ -309,11 +324,18 @@ def _read_after(task: Smaller, norms: Mapping[str, _Norm]) -> dict[str, _Norm]:
 
 def _few(batch: Any) -> Any:
     """The first two examples of a batch."""
-    return tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.dim() else x, batch)
+    batch = _plain(batch)
+    sizes = [x.shape[0] for x in tree_iter(batch) if isinstance(x, Tensor) and x.dim()]
+    return tree_map(lambda x: x[:2] if isinstance(x, Tensor) and x.shape[:1] == tuple(sizes[:1]) else x, batch)
 
 
 def _doubled(batch: Any) -> Any:
-    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
+    return doubled(_plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings of other kinds as dicts, whose values are looked into."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _first(result: Any) -> Tensor:

@@ -34,7 +34,10 @@ def _entry(value: Any) -> dict[str, Any]:
         return {type(value).__name__: [_entry(x) for x in value]}
     if type(value) is dict and all(type(k) is str for k in value):
         return {"dict": {k: _entry(x) for k, x in value.items()}}
-    return {"unknown": type(value).__name__}
+    raise ModelError(
+        f"an input of the example is a {type(value).__name__}, which no file can say: give tensors, plain values, or "
+        "lists, tuples and dicts of these"
+    )
 
 
 def _value(entry: Mapping[str, Any]) -> Any:
@@ -49,7 +52,8 @@ def _value(entry: Mapping[str, Any]) -> Any:
         return {str(k): _value(x) for k, x in held.items()}
     if kind == "shape":
         shape, dtype = [int(n) for n in held], getattr(torch, str(entry["dtype"]))
-        if isinstance(dtype, torch.dtype) and min(shape, default=1) >= 0 and math.prod(shape) < _OVER:
+        small = all(0 <= n < _OVER for n in shape) and math.prod(n or 1 for n in shape) < _OVER
+        if isinstance(dtype, torch.dtype) and small:
             return torch.zeros(shape, dtype=dtype)
     raise ValueError(f"an input that cannot be made: {dict(entry)}")
 
@@ -69,7 +73,7 @@ def program_again(record: Mapping[str, Any], model: nn.Module, where: str) -> Pr
         dynamic = record["dynamic"]
         if type(dynamic) is not bool or type(record["torch"]) is not str:
             raise TypeError("dynamic or torch")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ModelError(f"{where} is damaged: {type(error).__name__} {error}") from None
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with torch.no_grad():

@@ -235,8 +235,15 @@ def _check_removed(record: Mapping[str, Any], kind: Pieces, model: nn.Module, fo
 def _check_untied(record: Mapping[str, Any], model: nn.Module, folder: Path) -> tuple[str, ...]:
     """Parameters that share their values with others in a fresh model, and are to have their own."""
     names = record.get("untied", [])
-    if not isinstance(names, list) or not set(names) <= set(shared_heads(model)):
+    if not isinstance(names, list) or not all(n in shared_heads(model) for n in names):
         raise ModelError(f"{folder / _PLAN} unties {names}, which are not tied in this model")
+    tied, first = record.get("tied"), dict[int, str]()
+    for name, tensor in stored_tensors(model).items():
+        if name in names:
+            continue
+        one = first.setdefault(id(tensor), name)
+        if one != name and isinstance(tied, dict) and tied.get(name, name) != tied.get(one, one):
+            raise ModelError(f"{folder / _PLAN} has values of their own for {one} and {name}, which this model ties")
     return tuple(names)
 
 

@@ -49,6 +49,7 @@ class Program(nn.Module):
     def __init__(self, frame: _Frame, dynamic: bool) -> None:
         super().__init__()
         self._frame, self.dynamic = frame, dynamic
+        self._exported_in: torch.dtype | None = None
 
     # The generated code looks these up on the module that it runs as.
     @property
@@ -68,14 +69,25 @@ class Program(nn.Module):
         return self._frame.run(self, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert; dtypes that the program names go along, so that one in float64 computes in float64."""
-        before = self._float()
+        """Move or convert; devices that the program names go along, and in float64 all of it computes in float64.
+
+        Raises:
+            ModelError: another dtype is asked for, and the program names dtypes: whether one of them was the model's
+                own or a deliberate other cannot be told.
+        """
+        sized = [m for m in self.modules() if isinstance(m, Sized) and m.holds]
+        one = next((p.detach().flatten()[:0] for p in self.parameters() if p.is_floating_point()), None)
+        to = None if one is None else fn(one).dtype
+        if to not in (None, self._exported_in, torch.float64) and any(m.named is not None for m in sized):
+            raise ModelError(
+                f"an exported program stays in {self._exported_in}: convert the model to {to} first, then export it"
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._float()
-        sized = [m for m in self.modules() if isinstance(m, Sized) and m.dtype is not None]
-        for module in sized:  # a copy may have been given tensors in float64 before
-            if after == torch.float64 or (after != before and module.dtype == before):
-                module.dtype = after
+        wide = self._float() == torch.float64
+        where = next((t.device for t in (*self.parameters(), *self.buffers())), None)
+        for module in sized:
+            module.dtype = torch.float64 if wide and module.named is not None else module.named
+            module.device = where if where is not None and module.device is not None else module.device
         return self
 
     def _float(self) -> torch.dtype | None:
@@ -154,6 +166,7 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
             module.register_buffer(leaf, tensor, persistent=name not in hidden)
     for name, step in sized.items():
         _place(program, holder).add_module(name, step)
+    program._exported_in = program._float()
     return program.train(model.training)
 
 

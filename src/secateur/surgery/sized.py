@@ -38,11 +38,12 @@ _CREATES = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "expan
 
 
 class Sized(nn.Module):
-    """Calls one operation with sizes, and a dtype, that it keeps itself.
+    """Calls one operation with sizes, a dtype and a device that it keeps itself.
 
     Attributes:
         size: the sizes; None for one that is computed in each run (the batch), a factor where it is a multiple of that.
-        dtype: of the result, where the program names one of floating point.
+        dtype: of the result, where the program names one of floating point, which is ``named``.
+        device: of the result, where the program names one.
         keeps_sizes: so that a trace notes what each axis of inputs and results is.
         creates: the result has positions that no input has and that are all alike, such as those of zeros.
     """
@@ -60,9 +61,15 @@ class Sized(nn.Module):
         self._dim = args[2] if name == "split_with_sizes" else args[1] if name in ("slice", "unflatten") else 0
         self._holder = 0 if name == "group_norm" else 1
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        typed = [(k, x) for k, x in given if isinstance(x, torch.dtype) and x.is_floating_point]
-        self._typed: int | str | None = typed[0][0] if typed else None
-        self.dtype: torch.dtype | None = typed[0][1] if typed else None
+        self._held: dict[int | str, str] = {}  # argument -> attribute that is given for it
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        for place, x in given:
+            if isinstance(x, torch.dtype) and x.is_floating_point:
+                self._held[place], self.dtype = "dtype", x
+            elif isinstance(x, torch.device):
+                self._held[place], self.device = "device", x
+        self.named = self.dtype
         self.creates = name in _CREATES
 
     def passed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -73,11 +80,17 @@ class Sized(nn.Module):
         else:
             for p in self._places:
                 given[p] = _split(args[p])[0]
-        if isinstance(self._typed, str):
-            del named[self._typed]
-        elif self._typed is not None:
-            given[self._typed] = None
+        for place in self._held:
+            if isinstance(place, str):
+                del named[place]
+            else:
+                given[place] = None
         return tuple(given), named
+
+    @property
+    def holds(self) -> bool:
+        """Whether it keeps a dtype or a device."""
+        return bool(self._held)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The operation's result."""
@@ -88,10 +101,11 @@ class Sized(nn.Module):
         else:
             for p, s in zip(self._places, self.size, strict=True):
                 given[p] = _join(given[p], s)
-        if isinstance(self._typed, str):
-            kwargs[self._typed] = self.dtype
-        elif self._typed is not None:
-            given[self._typed] = self.dtype
+        for where, attribute in self._held.items():
+            if isinstance(where, str):
+                kwargs[where] = getattr(self, attribute)
+            else:
+                given[where] = getattr(self, attribute)
         return self._op(*given, **kwargs)
 
     def lengths(self, inputs: Sequence[Axes], outputs: Sequence[Axes], stays: Stays) -> dict[int, int]:
@@ -152,7 +166,7 @@ def _name(op: Any) -> str:
 
 
 def keep_sizes(graph: fx.Graph, holder: str) -> dict[str, Sized]:
-    """Replace, in place, every operation that names sizes or a floating point dtype by a call of a `Sized`.
+    """Replace, in place, every operation that names sizes, a floating point dtype or a device by a call of a `Sized`.
 
     Args:
         holder: name of the module that is to hold them.
@@ -169,7 +183,7 @@ def keep_sizes(graph: fx.Graph, holder: str) -> dict[str, Sized]:
             continue
         op, args, kwargs = _plainly(node)
         sized = Sized(op, args, kwargs)
-        if sized.dtype is None and not any(s is not None for s in sized.size):
+        if not sized.holds and not any(s is not None for s in sized.size):
             node.target, node.args, node.kwargs = op, tuple(args), kwargs
             continue
         given, named = sized.passed(args, kwargs)
