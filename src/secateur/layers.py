@@ -219,6 +219,18 @@ def find_layers(
     return layers, skipped
 
 
+def located(model: nn.Module) -> Iterator[tuple[Layer, str, int]]:
+    """Every layer, the first name of its parameter, and the axis of that on which its outputs lie.
+
+    >>> [(name, output) for _, name, output in located(nn.Sequential(nn.Linear(2, 3), nn.ConvTranspose2d(2, 3, 1)))]
+    [('0.weight', 0), ('1.weight', 1)]
+    """
+    names = {id(p): n for n, p in model.named_parameters()}
+    for layer in find_layers(model)[0]:
+        output = int(layer.transposed or layer.kind == "conv-transpose") + int(layer.index is not None)
+        yield layer, names[id(getattr(layer.module, layer.parameter))], output
+
+
 def _tied(model: nn.Module) -> dict[int, str]:
     """Parameters that more than one module holds: id -> the places."""
     places: dict[int, list[str]] = {}

@@ -106,7 +106,8 @@ def plan_coupled(
     if untied and isinstance(plan, StructuredPlan):
         plan.untied = untied
         plan.before.update(_counts(given))
-        plan.notes.append(f"{untied[0]} has been untied from the embedding: {_counts(model)['params']:,} parameters")
+        whole = _counts(model)["params"]
+        plan.notes.append(f"{untied[0]} has been untied from the embedding: {whole:,} parameters before anything goes")
     if exported and heals and batches:
         plan.notes.append(
             f"recovery '{recipe.recovery}' was left out: it fits layers, and an exported program has none"

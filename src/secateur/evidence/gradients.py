@@ -225,7 +225,9 @@ def gather_gradients(
                         evidence.update_hessian(_part(layer, sample.get(key)))
                     if layer.index is None:
                         fact = "unit_trace" if place < len(draws) else "unit_curvature"
-                        evidence.update_lines(fact, sample.get(key, torch.zeros_like(layer.stored)))
+                        part = sample.get(key) if fact in needs else None
+                        if fact in needs:
+                            evidence.update_lines(fact, torch.zeros_like(layer.stored) if part is None else part)
     if found and not any(x.batches for x in found.values()):
         raise DataError("there are no batches to take gradients of; give calibration data")
     for layer in layers:

@@ -81,4 +81,10 @@ def machine() -> dict[str, Any]:
             cpu = found[1]
         if found := re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text()):
             memory = int(found[1]) * 1024
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "memory": memory, "system": platform.system()}
+    return {
+        "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # the widest that torch uses, such as AVX512
+        "threads": torch.get_num_threads(),
+        "memory": memory,
+        "system": platform.system(),
+    }

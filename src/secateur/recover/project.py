@@ -16,15 +16,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..evidence import watch
 from ..graph.state import duplicate
 from ..graph.trace import stored_tensors
-from ..layers import evaluating, find_layers
+from ..layers import evaluating, located
 from ..registry import register
 from ..surgery.prove import doubled, first_line
-from .units import Smaller, fitted, guarded
+from .units import Smaller, first_output, fitted, guarded
 
 #: How far outputs may move, relative to the largest, when the whole width is turned: some models round to float32.
 _SAME = 1e-3
 #: Operations behind which a tensor no longer is what a normalization gave, but for a change of shape.
-_PRODUCTS = ("mm", "bmm", "convolution", "embedding", "linear", "attention", "einsum")
+_PRODUCTS = ("mm", "convolution", "embedding", "linear", "attention", "einsum")
 
 
 @register("recovery", paper="2401.15024", data="units", unties=True)
@@ -44,16 +44,17 @@ def project(task: Smaller, *, refit: bool = True, damp: float = 0.01) -> list[st
     vocabulary gains little. The paper turns each block by a matrix of its own, and adds one to every residual
     connection; here one serves all, and what comes out is a plain model of the same class.
 
-    Source: Ashkboos et al., SliceGPT, arXiv 2401.15024, sections 3.1 to 3.3.
+    Source: Ashkboos et al., SliceGPT, arXiv 2401.15024, and its official code, which takes principal components of the
+    states in front of each normalization as they are, and goes on with what the slices before left.
     """
 
     def heal(lots: list[Any]) -> list[str]:
         try:
             stream = _Stream(task)
+            kept, share = stream.project(lots)
+            notes = [f"{kept} directions in place of {stream.width} features carry {100 * share:.1f}% of the energy"]
         except _NotTurned as reason:
-            return [f"the hidden width was cut by single features: {reason}"]
-        kept, share = stream.project(lots)
-        notes = [f"{kept} directions in place of {stream.width} features carry {100 * share:.1f}% of the energy"]
+            notes = [f"the hidden width was cut by single features: {reason}"]
         return notes + (fitted(task, lots, damp) if refit else [])
 
     return guarded(task, heal)
@@ -107,7 +108,8 @@ class _Stream:
             raise _NotTurned("the plan cuts other sizes too (choose --only '@residual')")
         self.width, self.kept = sizes.pop()
         every = {n.name: n for n in _norms(task.dense, self.width)}
-        self.inputs = _read_axes(task.dense)
+        #: Name of each matrix -> the axis of its inputs: the other of its last two, or of a convolution's first.
+        self.inputs = {n: 1 - o + 2 * int(x.index is not None) for x, n, o in located(task.dense)}
         try:
             for name, norm in _read_after(task, every).items():
                 norm.readers.append(name)
@@ -175,9 +177,9 @@ class _Stream:
         batch = _few(self.task.batches[0])
         twin = duplicate(self.task.dense).double()
         with evaluating(twin), torch.no_grad():
-            a = _first(self.task.run(twin, _doubled(batch)))
+            (a,) = first_output(self.task.run(twin, _doubled(batch)))
             self._rewrite(twin, basis)
-            b = _first(self.task.run(twin, _doubled(batch)))
+            (b,) = first_output(self.task.run(twin, _doubled(batch)))
         moved = float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
         if not moved < _SAME:
             raise _NotTurned(f"a turn of it, which should change nothing, moves the output by {moved:.1e}")
@@ -229,17 +231,6 @@ def _bias(matrix: str) -> str:
     return f"{matrix.rpartition('.')[0]}.bias"
 
 
-def _read_axes(model: nn.Module) -> dict[str, int]:
-    """Name of each matrix -> the axis of its inputs."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    found = {}
-    for layer in find_layers(model)[0]:
-        whole = getattr(layer.module, layer.parameter)
-        output = int(layer.transposed or layer.kind == "conv-transpose")
-        found[names[id(whole)]] = 1 - output + int(layer.index is not None)
-    return found
-
-
 def _norms(model: nn.Module, width: int) -> Iterator[_Norm]:
     """Modules that normalize a state of this width, found by what they compute."""
     x = 100 * torch.randn(8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -266,12 +257,12 @@ def _norms(model: nn.Module, width: int) -> Iterator[_Norm]:
             shift = y.mean(0) - gain * middle
             if float((gain * n + shift - y).abs().max()) > 1e-3 * float(y.abs().max()):
                 continue
-            norm.gain, norm.shift = gain, torch.where(shift.abs() < 1e-4 * y.abs().max(), 0.0, shift)
-            if isinstance(weight, Tensor):
+            norm.gain = gain
+            if isinstance(weight, Tensor):  # what was fitted tells the offset; the values themselves are exact
                 norm.offset = float((gain - weight.detach().double().cpu()).median().round())
-                norm.gain = weight.detach().double().cpu() + norm.offset  # exactly
+                norm.gain = weight.detach().double().cpu() + norm.offset
             bias = getattr(module, "bias", None)
-            norm.shift = bias.detach().double().cpu() if isinstance(bias, Tensor) else torch.zeros(width).double()
+            norm.shift = bias.detach().double().cpu() if isinstance(bias, Tensor) else torch.zeros_like(gain)
             yield norm
             break
 
@@ -296,7 +287,7 @@ class _Behind(TorchDispatchMode):
 
 def _read_after(task: Smaller, norms: Mapping[str, _Norm]) -> dict[str, _Norm]:
     """Name of each matrix that reads a normalization's output -> that normalization."""
-    names = {id(p): n for n, p in task.dense.named_parameters()}
+    cut = {id(x): (x, name) for x, name, _ in located(task.dense) if name in task.kept}
     found: dict[str, str] = {}
     mode = _Behind()
 
@@ -308,13 +299,12 @@ def _read_after(task: Smaller, norms: Mapping[str, _Norm]) -> dict[str, _Norm]:
 
     def reads(layer: Any, x: Tensor) -> None:
         if x.is_floating_point() and (source := mode.of.get(x)) is not None:
-            found[names[id(getattr(layer.module, layer.parameter))]] = source
+            found[cut[id(layer)][1]] = source
 
     modules = dict(task.dense.named_modules())
-    layers = [x for x in find_layers(task.dense)[0] if names[id(getattr(x.module, x.parameter))] in task.kept]
     hooks = [modules[n].register_forward_hook(marks(n)) for n in norms]
     try:
-        with evaluating(task.dense), torch.no_grad(), watch(layers, reads), mode:
+        with evaluating(task.dense), torch.no_grad(), watch([x for x, _ in cut.values()], reads), mode:
             task.run(task.dense, _few(task.batches[0]))
     finally:
         for hook in hooks:
@@ -336,8 +326,3 @@ def _doubled(batch: Any) -> Any:
 def _plain(batch: Any) -> Any:
     """Mappings of other kinds as dicts, whose values are looked into."""
     return dict(batch) if isinstance(batch, Mapping) else batch
-
-
-def _first(result: Any) -> Tensor:
-    found = tree_iter(dict(result) if hasattr(result, "keys") else result)
-    return next(x for x in found if isinstance(x, Tensor) and x.is_floating_point())

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from ..evidence import Stop, watch
 from ..evidence.watch import as_ni
 from ..lanes import Lanes, Parted
-from ..layers import Layer, evaluating, find_layers
+from ..layers import Layer, evaluating, find_layers, located
 from ..registry import register
 from ..symmetric import add_gram, mirror
 
@@ -97,10 +97,10 @@ def guarded(task: Smaller, heal: Callable[[list[Any]], list[str]]) -> list[str]:
     test = _joined(batches[-aside:] if aside else batches, 1)[0]
     before = {n: t.detach().clone() for n, t in task.small.state_dict(keep_vars=True).items()}
     with evaluating(task.dense, task.small), torch.no_grad():
-        wanted = _outputs(task.run(task.dense, test))
-        first = _distance(wanted, _outputs(task.run(task.small, test)))
+        wanted = first_output(task.run(task.dense, test))
+        first = _distance(wanted, first_output(task.run(task.small, test)))
         notes = heal(train)
-        last = _distance(wanted, _outputs(task.run(task.small, test)))
+        last = _distance(wanted, first_output(task.run(task.small, test)))
         where = "held-out data" if aside else "the same data"
         if not last < first:
             for name, tensor in task.small.state_dict(keep_vars=True).items():
@@ -208,18 +208,16 @@ def _fit(task: Smaller, lots: list[Any], solve: Solve, biased: bool = False) -> 
 
 def _readers(task: Smaller) -> dict[str, tuple[Layer, Layer, Any]]:
     """Layers that lost inputs, in both models, with the output rows that stay."""
-    dense, small = ({x.name: x for x in find_layers(m)[0]} for m in (task.dense, task.small))
-    names = {id(p): n for n, p in task.dense.named_parameters()}
+    small = {x.name: x for x in find_layers(task.small)[0]}
     found = {}
-    for name, layer in dense.items():
-        if layer.kind not in ("linear", "conv", "conv1d-hf") or name not in small:
+    for layer, name, output in located(task.dense):
+        if layer.kind not in ("linear", "conv", "conv1d-hf") or layer.name not in small:
             continue
         if getattr(layer.module, "groups", 1) != 1:
             continue
-        axes = task.kept.get(names[id(getattr(layer.module, layer.parameter))], {})
-        output = int(layer.transposed)
+        axes = task.kept.get(name, {})
         if 1 - output in axes:
-            found[name] = (layer, small[name], axes.get(output, np.arange(layer.stored.shape[output])))
+            found[layer.name] = (layer, small[layer.name], axes.get(output, np.arange(layer.stored.shape[output])))
     return found
 
 
@@ -273,8 +271,8 @@ def _renorm(task: Smaller, lots: list[Any]) -> list[str]:
     return [f"statistics of {len(norms)} batch norms were measured anew"]
 
 
-def _outputs(result: Any) -> list[Tensor]:
-    """The first floating point tensor of an output, which is what a task reads: logits, features."""
+def first_output(result: Any) -> list[Tensor]:
+    """The first floating point tensor of an output, if any, which is what a task reads: logits, features."""
     found = [x for x in tree_iter(dict(result) if hasattr(result, "keys") else result) if isinstance(x, Tensor)]
     return [x for x in found if x.is_floating_point()][:1]
 

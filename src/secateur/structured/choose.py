@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -24,15 +25,11 @@ def chosen(
         stock: a transformers model is to stay one that stock loaders build.
     """
     made, block_of = _made_by_config(model) if stock else set[str](), _block_of(model)
-    heads = getattr(getattr(model, "config", None), "num_attention_heads", None) if stock else None
     active, left = [], {}
     for i, family in enumerate(found.families):
         names = [n for s in family.slots for n in found.slots[s].names]
-        shared = len({b for n in names if (b := block_of(n))}) > 1
         own = [*names, *(n.rpartition(".")[0] for n in names)]
-        paths = [*own, RESIDUAL] if shared else own
-        if shared and isinstance(heads, int) and not made & set(names):
-            family.multiple = heads  # configs of transformers want a width that heads divide
+        paths = [*own, RESIDUAL] if _shared(names, block_of) else own
         if why := globbed(recipe, paths):
             left[i] = why
         elif made_anew := sorted(set(remade) & set(names)):
@@ -42,6 +39,21 @@ def chosen(
         else:
             active.append(i)
     return active, left
+
+
+def keep_divisible(found: Dependencies, model: nn.Module) -> None:
+    """Widths that several blocks share stay multiples of the number of heads: transformers' configs refuse others."""
+    heads: Any = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    made, block_of = _made_by_config(model), _block_of(model)
+    for family in found.families if isinstance(heads, int) else ():
+        names = [n for s in family.slots for n in found.slots[s].names]
+        if _shared(names, block_of) and not made & set(names):
+            family.multiple = heads
+
+
+def _shared(names: Sequence[str], block_of: Callable[[str], str | None]) -> bool:
+    """Whether tensors of these names lie in several repeated blocks."""
+    return len({b for n in names if (b := block_of(n))}) > 1
 
 
 def globbed(recipe: Recipe, names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, gone, meet
-from .choose import chosen
+from .choose import chosen, keep_divisible
 from .plan import FamilyPlan, StructuredPlan, inputs
 from .score import Probes, Scores, combined, unit_scores, weight_scores
 from .targets import Target
@@ -60,11 +60,14 @@ def plan_structured(
     wanted = target if isinstance(target, Target) else Target.parse(target)
     case = Case(model, recipe, example)
     found = case.found
-    probes = Probes(found, origin or model, where, recipe.seed)
-    each = weight_scores(origin or model, recipe, evidence(probes) if callable(evidence) else evidence or {})
+    source = model if origin is None else origin
+    probes = Probes(found, source, where, recipe.seed)
+    each = weight_scores(source, recipe, evidence(probes) if callable(evidence) else evidence or {})
     combine = combined(recipe, each, probes)
     scores = unit_scores(found, each, where, recipe.allocation == "standardized", combine)
-    active, left = chosen(found, recipe, origin or model, case.remade, origin is None)
+    active, left = chosen(found, recipe, source, case.remade, origin is None)
+    if origin is None:
+        keep_divisible(found, model)
     left.update({i: f"criterion '{recipe.criterion}' has no score for it" for i in active if not len(scores[i])})
     active = [i for i in active if i not in left]
     allowed = set(active)

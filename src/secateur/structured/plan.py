@@ -84,7 +84,7 @@ class StructuredPlan:
                 tensor, axes = tensors[name], self.kept.get(name, {})
                 index = np.ix_(*[np.asarray(axes.get(a, np.arange(n))) for a, n in enumerate(tensor.shape)])
                 tensor[tuple(torch.from_numpy(i) for i in index)] = values
-        return self.origin or self.model
+        return self.model if self.origin is None else self.origin
 
     def heal(self, recover: Callable[[nn.Module], list[str]]) -> None:
         """Let a recovery change the smaller model's tensors; `mask` and `shrink` give them from then on."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericalError, RecipeError
 from ..graph import Dependencies
-from ..layers import Layer, axis_sums, find_layers
+from ..layers import Layer, axis_sums, located
 from ..recipe import Recipe
 from ..registry import Part, get
 from ..solve import Facts
@@ -68,7 +68,7 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
     if part.facts.get("of") == "norm":
         return _norm_scores(model, part, recipe)
     found: dict[str, Scored] = {}
-    for layer, name, output in _places(model):
+    for layer, name, output in located(model):
         whole = getattr(layer.module, layer.parameter)
         if part.facts.get("of") == "unit":
             if layer.index is None:
@@ -86,17 +86,9 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
         if layer.index is None:
             found[name] = Scored(output, stored)
         else:
-            stacked = found.setdefault(name, Scored(output + 1, torch.zeros(whole.shape, dtype=torch.float64)))
+            stacked = found.setdefault(name, Scored(output, torch.zeros(whole.shape, dtype=torch.float64)))
             stacked.weights()[layer.index] = stored
     return found
-
-
-def _places(model: nn.Module) -> Iterator[tuple[Layer, str, int]]:
-    """Every layer, the name of its parameter, and the axis of that on which its outputs lie."""
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    for layer in find_layers(model, (), ())[0]:
-        name = names[id(getattr(layer.module, layer.parameter))]
-        yield layer, name, int(layer.transposed or layer.kind == "conv-transpose")
 
 
 def _lines(layer: Layer, fact: str, evidence: Mapping[str, Any]) -> Mapping[int, Tensor]:
@@ -134,7 +126,7 @@ class Probes:
     def __init__(self, found: Dependencies, model: nn.Module, where: str, seed: int = 0) -> None:
         self._found, self._seed = found, seed
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        outputs = {name: output for layer, name, output in _places(model) if layer.index is None}
+        outputs = {name: output for layer, name, output in located(model) if layer.index is None}
         sides = {}
         for i, slot in enumerate(found.slots):
             name = next((n for n in slot.names if n in outputs), None)

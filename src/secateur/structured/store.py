@@ -238,7 +238,7 @@ def _check_untied(record: Mapping[str, Any], model: nn.Module, folder: Path) -> 
     if not isinstance(names, list) or not all(n in shared_heads(model) for n in names):
         raise ModelError(f"{folder / _PLAN} unties {names}, which are not tied in this model")
     tied, first = record.get("tied"), dict[int, str]()
-    for name, tensor in stored_tensors(model).items():
+    for name, tensor in model.named_parameters(remove_duplicate=False):
         if name in names:
             continue
         one = first.setdefault(id(tensor), name)
