@@ -43,16 +43,17 @@ def build(name: str) -> tuple[Any, Any]:
     return model, torch.randn(1, *model.pretrained_cfg["input_size"])
 
 
-def ours(model: Any, example: Any, target: str) -> tuple[Any, dict[str, Any]]:
+def ours(model: Any, example: Any, target: str, multiple: int) -> tuple[Any, dict[str, Any]]:
     """The smaller model, and what it took."""
     import secateur
 
     begun = time.perf_counter()
-    plan = secateur.plan(model, "l1-norm", target=target, example=example)
+    plan = secateur.plan(model, "l1-norm", target=target, example=example, multiple=multiple)
     small = plan.shrink()
     seconds = time.perf_counter() - begun
     return small, {
         "seconds": seconds,
+        "multiple": multiple,
         "params": plan.after["params"] / plan.before["params"],
         "flops": plan.after["flops"] / plan.before["flops"],
         "error": plan.proof.error,
@@ -97,7 +98,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--target", default="flops 50%")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--multiples", nargs="+", type=int, default=[8, 16], help="what sizes are rounded to")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "structured.json")
@@ -111,26 +113,37 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in args.models:
         model, example = build(name)
-        small, row = ours(model, example, args.target)
-        row["name"] = name
+        made = [ours(model, example, args.target, n) for n in args.multiples]
+        models = {"dense": model, **{str(row["multiple"]): small for small, row in made}}
+        mine = [{"name": name, **row} for _, row in made]
         for batch in args.batches if not isinstance(example, dict) else args.batches[:1]:
             x = example if isinstance(example, dict) else example.expand(batch, *example.shape[1:]).contiguous()
             given = ((), x) if isinstance(x, dict) else ((x,), {})
-            found = latency({"dense": model, "small": small}, *given, repeats=args.repeats)
-            row[f"speedup_{batch}"] = found["dense"] / found["small"]
-            row[f"dense_{batch}"] = found["dense"]
-        del small
+            found = latency(models, *given, repeats=args.repeats)
+            for row in mine:
+                row[f"speedup_{batch}"] = found["dense"] / found[str(row["multiple"])]
+                row[f"dense_{batch}"] = found["dense"]
+        del made, models
         if not args.no_peer:
-            row["peer"] = peer(copy.deepcopy(model), example)
-        rows.append(row)
-        print(row, flush=True)
+            mine[0]["peer"] = peer(copy.deepcopy(model), example)
+        rows += mine
+        print(*mine, sep="\n", flush=True)
     write_json(args.out, {"environment": environment(args.threads), "target": args.target, "rows": rows})
     print(show(rows, args))
 
 
 def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """The table."""
-    head = ["", "FLOPs left", "params left", "proof", "s", "peer s", *(f"faster at {b}" for b in args.batches)]
+    head = [
+        "",
+        "multiple",
+        "FLOPs left",
+        "params left",
+        "proof",
+        "s",
+        "peer s",
+        *(f"faster at {b}" for b in args.batches),
+    ]
     lines = []
     for r in rows:
         other = r.get("peer", {})
@@ -138,7 +151,16 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         speeds = [f"{r[k]:.2f}x" if (k := f"speedup_{b}") in r else "" for b in args.batches]
         proof = "none" if r["error"] is None else f"{r['error']:.0e}"
         lines.append(
-            [r["name"], f"{r['flops']:.3f}", f"{r['params']:.3f}", proof, f"{r['seconds']:.1f}", taken, *speeds]
+            [
+                r["name"],
+                r["multiple"],
+                f"{r['flops']:.3f}",
+                f"{r['params']:.3f}",
+                proof,
+                f"{r['seconds']:.1f}",
+                taken,
+                *speeds,
+            ]
         )
     return table(head, lines)
 

@@ -33,6 +33,7 @@ from .options import (
     Length,
     Method,
     Model,
+    Multiple,
     Only,
     Propagate,
     RecipeFile,
@@ -116,6 +117,7 @@ def prune(
     target: Goal = None,
     example: Example = None,
     exported: Exported = False,
+    multiple: Multiple = 8,
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
@@ -136,7 +138,9 @@ def prune(
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     if parse(recipe.granularity).coupled:
         with _interruptible(f"stopped: {out} was not written"):
-            return _prune_coupled(model, recipe, out, target, example, exported, data, windows, length, force, as_json)
+            return _prune_coupled(
+                model, recipe, out, target, example, exported, multiple, data, windows, length, force, as_json
+            )
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
     again = (
@@ -176,6 +180,7 @@ def _prune_coupled(
     target: str | None,
     example: str | None,
     exported: bool,
+    multiple: int,
     data: str,
     windows: int,
     length: int,
@@ -185,8 +190,8 @@ def _prune_coupled(
     from .coupled import prune_source
 
     made, run = prune_source(
-        model, recipe, out, target=target, example=example, exported=exported, data=data, count=windows,
-        length=length, force=force, command=_command(),
+        model, recipe, out, target=target, example=example, exported=exported, multiple=multiple, data=data,
+        count=windows, length=length, force=force, command=_command(),
     )  # fmt: skip
     if as_json:
         print(json.dumps(run))
@@ -226,6 +231,7 @@ def plan(
     target: Goal = None,
     example: Example = None,
     exported: Exported = False,
+    multiple: Multiple = 8,
     data: Annotated[str | None, typer.Option("--data", help="For coupled units ranked by data.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -242,7 +248,16 @@ def plan(
     if parse(recipe.granularity).coupled:
         from .coupled import plan_source
 
-        made = plan_source(model, recipe, target=target, example=example, exported=exported, data=data, weights=False)
+        made = plan_source(
+            model,
+            recipe,
+            target=target,
+            example=example,
+            exported=exported,
+            multiple=multiple,
+            data=data,
+            weights=False,
+        )
     else:
         made = make(model, recipe)
     print(json.dumps(made.to_dict()) if as_json else made)

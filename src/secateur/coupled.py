@@ -151,6 +151,7 @@ def plan_source(
     length: int = 512,
     weights: bool = True,
     exported: bool = False,
+    multiple: int = 8,
 ) -> StructuredPlan | WholePlan:
     """The plan for a model named on the command line.
 
@@ -176,6 +177,7 @@ def plan_source(
         data=batches or None,
         loss=loss,
         exported=exported,
+        multiple=multiple,
     )
     plan.notes += [note] if note else []
     return plan
@@ -194,6 +196,7 @@ def prune_source(
     force: bool = False,
     command: str = "",
     exported: bool = False,
+    multiple: int = 8,
 ) -> tuple[StructuredPlan | WholePlan, dict[str, Any]]:
     """Make a smaller model and write it, with ``run.json`` beside it; returns the plan and the record.
 
@@ -205,8 +208,9 @@ def prune_source(
         raise OutputError(f"{out} exists: choose another directory or --force")
     begun = time.perf_counter()
     plan = plan_source(
-        source, recipe, target=target, example=example, data=data, count=count, length=length, exported=exported
-    )
+        source, recipe, target=target, example=example, data=data, count=count, length=length, exported=exported,
+        multiple=multiple,
+    )  # fmt: skip
     planned = time.perf_counter() - begun
     small = plan.shrink()
     args, kwargs = plan.example

@@ -104,6 +104,7 @@ def plan(
     data: Any = None,
     loss: Any = None,
     exported: bool = False,
+    multiple: int = 8,
     **axes: Any,
 ) -> Plan | StructuredPlan | WholePlan:
     """What `prune` would do, without doing it.
@@ -111,7 +112,7 @@ def plan(
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
-        target, example, data, loss, exported: for coupled units, as for `prune`; the plan is then a `StructuredPlan`
+        target, example, data, loss, exported, multiple: for coupled units, as for `prune`; the plan is then a `StructuredPlan`
             or, of whole blocks, a `WholePlan`.
         axes: fields of the recipe that override the method's.
     """
@@ -119,7 +120,9 @@ def plan(
     if parse(recipe.granularity).coupled:
         if not isinstance(model, nn.Module):
             raise RecipeError(f"granularity '{recipe.granularity}' works on a module: load the model first")
-        return plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss, exported=exported)
+        return plan_coupled(
+            model, recipe, target=target, example=example, data=data, loss=loss, exported=exported, multiple=multiple
+        )
     source = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     net: Any = model if isinstance(model, nn.Module) else skeleton(resolve(model))
     blocks = find_blocks(net)

@@ -35,6 +35,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set
 Goal = Annotated[str | None, typer.Option("--target", help="For coupled units: 'flops 50%' or 'params to 2M'.")]
 Example = Annotated[str | None, typer.Option("--example", help="Shape of one input, e.g. 1x3x224x224.")]
 Exported = Annotated[bool, typer.Option("--exported", help="For coupled units: cut the program torch.export makes.")]
+Multiple = Annotated[int, typer.Option("--multiple", min=1, help="For coupled units: sizes are multiples of it.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]

@@ -105,6 +105,7 @@ def prune(
     target: str | None = None,
     example: Any = None,
     exported: bool = False,
+    multiple: int = 8,
     **axes: Any,
 ) -> Any:
     """Prune a model in place.
@@ -124,6 +125,8 @@ def prune(
         example: for coupled units, inputs of one forward pass: a tensor, a tuple or a dict.
         exported: cut the program that ``torch.export`` makes of the model, where more can go, such as heads whose
             width ``forward`` derives from shapes; ``shrink()`` returns a smaller program then.
+        multiple: for coupled units, sizes that remain are multiples of it where the units are single positions
+            (heads and groups go whole); vector units of processors like 8 or 16.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
@@ -140,7 +143,9 @@ def prune(
     """
     recipe = recipe_of(method, axes, target, example, exported)
     if granularity.parse(recipe.granularity).coupled:
-        plan = plan_coupled(model, recipe, target=target, example=example, data=data, loss=loss, exported=exported)
+        plan = plan_coupled(
+            model, recipe, target=target, example=example, data=data, loss=loss, exported=exported, multiple=multiple
+        )
         if isinstance(plan, WholePlan) and plan.pieces.empty is None:
             plan.notes.append(f"the model is as it was: no zeros stand for a missing {plan.pieces.name}; see shrink()")
         elif model not in (plan.model, getattr(plan, "origin", None)):

@@ -39,6 +39,7 @@ def plan_coupled(
     """A plan for units of the whole model: evidence from data where the criterion needs it, then the plan itself.
 
     Args:
+        multiple: sizes that remain are multiples of it where the units are single positions.
         exported: plan on the model's exported program; see `surgery.program`.
 
     Raises:
@@ -49,6 +50,8 @@ def plan_coupled(
         raise RecipeError(
             f"granularity '{recipe.granularity}' follows one forward pass: give inputs for it with example="
         )
+    if multiple < 1:
+        raise RecipeError(f"multiple is {multiple}: sizes are rounded to a multiple of 1 or more")
     recovery = get("recovery", recipe.recovery)
     heals = recovery.facts.get("data") == "units"
     pattern = granularity.parse(recipe.granularity)

@@ -174,6 +174,14 @@ def test_sizes_are_multiples_of_eight(allocation: str) -> None:
     assert [f.kept for f in planned(wide(), IMAGE, "params 99.9%").families] == [5, 7]  # a tenth, rounded up
 
 
+def test_users_say_which_multiple() -> None:
+    plan = secateur.prune(wide(), "l1-norm", target="params 45%", example=IMAGE, multiple=16)
+    assert all(f.kept % 16 == 0 for f in plan.families) and plan.shrink()(IMAGE).shape[1] == 5
+    assert secateur.plan(wide(), "l1-norm", target="params 45%", example=IMAGE, multiple=16).after == plan.after
+    with pytest.raises(RecipeError, match="multiple is 0"):
+        secateur.plan(wide(), "l1-norm", target="params 45%", example=IMAGE, multiple=0)
+
+
 def test_uniform_keeps_fractions_and_global_follows_scores() -> None:
     model = wide()
     with torch.no_grad():
