@@ -123,6 +123,7 @@ def main() -> None:
             for row in mine:
                 row[f"speedup_{batch}"] = found["dense"] / found[str(row["multiple"])]
                 row[f"dense_{batch}"] = found["dense"]
+                row["repeats"] = args.repeats
         del made, models
         if not args.no_peer:
             mine[0]["peer"] = peer(copy.deepcopy(model), example)
@@ -153,7 +154,7 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         lines.append(
             [
                 r["name"],
-                r["multiple"],
+                str(r["multiple"]),
                 f"{r['flops']:.3f}",
                 f"{r['params']:.3f}",
                 proof,

@@ -112,8 +112,8 @@ def plan(
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
-        target, example, data, loss, exported, multiple: for coupled units, as for `prune`; the plan is then a `StructuredPlan`
-            or, of whole blocks, a `WholePlan`.
+        target, example, data, loss, exported, multiple: for coupled units, as for `prune`; the plan is then a
+            `StructuredPlan` or, of whole blocks, a `WholePlan`.
         axes: fields of the recipe that override the method's.
     """
     recipe = recipe_of(method, axes, target, example, exported)
