@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .compression import compress
 from .directory import plan, prune_directory
 from .errors import SecateurError
+from .files import load, save
 from .masks import Masks
 from .methods import all_methods as list_methods
 from .methods import explain
@@ -11,7 +13,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
-from .structured import StructuredPlan, load, save
+from .structured import StructuredPlan
 
 _register()
 
@@ -23,6 +25,7 @@ __all__ = [
     "Recipe",
     "SecateurError",
     "StructuredPlan",
+    "compress",
     "explain",
     "list_methods",
     "load",

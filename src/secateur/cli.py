@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import registry
-from .data import CALIBRATION, EVALUATION
+from . import cli_measure, registry
+from .data import CALIBRATION
 from .errors import SecateurError
 from .granularity import parse
 from .methods import all_methods, explain, load
@@ -48,39 +44,10 @@ from .options import (
     Windows,
     read_recipe,
 )
-from .printing import bar, compared, measured, structured, summary
+from .printing import compared, summary
 from .prune import recipe_of
 from .recipe import Recipe
-
-app = typer.Typer(
-    help="Prune neural networks, and measure what it brings.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-out_console = Console()
-err_console = Console(stderr=True)
-
-
-# -- helpers ---------------------------------------------------------------------------------------
-
-
-def _bar(title: str, total: int | None, show: bool) -> AbstractContextManager[Callable[[int, int], None]]:
-    return bar(err_console, title, total, show)
-
-
-def _command() -> str:
-    return shlex.join(["secateur", *sys.argv[1:]])
-
-
-@contextmanager
-def _interruptible(message: str) -> Iterator[None]:
-    """Turn Ctrl-C into one sentence; click would only say that it aborted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail(message, 130)
-
+from .terminal import app, bar, command, err_console, fail, interruptible, out_console
 
 # -- commands --------------------------------------------------------------------------------------
 
@@ -137,7 +104,7 @@ def prune(
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     if parse(recipe.granularity).coupled:
-        with _interruptible(f"stopped: {out} was not written"):
+        with interruptible(f"stopped: {out} was not written"):
             return _prune_coupled(
                 model, recipe, out, target, example, exported, multiple, data, windows, length, force, as_json
             )
@@ -148,7 +115,7 @@ def prune(
         if resident or works_on_the_whole(recipe)
         else "the same command goes on at the block it was in"
     )
-    with _interruptible(f"stopped: {out} was not written, and {again}"), _bar(recipe.method, None, not as_json) as show:
+    with interruptible(f"stopped: {out} was not written, and {again}"), bar(recipe.method, None, not as_json) as show:
         run = prune_directory(
             model,
             recipe,
@@ -160,7 +127,7 @@ def prune(
             force=force,
             resident=resident,
             stop=blocks,
-            command=_command(),
+            command=command(),
             progress=lambda tick: show(tick.index, tick.count),
             evaluate=_evaluator(evaluate, eval_windows, length),
         )
@@ -191,7 +158,7 @@ def _prune_coupled(
 
     made, run = prune_source(
         model, recipe, out, target=target, example=example, exported=exported, multiple=multiple, data=data,
-        count=windows, length=length, force=force, command=_command(),
+        count=windows, length=length, force=force, command=command(),
     )  # fmt: skip
     if as_json:
         print(json.dumps(run))
@@ -264,44 +231,6 @@ def plan(
 
 
 @app.command()
-def measure(
-    model: Model,
-    data: Annotated[str, typer.Option("--data", help="Held-out text.")] = EVALUATION,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows (default: all).")] = None,
-    length: Length = 512,
-    against: Annotated[str | None, typer.Option("--against", help="Baseline (default: what it was made of).")] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Measure no baseline.")] = False,
-    example: Example = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory.
-
-    A pruned model is measured beside the dense one that it was made of, under the same loader.
-    """
-    from .coupled import is_structured, measure_structured
-    from .quality import dense_source
-    from .quality import measure as run
-
-    if is_structured(model):
-        rows = measure_structured(model, against, example, data, windows, length)
-        if as_json:
-            print(json.dumps(rows))
-        else:
-            out_console.print(structured(rows))
-        return
-    baseline = None if alone else against or dense_source(model)
-    found = {}
-    for name in (model, baseline):
-        if name is not None:
-            with _bar(f"measuring {name}", None, not as_json) as show:
-                found[name] = run(name, data, windows_count=windows, length=length, tick=show)
-    if as_json:
-        print(json.dumps({**found[model], "baseline": found[baseline] if baseline else None}))
-        return
-    out_console.print(measured(found))
-
-
-@app.command()
 def methods(
     needs: Annotated[str | None, typer.Option(help="nothing, inputs, gradients, or a fact such as gram.")] = None,
     granularity: Annotated[str | None, typer.Option(help="element, row, N:M or block.")] = None,
@@ -369,9 +298,10 @@ def cite(name: Annotated[str, typer.Argument(help="A named method.")]) -> None:
 @app.command()
 def info() -> None:
     """Versions and machine, for a bug report."""
+    from .kernels import described
     from .measure import machine, versions
 
-    print(json.dumps({"versions": versions(), "machine": machine()}, indent=1))
+    print(json.dumps({"versions": versions(), "machine": machine(), "sparse kernels": described()}, indent=1))
 
 
 @app.command()
@@ -386,12 +316,15 @@ def demo(
     """Prune the real SmolLM2-135M with magnitude, wanda and sparsegpt, and print one table."""
     from .demo import run_demo
 
-    with _interruptible("stopped: the same command with --force starts again"), _bar("demo", 7, True) as show:
-        result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: show(k, n), _command())
+    with interruptible("stopped: the same command with --force starts again"), bar("demo", 7, True) as show:
+        result = run_demo(out, sparsity, windows, eval_windows, length, force, lambda k, n, _: show(k, n), command())
     out_console.print(compared(result, sparsity))
     out_console.print(
         f"model   {escape(str(result['model']))}\nreport  {escape(str(result['report']))}", soft_wrap=True
     )
+
+
+cli_measure.register(app)
 
 
 def main() -> None:
@@ -400,13 +333,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except SecateurError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _fail("the disk is full: free some space and run the same command again", 2)
+            fail("the disk is full: free some space and run the same command again", 2)
         raise
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err_console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
-    sys.exit(code)

@@ -8,13 +8,14 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .compression import command as compression
 from .data import windows
 from .errors import DataError, ModelError, OutputError, RecipeError
 from .measure import count_parameters, machine, perplexity, versions
@@ -292,6 +293,29 @@ def measure_structured(
             "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
         }
     return found
+
+
+def measure_compressed(
+    path: str | Path,
+    factory: str | None,
+    example: str | None,
+    data: Any,
+    count: int | None,
+    length: int,
+    tokens: Sequence[int],
+) -> dict[str, dict[str, Any]]:
+    """A compressed model beside the one that it was made of; arguments as for `measure_structured`."""
+    folder = Path(path)
+    record: Mapping[str, Any] = json.loads((folder / "compressed.json").read_text(encoding="utf-8"))
+    source = factory or str(record.get("source", ""))
+    if factory is None and (not source or source.rpartition(":")[0].endswith(".py")):
+        raise ModelError(f"{folder} was made of {source or 'a module in memory'}: name its factory with --against")
+    dense = load_module(source)
+    fresh = None if record.get("format") == "transformers" else load_module(source, weights=False)
+    given = example_inputs(example, dense) if example else None
+    return compression.measure_compressed(
+        folder, dense, fresh, source=source, example=given, data=data, count=count, length=length, tokens=tokens
+    )
 
 
 def _shape_of(record: Mapping[str, Any]) -> str | None:

@@ -172,6 +172,18 @@ def skeleton(path: Path) -> Any:
     return model.eval()
 
 
+def blank(path: Path) -> Any:
+    """A transformers model of whatever class its config names, with its parameters on ``meta``."""
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        kind = getattr(transformers, (config.architectures or [""])[0])
+        with _parameters_on_meta():
+            return kind(config).eval()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} does not describe a transformers model: {str(error).splitlines()[0]}") from None
+
+
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """The loss of a causal language model on a batch of token ids ``(batch, length)``: mean over next tokens, nats."""
     loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss

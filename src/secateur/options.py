@@ -38,7 +38,23 @@ Exported = Annotated[bool, typer.Option("--exported", help="For coupled units: c
 Multiple = Annotated[int, typer.Option("--multiple", min=1, help="For coupled units: sizes are multiples of it.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
+Tokens = Annotated[str, typer.Option("--tokens", help="Tokens that a language model is timed on, separated by commas.")]
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
+
+
+def numbers(text: str) -> list[int]:
+    """Positive numbers separated by commas.
+
+    >>> numbers("128,1")
+    [128, 1]
+    """
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise RecipeError(f"'{text}' is not understood: write positive numbers separated by commas, e.g. 128,1")
+    return found
 
 
 def _number(value: str) -> Any:

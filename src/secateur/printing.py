@@ -97,6 +97,28 @@ def structured(found: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def packed(found: dict[str, dict[str, Any]]) -> Table:
+    """A compressed model beside the dense one, a column for each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", style="dim")
+    for name in found:
+        table.add_column(name, justify="right")
+    rows = list(found.values())
+    if all(m["perplexity"] for m in rows):
+        first = rows[0]["perplexity"]
+        table.add_row(f"perplexity ({first['tokens']} tokens)", *[f"{m['perplexity']['value']:.4f}" for m in rows])
+    table.add_row("parameters stored", *[f"{m['parameters']:,}" for m in rows])
+    table.add_row("weights in memory", *[size(m["memory"]) for m in rows])
+    table.add_row("on disk", *[size(m["bytes"]) for m in rows])
+    for name in rows[0]["latency"]:
+        times = [m["latency"][name] for m in rows]
+        spread = [f"{1e3 * t['median']:.2f} ms ({1e3 * t['low']:.2f} to {1e3 * t['high']:.2f})" for t in times]
+        table.add_row(name, *spread)
+    table.caption = f"medians and quartiles of interleaved runs, {rows[0]['threads']} threads"
+    table.caption_justify = "left"
+    return table
+
+
 def compared(result: dict[str, Any], sparsity: float) -> Table:
     """The demonstration's table."""
     table = Table(title=f"SmolLM2-135M at {sparsity:.0%}, held out: {result['text']}", title_justify="left")

@@ -16,7 +16,14 @@ from ..layers import evaluating
 def latency(
     models: Mapping[str, nn.Module], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, repeats: int = 9
 ) -> dict[str, float]:
-    """Median seconds of one forward pass of each model, in evaluation mode on the same inputs.
+    """Median seconds of one forward pass of each model, as `samples` finds them."""
+    return {name: statistics.median(found) for name, found in samples(models, args, kwargs, repeats).items()}
+
+
+def samples(
+    models: Mapping[str, nn.Module], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, repeats: int = 9
+) -> dict[str, list[float]]:
+    """Seconds of forward passes of each model, in evaluation mode on the same inputs.
 
     The models take turns, so that whatever else the machine does falls on all of them alike. On a GPU the clock
     waits for the work to end.
@@ -32,4 +39,4 @@ def latency(
                     torch.cuda.synchronize()
                 if turn >= 2:  # the first passes allocate and choose kernels
                     times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times

@@ -1,0 +1,99 @@
+"""The commands about speed and size: measure and compress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from .data import EVALUATION
+from .options import Example, Json, Length, Model, Tokens, numbers
+from .printing import measured, packed, structured
+from .terminal import bar, fail, interruptible, out_console
+
+
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    target: Annotated[str, typer.Option("--for", help="What it is to run on; cpu is all there is so far.")] = "cpu",
+    values: Annotated[
+        str, typer.Option("--values", help="Kinds of values allowed: float32, bfloat16, int8, separated by commas.")
+    ] = "float32",
+    tokens: Tokens = "128,1",
+    example: Example = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Install the kernels for zeros that are faster than dense ones on this machine, and say which and why."""
+    from .compression import is_compressed
+    from .compression.command import compress_source
+    from .coupled import example_inputs, load_module
+
+    if target != "cpu":
+        fail(f"--for {target} is not known: cpu", 2)
+    if is_compressed(model):
+        fail(f"{model} is compressed already: compress the model that it was made of", 2)
+    net = load_module(model)
+    given = example_inputs(example, net) if example else None
+    with interruptible(f"stopped: {out} was not written"), bar("timing layers", None, not as_json) as show:
+        fast = compress_source(
+            net, model, out, example=given, tokens=numbers(tokens), kinds=[k.strip() for k in values.split(",")],
+            fresh=fresh, force=force, progress=show,
+        )  # fmt: skip
+    report: Any = fast.compression
+    print(json.dumps(report.to_dict()) if as_json else report)
+    if report.packed and not report.note and not as_json:
+        out_console.print(f"model   {escape(str(out))}", soft_wrap=True)
+
+
+def measure(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Held-out text.")] = EVALUATION,
+    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows (default: all).")] = None,
+    length: Length = 512,
+    against: Annotated[str | None, typer.Option("--against", help="Baseline (default: what it was made of).")] = None,
+    tokens: Tokens = "128,1",
+    alone: Annotated[bool, typer.Option("--alone", help="Measure no baseline.")] = False,
+    example: Example = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory.
+
+    A pruned model is measured beside the dense one that it was made of, under the same loader.
+    """
+    from .compression import is_compressed
+    from .coupled import is_structured, measure_compressed, measure_structured
+    from .quality import dense_source
+    from .quality import measure as run
+
+    if is_structured(model):
+        rows = measure_structured(model, against, example, data, windows, length)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            out_console.print(structured(rows))
+        return
+    if is_compressed(model):
+        rows = measure_compressed(model, against, example, data, windows, length, numbers(tokens))
+        print(json.dumps(rows)) if as_json else out_console.print(packed(rows))
+        return
+    baseline = None if alone else against or dense_source(model)
+    found = {}
+    for name in (model, baseline):
+        if name is not None:
+            with bar(f"measuring {name}", None, not as_json) as show:
+                found[name] = run(name, data, windows_count=windows, length=length, tick=show)
+    if as_json:
+        print(json.dumps({**found[model], "baseline": found[baseline] if baseline else None}))
+        return
+    out_console.print(measured(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the application."""
+    app.command()(measure)
+    app.command()(compress)

@@ -1,0 +1,19 @@
+"""Real speed from zeros: layers packed for the kernels that win on this machine."""
+
+from .choose import Choice
+from .make import Compression, compress
+from .modules import Sparse, SparseConv2d, SparseLinear
+from .store import dense_again, is_compressed, load_compressed, save_compressed
+
+__all__ = [
+    "Choice",
+    "Compression",
+    "Sparse",
+    "SparseConv2d",
+    "SparseLinear",
+    "compress",
+    "dense_again",
+    "is_compressed",
+    "load_compressed",
+    "save_compressed",
+]

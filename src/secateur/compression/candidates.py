@@ -1,0 +1,214 @@
+"""Which layers can be packed, what they are given, and how long each way of computing them takes on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Packed, pack
+from ..kernels.library import library
+from ..kernels.ops import FEW
+from ..layers import evaluating
+from ..measure import machine
+from .modules import SparseConv2d, SparseLinear
+
+#: Zeros below which nothing is tried: no kernel here has ever won there.
+_LEAST = 0.3
+#: Weights of this many bytes do not stay in a processor's caches from one token to the next.
+_CACHES = 32 << 20
+
+
+@dataclasses.dataclass
+class Site:
+    """A layer that could be packed.
+
+    Attributes:
+        name: where it is in the model.
+        module: it.
+        inputs: (workload, shape that it is given) -> how often; shapes are ``(tokens,)`` or ``(N, C, H, W)``.
+        reason: why it stays as it is; empty where it can be packed.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[tuple[int, tuple[int, ...]], int] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def linear(self) -> bool:
+        """Whether it multiplies tokens, rather than images."""
+        return not isinstance(self.module, nn.Conv2d)
+
+    def matrix(self) -> Tensor:
+        """The weight as ``(outputs, inputs)``."""
+        stored: Any = self.module.weight
+        weight: Tensor = stored.detach()
+        if _conv1d(self.module):  # of transformers: stored the other way round
+            return weight.T
+        return weight.flatten(1)
+
+    def sparse(self, packed: Packed, activation: str = "none") -> nn.Module:
+        """The same layer with its weight packed."""
+        bias: Any = self.module.bias
+        m: Any = self.module
+        if self.linear:
+            return SparseLinear(packed, bias, activation).eval()
+        return SparseConv2d(packed, bias, m.kernel_size, m.stride, m.padding, m.dilation, activation).eval()
+
+    def sample(self, shape: tuple[int, ...]) -> Tensor:
+        """An input of such a shape."""
+        generator = torch.Generator().manual_seed(0)
+        if self.linear:
+            return torch.randn(shape[0], self.matrix().shape[1], generator=generator)
+        return torch.randn(shape, generator=generator)
+
+
+def _conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every linear layer and convolution, with the reason where it cannot be packed."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        known = isinstance(module, nn.Linear | nn.Conv2d) or _conv1d(module)
+        if not known or not isinstance(getattr(module, "weight", None), Tensor):
+            continue
+        site = Site(name, module)
+        others = [n for n in owners.get(id(module.weight), []) if n != f"{name}.weight"]
+        if others:
+            site.reason = f"its weight is shared with {others[0]}"
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            site.reason = f"{type(module).__name__} computes more than a product"
+        elif isinstance(module, nn.Conv2d):
+            if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+                site.reason = "grouped, or padded in a way that the kernels do not know"
+            elif type(module).forward is not nn.Conv2d.forward:
+                site.reason = f"{type(module).__name__} computes more than a convolution"
+        if not site.reason and (module._forward_hooks or module._forward_pre_hooks):
+            site.reason = "hooks are attached to it"
+        if not site.reason and module.weight.device.type != "cpu":
+            site.reason = f"it is on {module.weight.device}: these kernels are for the CPU"
+        if not site.reason and (share := zeros(site.matrix())) < _LEAST:
+            site.reason = f"{share:.0%} zeros"
+        yield site
+
+
+def zeros(weight: Tensor) -> float:
+    """The share of it that is zero."""
+    return 1.0 - int(weight.count_nonzero()) / max(1, weight.numel())
+
+
+def watch(model: nn.Module, found: Sequence[Site], workloads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Run the workloads and note what each site is given; one that is never called gets a reason."""
+    handles = []
+    current = 0
+    for site in found:
+
+        def note(_: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
+            x: Tensor = args[0]
+            given = (current, (x.numel() // x.shape[-1],) if site.linear else tuple(x.shape))
+            site.inputs[given] = site.inputs.get(given, 0) + 1
+
+        handles.append(site.module.register_forward_pre_hook(note))
+    try:
+        with evaluating(model), torch.inference_mode():
+            for current, (args, kwargs) in enumerate(workloads):  # noqa: B007
+                model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in found:
+        if not site.inputs and not site.reason:
+            site.reason = "the model does not call it as a layer"
+
+
+class Table:
+    """Seconds of layers on this machine, kept from one run to the next.
+
+    Args:
+        path: the file, or None to keep nothing.
+        fresh: measure everything again.
+        repeats: runs of each candidate; the median counts.
+    """
+
+    def __init__(self, path: Path | None, fresh: bool = False, repeats: int = 9) -> None:
+        self.path, self.repeats = path, repeats
+        self.rows: dict[str, dict[str, float]] = {}
+        if path is not None and not fresh:
+            try:
+                read = json.loads(path.read_text(encoding="utf-8"))
+                self.rows = {str(k): {str(n): float(s) for n, s in v.items()} for k, v in read.items()}
+            except (OSError, ValueError, AttributeError, TypeError):
+                self.rows = {}
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        part.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        part.replace(self.path)
+
+    def seconds(self, site: Site, shape: tuple[int, ...], kinds: Sequence[str], cold: bool) -> dict[str, float]:
+        """Seconds of ``dense`` and of every candidate (``kind.index``) on inputs of this shape."""
+        few = site.linear and shape[0] <= FEW
+        wanted = [f"{k}.{i}" for k in kinds for i in (("col", "bits") if few else ("col",))]
+        key = _key(site, shape, cold and few)
+        row = self.rows.get(key, {})
+        if {"dense", *wanted} - set(row):
+            row = self.rows[key] = _measure(site, shape, kinds, few, cold and few, self.repeats)
+        return {name: row[name] for name in ("dense", *wanted)}
+
+
+def _key(site: Site, shape: tuple[int, ...], cold: bool) -> str:
+    weight, m = site.matrix(), site.module
+    about: Mapping[str, Any] = machine()
+    found = library()
+    geometry = "" if site.linear else f" k{m.kernel_size} s{m.stride} p{m.padding} d{m.dilation}"
+    rounded = round(50 * zeros(weight)) * 2  # layers within two percent share a measurement
+    size = "x".join(str(n) for n in weight.shape)
+    where = f"{about['cpu']} {found.isa if found else 'none'} {about['threads']} threads torch {torch.__version__}"
+    return f"{where}: {size}{geometry} on {'x'.join(map(str, shape))} {rounded}% zeros{' cold' if cold else ''}"
+
+
+def _measure(
+    site: Site, shape: tuple[int, ...], kinds: Sequence[str], few: bool, cold: bool, repeats: int
+) -> dict[str, float]:
+    """Candidates take turns, so that whatever else the machine does falls on all of them alike."""
+    runs: dict[str, nn.Module] = {"dense": site.module}
+    weight = site.matrix()
+    for kind in kinds:
+        packed = pack(weight, kind)
+        runs[f"{kind}.col"] = site.sparse(packed.indexed(col=True, bits=False))
+        if few:
+            runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True))
+    x = site.sample(shape).to(site.matrix().dtype)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    flush = torch.zeros(_CACHES // 2 if cold else 0)
+    with torch.inference_mode():
+        for turn in range(repeats + 2):
+            for name, module in runs.items():
+                flush.add_(1.0)
+                begun = time.perf_counter()
+                module(x)
+                if turn >= 2:
+                    times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def is_cold(model: nn.Module) -> bool:
+    """Whether the weights are too many to stay in the caches between two tokens."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) > _CACHES

@@ -1,0 +1,127 @@
+"""The fastest way of computing each layer, such that no workload as a whole becomes slower."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .candidates import Site, Table, zeros
+
+#: A candidate must save this share of a layer's time; so must a second index, for it takes memory.
+_GAIN = 0.03
+
+
+@dataclasses.dataclass
+class Choice:
+    """What became of one layer.
+
+    Attributes:
+        name, shape, zeros: the layer, its matrix and the share of it that is zero.
+        kind: of the values: ``dense`` where nothing was won.
+        index: ``col``, ``bits`` or ``col+bits``; empty where dense.
+        seconds: workload -> candidate -> seconds.
+        reason: why.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    kind: str
+    index: str
+    seconds: dict[str, dict[str, float]]
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class _Option:
+    """One way of computing a layer: seconds in each workload."""
+
+    kind: str
+    index: str
+    seconds: list[float]
+
+
+def choose(
+    found: Sequence[Site],
+    table: Table,
+    kinds: Sequence[str],
+    cold: bool,
+    workloads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Choice]:
+    """A choice for each site.
+
+    Workloads count the same, however long they take: a prompt takes long, but each of its answer's tokens is waited
+    for. A layer may lose in one workload what it wins in another, as long as the workload as a whole does not lose.
+    """
+    choices, options = [], []
+    for done, site in enumerate(found):
+        choice, ways = _options(site, table, kinds, cold, workloads)
+        choices.append(choice)
+        options.append(ways)
+        if progress is not None:
+            progress(done + 1, len(found))
+    dense = [sum(ways[0].seconds[w] for ways in options) or 1.0 for w in range(workloads)]
+    taken = [min(ways, key=lambda o: _share(o, dense) * (1 + _GAIN * ("+" in o.index))) for ways in options]
+    for k, (ways, best) in enumerate(zip(options, taken, strict=True)):
+        if _share(best, dense) > (1 - _GAIN) * _share(ways[0], dense):
+            taken[k] = ways[0]
+    given_up = set()
+    for w in range(workloads):
+        losses = [
+            (own.seconds[w] - ways[0].seconds[w], k) for k, (own, ways) in enumerate(zip(taken, options, strict=True))
+        ]
+        excess = sum(loss for loss, _ in losses)
+        for loss, k in sorted(losses, reverse=True):
+            if excess <= 0:
+                break
+            excess -= loss
+            taken[k] = options[k][0]
+            given_up.add(k)
+    for k, (choice, own, ways) in enumerate(zip(choices, taken, options, strict=True)):
+        if own.kind != "dense":
+            choice.kind, choice.index = own.kind, own.index
+            choice.reason = f"{_share(ways[0], dense) / _share(own, dense):.2f} times as fast"
+        elif not choice.reason:
+            choice.reason = "it would make a workload slower" if k in given_up else "not faster without its zeros"
+    return choices
+
+
+def _share(option: _Option, dense: Sequence[float]) -> float:
+    return sum(s / d for s, d in zip(option.seconds, dense, strict=True))
+
+
+def _options(
+    site: Site, table: Table, kinds: Sequence[str], cold: bool, workloads: int
+) -> tuple[Choice, list[_Option]]:
+    """What is known of a site, and its options; the first is dense."""
+    weight = site.matrix()
+    choice = Choice(site.name, (weight.shape[0], weight.shape[1]), zeros(weight), "dense", "", {}, site.reason)
+    if not choice.reason and not bool(weight.isfinite().all()):
+        choice.reason = "it holds values that are not finite"
+    if choice.reason:
+        return choice, [_Option("dense", "", [0.0] * workloads)]
+    rows = {shape: table.seconds(site, shape, kinds, cold) for _, shape in site.inputs}
+    choice.seconds = {"x".join(map(str, shape)): row for shape, row in rows.items()}
+
+    def total(name: Callable[[dict[str, float]], str]) -> list[float]:
+        spent = [0.0] * workloads
+        for (w, shape), count in site.inputs.items():
+            spent[w] += count * rows[shape].get(name(rows[shape]), float("inf"))
+        return spent
+
+    found = [_Option("dense", "", total(lambda _: "dense"))]
+    for kind in kinds:
+        for index in ("col", "bits", "col+bits"):
+            found.append(_Option(kind, index, total(lambda row, k=kind, i=index: f"{k}.{_read(row, k, i)}")))  # type: ignore[misc]
+    return choice, found
+
+
+def _read(row: dict[str, float], kind: str, index: str) -> str:
+    """Which index the operator reads: bits wherever there are few tokens and they are there."""
+    return "bits" if "bits" in index and f"{kind}.bits" in row else "col" if "col" in index else ""

@@ -1,0 +1,126 @@
+"""Compression from the command line."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import windows
+from ..errors import ModelError, OutputError, RecipeError
+from ..measure import count_parameters, perplexity
+from ..measure.latency import samples
+from ..measure.size import bytes_on_disk
+from ..models import load_tokenizer, resolve
+from .make import compress
+from .modules import Sparse
+from .store import is_compressed, load_compressed, save_compressed
+
+#: Tokens of a prompt and of one step of an answer: what a language model is timed on.
+TOKENS = (128, 1)
+
+
+def workloads(model: nn.Module, example: Any, tokens: Sequence[int]) -> list[Any]:
+    """Inputs to time a model on: the example, or for a language model prompts of so many tokens.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    if example is not None:
+        return [example]
+    words = int(getattr(getattr(model, "config", None), "vocab_size", None) or 0)
+    if not words:
+        raise RecipeError(
+            "this model does not say what it takes: give the shape of one input, e.g. --example 1x3x224x224"
+        )
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(words, (1, n), generator=generator)} for n in tokens]
+
+
+def compress_source(
+    model: nn.Module,
+    source: str,
+    out: Path,
+    *,
+    example: Any = None,
+    tokens: Sequence[int] = TOKENS,
+    kinds: Sequence[str] = ("float32",),
+    fresh: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Compress a model that was loaded from ``source`` and write it; returns it, with its report.
+
+    Nothing is written where nothing is faster.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise OutputError(f"{out} exists: choose another directory or --force")
+    fast = compress(model, workloads(model, example, tokens), kinds=kinds, fresh=fresh, progress=progress)
+    if any(isinstance(m, Sparse) for m in fast.modules()):
+        save_compressed(fast, out, source=source, force=force)
+        if hasattr(model, "save_pretrained") and (tokenizer := load_tokenizer(resolve(source))) is not None:
+            tokenizer.save_pretrained(out)
+    return fast
+
+
+def measure_compressed(
+    path: str | Path,
+    dense: nn.Module,
+    fresh: nn.Module | None,
+    *,
+    source: str = "dense",
+    example: Any = None,
+    data: Any = None,
+    count: int | None = None,
+    length: int = 512,
+    tokens: Sequence[int] = TOKENS,
+) -> dict[str, dict[str, Any]]:
+    """A compressed model beside the dense one: times (median and interval), bytes, parameters, perplexity.
+
+    Args:
+        dense: the model that it was made of, and ``source``, what that is called.
+        fresh: for models that are not of transformers, one from the same factory.
+    """
+    folder = Path(path)
+    if not is_compressed(folder):
+        raise ModelError(f"{folder} is not a model that secateur compressed")
+    small = load_compressed(folder, fresh)
+    models: dict[str, nn.Module] = {"dense": dense, "compressed": small}
+    found: dict[str, dict[str, Any]] = {}
+    text = None
+    if (folder / "tokenizer_config.json").exists() and data is not None:
+        text = windows(data, load_tokenizer(folder), count=count, length=length)
+    timed: dict[str, dict[str, list[float]]] = {}
+    for load in workloads(small, example, tokens):
+        args, kwargs = ((), load) if isinstance(load, dict) else ((load,), {})
+        label = f"{load['input_ids'].shape[1]} tokens" if isinstance(load, dict) else "x".join(map(str, load.shape))
+        timed[label] = samples(models, args, kwargs, repeats=15)
+    for title, key in ((str(path), "compressed"), (source, "dense")):
+        model = models[key]
+        parameters, nonzero = count_parameters(model)
+        if key == "compressed":  # packed weights are buffers, and hold no zeros
+            sparse = [m.packed for m in model.modules() if isinstance(m, Sparse)]
+            parameters += sum(p.nonzeros for p in sparse)
+            nonzero += sum(p.nonzeros for p in sparse)
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+        place = folder if key == "compressed" else Path(source)
+        found[title] = {
+            "parameters": parameters,
+            "nonzero": nonzero,
+            "memory": sum(t.numel() * t.element_size() for t in tensors),
+            "bytes": bytes_on_disk(place) if place.is_dir() else None,
+            "latency": {name: _summary(rows[key]) for name, rows in timed.items()},
+            "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
+            "threads": torch.get_num_threads(),
+        }
+    return found
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {"median": middle, "low": low, "high": high}

@@ -1,0 +1,174 @@
+"""Compress a model: each layer as it is fastest on this machine, and dense where that is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ModelError, RecipeError
+from ..formats import KINDS, pack
+from ..kernels.library import BUILD, library
+from ..layers import evaluating
+from ..measure import machine
+from ..measure.latency import latency
+from ..models import cache_directory
+from .candidates import Table, is_cold, sites, watch
+from .choose import Choice, choose
+
+
+@dataclasses.dataclass
+class Compression:
+    """What `compress` did.
+
+    Attributes:
+        choices: layer by layer.
+        workloads: what the model was timed on -> seconds of the dense and of the compressed model.
+        bytes: of the weights in memory, before and after.
+        error: largest relative difference of an output, by root mean squares.
+        machine: where all of this was measured.
+        note: what is to be said of the whole; empty where there is nothing.
+    """
+
+    choices: list[Choice]
+    workloads: dict[str, tuple[float, float]]
+    bytes: tuple[int, int]
+    error: float
+    machine: dict[str, Any]
+    note: str = ""
+
+    @property
+    def packed(self) -> list[Choice]:
+        """The layers that were packed."""
+        return [c for c in self.choices if c.kind != "dense"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.packed)} of {len(self.choices)} layers are packed, the others stay dense"]
+        groups: dict[tuple[Any, ...], list[Choice]] = {}
+        for c in self.choices:
+            groups.setdefault((c.shape, round(20 * c.zeros), c.kind, c.index, c.reason), []).append(c)
+        for (shape, _, kind, index, reason), members in groups.items():
+            what = "dense" if kind == "dense" else f"{kind} by {index}"
+            size = f"{shape[0]:>6} x {shape[1]:<6} {members[0].zeros:>4.0%} zeros"
+            lines.append(f"  {len(members):>4} x {size}  {what:<18} {reason}")
+        for name, (dense, small) in self.workloads.items():
+            lines.append(
+                f"{name:<24} {1e3 * dense:9.2f} ms -> {1e3 * small:9.2f} ms: {dense / small:.2f} times as fast"
+            )
+        before, after = self.bytes
+        lines.append(f"{'weights in memory':<24} {before / 2**20:9.1f} MiB -> {after / 2**20:7.1f} MiB")
+        lines.append(f"{'difference of outputs':<24} {self.error:9.1e}")
+        lines.append(f"measured on {self.machine['cpu']}, {self.machine['threads']} threads")
+        return "\n".join([*lines, *([self.note] if self.note else [])])
+
+
+def compress(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    kinds: Sequence[str] = ("float32",),
+    fresh: bool = False,
+    cache: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """A model that computes the same without the zeros, where that is faster on this machine.
+
+    Each layer is timed dense and packed, on inputs as the example gives it, and the fastest is installed. At the end
+    the whole model is timed beside the dense one, and given back as it was where nothing is won.
+
+    Args:
+        model: with zeros in its weights, on the CPU; it is not changed.
+        example: inputs of a forward pass: a tensor, a tuple or a dict; a list of them where the model has several
+            workloads, such as a prompt and a single token.
+        kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``.
+        fresh: measure again what an earlier run measured on this machine.
+        cache: keep the measurements for later runs.
+        progress: called with (layers done, layers).
+
+    Returns:
+        A copy whose layers are packed (untouched ones are shared with nothing), with the report in its attribute
+        ``compression``; where nothing is faster, the model itself, with the report.
+
+    Raises:
+        RecipeError: no example, or an unknown kind.
+        ModelError: the model does not run on the example.
+    """
+    if example is None:
+        raise RecipeError("compress times layers on what they are given: give inputs of a forward pass with example=")
+    if unknown := set(kinds) - set(KINDS):
+        raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(KINDS)}")
+    loads = [_inputs(x) for x in (example if isinstance(example, list) else [example])]
+    found = list(sites(model))
+    report = Compression([], {}, (_bytes(model), _bytes(model)), 0.0, machine())
+    if library() is None:
+        report.note = f"nothing is packed: the sparse kernels are not built for this machine ({BUILD})"
+        return _with(model, report)
+    able = [s for s in found if not s.reason]
+    try:
+        watch(model, able, loads)
+    except Exception as error:
+        raise ModelError(f"the model does not run on the example: {type(error).__name__} {error}") from None
+    table = Table(cache_directory() / "layers.json" if cache else None, fresh)
+    report.choices = choose(found, table, kinds, is_cold(model), len(loads), progress)
+    table.save()
+    replaced: dict[int, Any] = {}
+    for site, choice in zip(found, report.choices, strict=True):
+        if choice.kind != "dense":
+            parts = choice.index.split("+")
+            packed = pack(site.matrix(), choice.kind).indexed(col="col" in parts, bits="bits" in parts)
+            replaced[id(site.module)] = site.sparse(packed).train(site.module.training)
+    if not replaced:
+        report.note = "nothing is packed: no layer of this model is faster without its zeros on this machine"
+        return _with(model, report)
+    fast = copy.deepcopy(model, dict(replaced))
+    report.error = _difference(model, fast, loads)
+    for args, kwargs in loads:
+        times = latency({"dense": model, "fast": fast}, args, kwargs)
+        report.workloads[_label(args, kwargs)] = (times["dense"], times["fast"])
+    if sum(f for _, f in report.workloads.values()) > sum(d for d, _ in report.workloads.values()):
+        report.note = "the model stays dense: its layers were faster alone, but not together"
+        return _with(model, report)
+    report.bytes = (report.bytes[0], _bytes(fast))
+    return _with(fast, report)
+
+
+def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple) else (example,)), {}
+
+
+def _label(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    shapes = [f"{tuple(t.shape)}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return "input " + ", ".join(shapes[:2])
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _difference(model: nn.Module, fast: nn.Module, loads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> float:
+    worst = 0.0
+    with evaluating(model, fast), torch.inference_mode():
+        for args, kwargs in loads:
+            pairs = zip(tree_leaves(model(*args, **kwargs)), tree_leaves(fast(*args, **kwargs)), strict=True)
+            for a, b in pairs:
+                if isinstance(a, Tensor) and a.is_floating_point():
+                    scale = float(a.double().square().mean().sqrt()) or 1.0
+                    worst = max(worst, float((a.double() - b.double()).square().mean().sqrt()) / scale)
+    return worst
+
+
+def _with(model: nn.Module, report: Compression) -> nn.Module:
+    model.compression = report  # type: ignore[assignment]
+    return model

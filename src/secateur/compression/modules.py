@@ -1,0 +1,124 @@
+"""Layers whose weights are packed: same forward, same outputs, no zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..formats import Packed
+from ..kernels import ops
+from ..kernels.library import ACTIVATIONS
+
+_linear, _conv2d = torch.ops.secateur.sparse_linear.default, torch.ops.secateur.sparse_conv2d.default
+_PARTS = ("values", "start", "col", "bits", "scale")
+
+
+class Sparse(nn.Module):
+    """What sparse layers share: the parts of a packed matrix as buffers, and that they stay together."""
+
+    values: Tensor
+    start: Tensor
+    col: Tensor | None
+    bits: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> None:
+        super().__init__()
+        self.rows, self.cols, self.group, self.panel = packed.rows, packed.cols, packed.group, packed.panel
+        self.activation = activation
+        for name in _PARTS:
+            self.register_buffer(name, getattr(packed, name))
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self._facts = (self.rows, self.cols, self.group, self.panel, ACTIVATIONS[activation])
+        self._seen = self._versions()
+
+    @property
+    def packed(self) -> Packed:
+        """The weight."""
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return Packed(self.rows, self.cols, self.group, self.panel, **parts)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dense: a copy, so changing it changes nothing."""
+        return self.packed.dense()
+
+    def _versions(self) -> list[int]:
+        kept = self._buffers
+        indexes = (kept["start"], kept["col"], kept["bits"])
+        return [t._version for t in indexes if t is not None and not t.is_inference()]
+
+    def _arguments(self) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling() and self._versions() != self._seen:
+            self.packed.check()  # a kernel trusts its indexes
+            self._seen = self._versions()
+        return (*self._buffers.values(), *self._facts)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.packed.check()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        probe = fn(torch.zeros(1))
+        if probe.dtype != torch.float32 or probe.device.type != "cpu":
+            raise ModelError(
+                f"a compressed layer stays in float32 arithmetic on the CPU: it cannot become {probe.dtype} on "
+                f"{probe.device}; convert the dense model, then compress it"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        kinds = [name for name in ("col", "bits") if getattr(self, name) is not None]
+        return (
+            f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {str(self.values.dtype)[6:]} by "
+            f"{' and '.join(kinds)}, bias={self.bias is not None}, activation={self.activation}"
+        )
+
+
+class SparseLinear(Sparse):
+    """``y = x W^T + b`` for a packed W of ``(outputs, inputs)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., inputs)`` to ``(..., outputs)``, in the dtype of x."""
+        multiply = ops.linear if ops.direct(x) else _linear
+        found: Tensor = multiply(x, *self._arguments())
+        return found
+
+
+class SparseConv2d(Sparse):
+    """A convolution without groups, for a packed weight of ``(outputs, inputs * height * width)``."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        activation: str = "none",
+    ) -> None:
+        super().__init__(packed, bias, activation)
+        self.kernel, self.stride, self.padding, self.dilation = (list(x) for x in (kernel, stride, padding, dilation))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``(outputs, inputs, height, width)``, dense: a copy."""
+        return super().weight.view(self.rows, -1, *self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, inputs, height, width)`` to ``(batch, outputs, height, width)``."""
+        convolve = ops.conv2d if ops.direct(x) else _conv2d
+        arguments = (*self._arguments(), self.kernel, self.stride, self.padding, self.dilation)
+        found: Tensor = convolve(x, *arguments)
+        return found
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"{super().extra_repr()}, kernel={tuple(self.kernel)}, stride={tuple(self.stride)}"

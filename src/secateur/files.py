@@ -1,0 +1,35 @@
+"""Save and load models that secateur made, whatever was done to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from .compression import Sparse, is_compressed, load_compressed, save_compressed
+from .structured import load as load_smaller
+from .structured import save as save_smaller
+
+
+def save(model: nn.Module, out: str | Path) -> Path:
+    """Write a smaller model (`StructuredPlan.shrink`) or a compressed one (`compress`) as safetensors and JSON.
+
+    Raises:
+        ModelError: the model is neither.
+        OutputError: ``out`` exists and is not empty.
+    """
+    if any(isinstance(m, Sparse) for m in model.modules()):
+        return save_compressed(model, out)
+    return save_smaller(model, out)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` wrote.
+
+    Args:
+        model: a fresh model from the factory of the original; not needed for directories with a transformers config.
+
+    Raises:
+        ModelError: a file is missing, was changed, or does not fit the model.
+    """
+    return load_compressed(path, model) if is_compressed(path) else load_smaller(path, model)

@@ -1,0 +1,5 @@
+"""How pruned weights are stored."""
+
+from .packed import KINDS, Packed, pack, restore
+
+__all__ = ["KINDS", "Packed", "pack", "restore"]

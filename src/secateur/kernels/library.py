@@ -1,0 +1,132 @@
+"""The compiled kernels: which of them this machine runs, and their C interface."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SecateurError
+from .build import BUILT, targets
+
+#: Bytes behind values, and floats behind scratch memory, that a kernel may read but does not use.
+SLACK = 256
+
+KINDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATIONS: Mapping[str, int] = {"none": 0, "relu": 1}
+
+_Pointer, _Long, _Int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class Matrix(ctypes.Structure):
+    """``Matrix`` of ``native/sparse.h``."""
+
+    _fields_ = (
+        ("rows", _Long),
+        ("cols", _Long),
+        ("group", _Int),
+        ("panel", _Int),
+        ("kind", _Int),
+        ("activation", _Int),
+        ("values", _Pointer),
+        ("start", _Pointer),
+        ("col", _Pointer),
+        ("bits", _Pointer),
+        ("scale", _Pointer),
+        ("bias", _Pointer),
+    )
+
+
+class Image(ctypes.Structure):
+    """``Image`` of ``native/sparse.h``."""
+
+    _fields_ = (("x", _Pointer), ("y", _Pointer), ("out_h", _Long), ("out_w", _Long), ("pitch", _Long))
+
+
+class Library:
+    """One compiled set of kernels."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = ctypes.CDLL(str(path))
+        matrix = ctypes.POINTER(Matrix)
+        self.linear, self.vector, self.convolution = (
+            loaded.sparse_linear,
+            loaded.sparse_vector,
+            loaded.sparse_convolution,
+        )
+        for multiply in (self.linear, self.vector):
+            multiply.argtypes = (matrix, _Pointer, _Long, _Pointer, _Pointer, _Int)
+            multiply.restype = None
+        self.convolution.argtypes = (matrix, _Pointer, ctypes.POINTER(Image), _Long, _Int)
+        self.convolution.restype = None
+        self.scratch_linear, self.scratch_vector = loaded.scratch_linear, loaded.scratch_vector
+        for scratch in (self.scratch_linear, self.scratch_vector):
+            scratch.argtypes = (matrix, _Long)
+            scratch.restype = _Long
+        loaded.sparse_isa.restype = ctypes.c_char_p
+        self.isa = str(loaded.sparse_isa().decode())
+        self.lanes = int(loaded.sparse_lanes())
+        pool = openmp()
+        loaded.sparse_use_pool.argtypes = (_Pointer,)
+        loaded.sparse_use_pool.restype = None
+        loaded.sparse_use_pool(pool)
+        self.threads = "those of torch" if pool else "its own"
+
+
+def openmp() -> int | None:
+    """The address of the OpenMP entry that torch has loaded: two pools on the same processors would slow each other."""
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    return ctypes.cast(entry, _Pointer).value
+
+
+def supported() -> list[str]:
+    """The instruction sets that this processor runs, the widest first."""
+    found = torch.backends.cpu.get_cpu_capability()
+    missing = {"AVX512": (), "AVX2": ("avx512",)}.get(found, ("avx512", "avx2"))
+    return [name for name in targets() if name not in missing]
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | None:
+    """The widest kernels that are built and that this processor runs, or None.
+
+    ``SECATEUR_KERNELS`` names another: ``avx2``, ``portable``, or ``none``.
+
+    Raises:
+        SecateurError: the one that is named is not there, or cannot run here.
+    """
+    asked = os.environ.get("SECATEUR_KERNELS")
+    if asked == "none":
+        return None
+    usable = supported()
+    if asked is not None and asked not in usable:
+        raise SecateurError(f"SECATEUR_KERNELS is '{asked}': this machine runs {', '.join(usable)} or none")
+    for name in [asked] if asked else usable:
+        path = BUILT / f"sparse_{name}.so"
+        if path.exists():
+            try:
+                return Library(path)
+            except (OSError, AttributeError) as error:
+                raise SecateurError(f"{path} cannot be used: {error}; build it again: {BUILD}") from None
+    if asked is not None:
+        raise SecateurError(f"SECATEUR_KERNELS is '{asked}', which is not built: {BUILD}")
+    return None
+
+
+BUILD = "python -m secateur.kernels.build"
+
+
+def described() -> dict[str, Any]:
+    """Which kernels are active, for a bug report."""
+    found = library()
+    if found is None:
+        return {"active": None, "reason": f"none is built for this machine: {BUILD} needs a C++ compiler"}
+    return {"active": found.isa, "floats in a vector": found.lanes, "threads": found.threads}

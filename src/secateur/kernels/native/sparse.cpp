@@ -1,0 +1,292 @@
+#include "sparse.h"
+
+#include <algorithm>
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int TOKENS = 64;  // of a full block of activations
+
+int64_t panels_of(const Matrix& w) { return (w.cols + w.panel - 1) / w.panel; }
+int64_t groups_of(const Matrix& w) { return (w.rows + w.group - 1) / w.group; }
+
+// One group of rows: which rows, and its first run.
+struct Group {
+    int64_t first, rows, run;
+    Group(const Matrix& w, int64_t g)
+        : first(g * w.group), rows(std::min<int64_t>(w.group, w.rows - first)), run(first * panels_of(w)) {}
+};
+
+struct alignas(64) Sums {
+    float of[64 * TOKENS];
+};
+
+// Where a panel's columns lie: packed one after the other, or anywhere.
+struct Packed {
+    const float* x;
+    int64_t width;
+    const float* panel(int64_t first) const { return x + first * width; }
+    template <int V>
+    static const float* column(const float* base, const void*, uint8_t c) {
+        return base + size_t(c) * (V * LANES);
+    }
+    const void* table(int64_t) const { return nullptr; }
+};
+struct Scattered {
+    const float* x;
+    const uint32_t* offset;
+    const float* panel(int64_t) const { return x; }
+    template <int V>
+    static const float* column(const float* base, const void* table, uint8_t c) {
+        return base + static_cast<const uint32_t*>(table)[c];
+    }
+    const void* table(int64_t first) const { return offset + first; }
+};
+
+// sums[row][V * LANES] of one group for one block of activations.
+template <int V, class Value, class Where>
+void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
+    const Value* values = static_cast<const Value*>(w.values);
+    const int64_t panels = panels_of(w);
+    const uint32_t* start = w.start + g.run;
+    for (int64_t p = 0; p < panels; p++) {
+        const float* base = where.panel(p * w.panel);
+        const void* table = where.table(p * w.panel);
+        for (int64_t r = 0; r < g.rows; r++, start++) {
+            vec acc[V];
+            float* sum_r = sums + r * (V * LANES);
+            for (int v = 0; v < V; v++) acc[v] = p ? *reinterpret_cast<vec*>(sum_r + v * LANES) : vec{};
+            for (uint32_t k = start[0], end = start[1]; k < end; k++) {
+                const float* x = Where::template column<V>(base, table, w.col[k]);
+                const float a = number(values[k]);
+                for (int v = 0; v < V; v++) acc[v] += a * *reinterpret_cast<const vec_any*>(x + v * LANES);
+            }
+            for (int v = 0; v < V; v++) *reinterpret_cast<vec*>(sum_r + v * LANES) = acc[v];
+        }
+    }
+}
+
+inline float finish(const Matrix& w, int64_t row, float sum) {
+    if (w.scale) sum *= w.scale[row];
+    if (w.bias) sum += w.bias[row];
+    return w.activation == RELU ? (sum > 0 || sum != sum ? sum : 0.0f) : sum;
+}
+
+template <int V, class Where>
+void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
+    if (w.kind == FLOAT32) multiply<V, float>(w, g, where, sums);
+    if (w.kind == BFLOAT16) multiply<V, bfloat16>(w, g, where, sums);
+    if (w.kind == INT8) multiply<V, int8_t>(w, g, where, sums);
+}
+
+// Tokens in a block: whole vectors, as many as there are tokens.
+int64_t block_of(int64_t n) {
+    int64_t width = LANES;
+    while (width < n && width < TOKENS) width *= 2;
+    return width;
+}
+
+template <int V, class Where>
+void multiply_width(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
+    if (width == V * LANES || V * LANES >= TOKENS) return multiply<V>(w, g, where, sums);
+    if constexpr (V * LANES < TOKENS) multiply_width<V * 2>(w, g, where, sums, width);
+}
+
+// packed[column][token] of one block; columns past the end and tokens past the last are zero.
+void pack(const float* x, int64_t n, int64_t cols, int64_t first, int64_t last, int64_t width, float* packed) {
+    constexpr int64_t TILE = 16;  // columns: a cache line of each token is read once
+    for (int64_t c = first; c < last; c += TILE) {
+        int64_t t = 0;
+        if (c + TILE <= cols)
+            for (; t + 4 <= n && t < width; t += 4)
+                for (int64_t i = c; i < c + TILE; i += 4) {
+                    quad q[4];
+                    for (int k = 0; k < 4; k++) q[k] = load4(x + (t + k) * cols + i);
+                    transpose(q);
+                    for (int k = 0; k < 4; k++) store4(packed + (i + k) * width + t, q[k]);
+                }
+        for (; t < width; t++)
+            for (int64_t i = c; i < std::min(c + TILE, last); i++)
+                packed[i * width + t] = t < n && i < cols ? x[t * cols + i] : 0.0f;
+    }
+}
+
+quad finish(const Matrix& w, int64_t row, quad sums) {
+    if (w.scale) sums *= load4(w.scale + row);
+    if (w.bias) sums += load4(w.bias + row);
+    if (w.activation == RELU) sums = reinterpret_cast<quad>(reinterpret_cast<iquad>(sums) & ~(sums <= 0));
+    return sums;
+}
+
+// y[token][row] of one block from sums[row][token].
+void unpack(const Matrix& w, const Group& g, const float* sums, int64_t n, int64_t width, float* y) {
+    y += g.first;
+    for (int64_t t = 0; t < n; t += 4) {
+        const int64_t tokens = std::min<int64_t>(4, n - t);
+        int64_t r = 0;
+        for (; r + 4 <= g.rows; r += 4) {
+            quad q[4];
+            for (int k = 0; k < 4; k++) q[k] = load4(sums + (r + k) * width + t);
+            transpose(q);
+            for (int k = 0; k < tokens; k++) store4(y + (t + k) * w.rows + r, finish(w, g.first + r, q[k]));
+        }
+        for (; r < g.rows; r++)
+            for (int k = 0; k < tokens; k++) y[(t + k) * w.rows + r] = finish(w, g.first + r, sums[r * width + t + k]);
+    }
+}
+
+int64_t padded(const Matrix& w) { return panels_of(w) * w.panel; }
+
+template <int N, class Value>
+void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride, vec (*acc)[N]) {
+    const Value* values = static_cast<const Value*>(w.values);
+    const int words = w.panel / 64;
+    const uint32_t* start = w.start + g.run;
+    const uint64_t* bits = w.bits + g.run * words;
+    for (int64_t p = 0; p < panels_of(w); p++) {
+        const float* base = x + p * w.panel;
+        for (int64_t r = 0; r < g.rows; r++, start++) {
+            const Value* value = values + *start;
+            vec own[N][2];  // two chains of sums: one would wait for itself
+            for (int t = 0; t < N; t++) own[t][0] = acc[r][t], own[t][1] = vec{};
+            for (int word = 0; word < words; word++) {
+                const uint64_t mask = *bits++;
+                for (int at = 0; at < 64; at += LANES) {
+                    const uint32_t part = uint32_t(mask >> at) & ((1u << LANES) - 1);
+                    const vec a = expand(numbers(value), part);
+                    value += __builtin_popcount(part);
+                    for (int t = 0; t < N; t++) own[t][at / LANES & 1] += a * numbers(base + t * stride + word * 64 + at);
+                }
+            }
+            for (int t = 0; t < N; t++) acc[r][t] = own[t][0] + own[t][1];
+        }
+    }
+}
+
+template <int N, class Value>
+void vector_columns(const Matrix& w, const Group& g, const float* x, int64_t stride, vec (*acc)[N]) {
+    const Value* values = static_cast<const Value*>(w.values);
+    const uint32_t* start = w.start + g.run;
+    for (int64_t p = 0; p < panels_of(w); p++) {
+        const float* base = x + p * w.panel;
+        for (int64_t r = 0; r < g.rows; r++, start++) {
+            float own[N][4] = {};
+            uint32_t k = start[0];
+            const uint32_t end = start[1];
+            for (; k + 4 <= end; k += 4)
+                for (int i = 0; i < 4; i++) {
+                    const float a = number(values[k + i]);
+                    for (int t = 0; t < N; t++) own[t][i] += a * base[t * stride + w.col[k + i]];
+                }
+            for (; k < end; k++)
+                for (int t = 0; t < N; t++) own[t][0] += number(values[k]) * base[t * stride + w.col[k]];
+            for (int t = 0; t < N; t++) acc[r][t][0] += own[t][0] + own[t][1] + own[t][2] + own[t][3];
+        }
+    }
+}
+
+template <int N, class Value>
+void vector_group(const Matrix& w, int64_t index, const float* x, float* y) {
+    const Group g(w, index);
+    vec acc[64][N];
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++) acc[r][t] = vec{};
+    if (w.bits)
+        vector_bits<N, Value>(w, g, x, padded(w), acc);
+    else
+        vector_columns<N, Value>(w, g, x, padded(w), acc);
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++) y[t * w.rows + g.first + r] = finish(w, g.first + r, sum(acc[r][t]));
+}
+
+template <int N>
+void vectors(const Matrix& w, const float* x, float* y, int32_t threads) {
+    parallel(groups_of(w), threads, [&](int64_t g) {
+        if (w.kind == FLOAT32) vector_group<N, float>(w, g, x, y);
+        if (w.kind == BFLOAT16) vector_group<N, bfloat16>(w, g, x, y);
+        if (w.kind == INT8) vector_group<N, int8_t>(w, g, x, y);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t scratch_linear(const Matrix* w, int64_t n) {
+    const int64_t width = block_of(n);
+    return (n + width - 1) / width * width * padded(*w);
+}
+
+void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads) {
+    const int64_t width = block_of(n), blocks = (n + width - 1) / width, panels = panels_of(*w);
+    parallel(blocks * panels, threads, [&](int64_t i) {
+        const int64_t b = i / panels, p = i % panels;
+        pack(x + b * width * w->cols, n - b * width, w->cols, p * w->panel, (p + 1) * w->panel, width,
+             scratch + b * width * padded(*w));
+    });
+    const int64_t groups = groups_of(*w);
+    parallel(blocks * groups, threads, [&](int64_t i) {
+        const int64_t b = i / groups;
+        const Group g(*w, i % groups);
+        Sums sums;
+        multiply_width<1>(*w, g, Packed{scratch + b * width * padded(*w), width}, sums.of, width);
+        unpack(*w, g, sums.of, std::min(width, n - b * width), width, y + b * width * w->rows);
+    });
+}
+
+int64_t scratch_vector(const Matrix* w, int64_t n) { return n * padded(*w); }
+
+void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads) {
+    for (int64_t t = 0; t < n; t++) {
+        std::copy(x + t * w->cols, x + (t + 1) * w->cols, scratch + t * padded(*w));
+        std::fill(scratch + t * padded(*w) + w->cols, scratch + (t + 1) * padded(*w), 0.0f);
+    }
+    if (n == 1) vectors<1>(*w, scratch, y, threads);
+    if (n == 2) vectors<2>(*w, scratch, y, threads);
+    if (n == 3) vectors<3>(*w, scratch, y, threads);
+    if (n == 4) vectors<4>(*w, scratch, y, threads);
+}
+
+void sparse_convolution(const Matrix* w, const uint32_t* offset, const Image* images, int64_t count, int32_t threads) {
+    const int64_t groups = groups_of(*w);
+    const int64_t length = (images->out_h - 1) * images->pitch + images->out_w;  // of the flat positions
+    const int64_t width = block_of(length), blocks = (length + width - 1) / width;
+    parallel(count * blocks * groups, threads, [&](int64_t i) {
+        const Image& image = images[i / (blocks * groups)];
+        // The last block starts early instead of reading past the input, and computes some positions twice.
+        const int64_t first = std::max<int64_t>(0, std::min(i / groups % blocks * width, length - width));
+        const int64_t last = std::min(first + width, length);
+        const Group g(*w, i % groups);
+        Sums sums;
+        multiply_width<1>(*w, g, Scattered{image.x + first, offset}, sums.of, width);
+        for (int64_t r = 0; r < g.rows; r++) {
+            float* y = image.y + (g.first + r) * image.out_h * image.out_w;
+            for (int64_t at = first; at < last;) {
+                const int64_t h = at / image.pitch, x = at % image.pitch;
+                const int64_t end = std::min(last, (h + 1) * image.pitch);
+                for (int64_t k = at; k < std::min(end, h * image.pitch + image.out_w); k++)
+                    y[h * image.out_w + x + k - at] = finish(*w, g.first + r, sums.of[r * width + k - first]);
+                at = end;
+            }
+        }
+    });
+}
+
+void sparse_use_pool(void* pool) { gomp_parallel = reinterpret_cast<GompParallel>(pool); }
+
+int32_t sparse_lanes(void) { return LANES; }
+
+const char* sparse_isa(void) {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__ARM_NEON)
+    return "neon";
+#else
+    return "portable";
+#endif
+}
+}

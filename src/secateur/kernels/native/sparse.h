@@ -1,0 +1,57 @@
+// The C interface of secateur's sparse kernels, and the packed matrix that they read.
+//
+// A matrix [rows, cols] is cut into groups of `group` rows and panels of `panel` columns. A run is what one row keeps
+// in one panel. Runs are stored group by group, in a group panel by panel, in a panel row by row, so that a panel of
+// the activations stays in the first-level cache while a group of rows reads it. Run k keeps the values
+// start[k] .. start[k + 1]; they lie in the order of their columns. Which columns they are is said by `col` (one byte
+// each, within the panel) or by `bits` (panel / 64 words a run, lowest column in the lowest bit), or by both.
+//
+// No function allocates, throws or checks: the caller gives scratch memory and has checked shapes and contents.
+#pragma once
+#include <cstdint>
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Activation : int32_t { NONE = 0, RELU = 1 };
+
+struct Matrix {
+    int64_t rows, cols;
+    int32_t group, panel;  // group <= 64; panel a multiple of 64, at most 256
+    int32_t kind, activation;
+    const void* values;     // SLACK bytes may be read past their end
+    const uint32_t* start;  // [runs + 1]
+    const uint8_t* col;     // [values], or null
+    const uint64_t* bits;   // [runs * panel / 64], or null
+    const float* scale;     // [rows], or null: what a row's sum is multiplied by
+    const float* bias;      // [rows], or null
+};
+
+// Bytes that may be read past the end of values and of activations.
+enum { SLACK = 256 };
+
+// y[n, rows] = x[n, cols] W^T for many tokens; needs col. Scratch: see scratch_linear.
+EXPORT void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads);
+EXPORT int64_t scratch_linear(const Matrix* w, int64_t n);
+
+// The same for one to four tokens, each weight read once; needs bits, or col where bits is null.
+EXPORT void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads);
+EXPORT int64_t scratch_vector(const Matrix* w, int64_t n);
+
+// y[rows, out_h, out_w] = sum over columns of W[row, column] x[offset[column] + h * pitch + w], for one image.
+// x may be read SLACK bytes past its last use.
+struct Image {
+    const float* x;
+    float* y;
+    int64_t out_h, out_w, pitch;
+};
+EXPORT void sparse_convolution(const Matrix* w, const uint32_t* offset, const Image* images, int64_t count, int32_t threads);
+
+// Run in the OpenMP pool that the process has already: the address of its GOMP_parallel, or null for own threads.
+EXPORT void sparse_use_pool(void* gomp_parallel);
+
+EXPORT int32_t sparse_lanes(void);      // floats in a vector
+EXPORT const char* sparse_isa(void);    // what this library was compiled for
+}

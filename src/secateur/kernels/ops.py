@@ -1,0 +1,291 @@
+"""The kernels as operators of torch: ``torch.ops.secateur.sparse_linear`` and ``sparse_conv2d``.
+
+They take the parts of a packed matrix (`formats.Packed`), which whoever calls them has checked: a kernel trusts its
+indexes. Without compiled kernels the same operators multiply densely: right, and slow.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import SecateurError
+from .library import KINDS, SLACK, Image, Matrix, library
+
+#: Tokens up to which each weight is read once for all of them.
+FEW = 4
+
+_PARTS = (
+    "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
+    "int rows, int cols, int group, int panel, int activation"
+)
+_registry = torch.library.Library("secateur", "DEF")
+_registry.define(f"sparse_linear({_PARTS}) -> Tensor")
+_registry.define(f"sparse_conv2d({_PARTS}, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor")
+
+_Some = Tensor | None
+
+
+def _address(tensor: _Some) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _Known:
+    """The parts of a matrix as the kernels take them; kept at its values, for building it costs as much as a call."""
+
+    def __init__(
+        self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some],
+        rows: int, cols: int, group: int, panel: int, activation: int,
+    ) -> None:  # fmt: skip
+        values, start, col, bits, scale, bias = parts
+        kind = KINDS.get(values.dtype)
+        indexes = start.dtype == torch.int32 and all(t is None or t.dtype == torch.uint8 for t in (col, bits))
+        if kind is None or not indexes or any(t is not None and t.dtype != torch.float32 for t in (scale, bias)):
+            raise SecateurError(
+                f"a compressed layer has been converted (its values are {values.dtype}): kernels read float32, "
+                "bfloat16 and int8 values with float32 scales; convert the model before it is compressed"
+            )
+        self.parts = parts[1:]
+        self.addresses = [_address(t) for t in parts]
+        self.facts = (rows, cols, group, panel, activation)
+        self.matrix = Matrix(rows, cols, group, panel, kind, activation, *self.addresses)
+        self.place = ctypes.byref(self.matrix)
+        self.scratch: dict[tuple[bool, int], int] = {}
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a tensor lies elsewhere: nothing is known of it."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return (type(None), ())
+
+    def still(self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some], facts: tuple[int, ...]) -> bool:
+        """Whether it describes these parts: the same tensors, and the values where they were."""
+        return (
+            self.facts == facts
+            and all(map(operator.is_, self.parts, parts[1:]))
+            and self.addresses[0] == parts[0].data_ptr()
+        )
+
+
+def _matrix(
+    values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    rows: int, cols: int, group: int, panel: int, activation: int,
+) -> _Known:  # fmt: skip
+    """The parts as the kernels take them.
+
+    Raises:
+        SecateurError: a part was converted or moved after it was packed.
+    """
+    parts, facts = (values, start, col, bits, scale, bias), (rows, cols, group, panel, activation)
+    known: _Known | None = getattr(values, "_secateur_matrix", None)
+    if known is None or not known.still(parts, facts):
+        known = _Known(parts, *facts)
+        values._secateur_matrix = known  # type: ignore[attr-defined]
+    return known
+
+
+def _refuse(x: Tensor, cols: int, dim: int) -> None:
+    if not x.is_floating_point():
+        raise SecateurError(f"a sparse layer takes floats, not {x.dtype}")
+    if x.shape[dim] != cols:
+        raise SecateurError(f"a sparse layer of {cols} inputs was given {x.shape[dim]} (shape {tuple(x.shape)})")
+
+
+def direct(x: Tensor) -> bool:
+    """Whether nothing watches operators now, so that a kernel may be called without one: calling costs more than work.
+
+    False under torch.compile, export, tracing, any dispatch mode, and where a gradient is wanted.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+class _Scratch(threading.local):
+    """Memory that a kernel fills and nobody else reads, kept from call to call."""
+
+    held = torch.empty(0)
+
+    def address(self, floats: int) -> int:
+        if self.held.numel() < floats:
+            self.held = torch.empty(floats, dtype=torch.float32)
+        return self.held.data_ptr()
+
+
+_scratch = _Scratch()
+
+
+def linear(
+    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    rows: int, cols: int, group: int, panel: int, activation: int,
+) -> Tensor:  # fmt: skip
+    """``secateur::sparse_linear``: ``(..., cols)`` to ``(..., rows)``, in the dtype of x."""
+    shape = x.shape
+    if not shape or shape[-1] != cols or not x.is_floating_point():
+        _refuse(x, cols, -1)
+    known = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation)
+    given = x if x.dtype == torch.float32 and x.is_contiguous() else x.contiguous().float()
+    n = given.numel() // cols
+    y = given.new_empty((*shape[:-1], rows))
+    found = library()
+    if found is None:
+        parts = (values, start, col, bits, scale, rows, cols, group, panel)
+        y = _activated(F.linear(given, _dense(*parts), bias), activation)
+    elif n:
+        few = n <= FEW or col is None
+        multiply, need = (found.vector, found.scratch_vector) if few else (found.linear, found.scratch_linear)
+        count = min(FEW, n) if few else n
+        room = known.scratch.get((few, count))
+        if room is None:
+            room = known.scratch[few, count] = need(known.place, count) + SLACK
+        scratch, threads = _scratch.address(room), torch.get_num_threads()
+        source, target = given.data_ptr(), y.data_ptr()
+        for first in range(0, n, count):
+            part = min(count, n - first)
+            multiply(known.place, source + 4 * first * cols, part, target + 4 * first * rows, scratch, threads)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def conv2d(
+    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    rows: int, cols: int, group: int, panel: int, activation: int,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """``secateur::sparse_conv2d``: ``(batch, channels, height, width)``; the weight is ``(rows, channels * positions)``."""
+    channels = cols // (kernel[0] * kernel[1])
+    if x.dim() != 4:
+        raise SecateurError(f"a sparse convolution takes (batch, channels, height, width), not {tuple(x.shape)}")
+    _refuse(x, channels, 1)
+    sizes = _out_sizes(x.shape[2:], kernel, stride, padding, dilation)
+    if min(sizes) <= 0:
+        raise SecateurError(f"a sparse convolution of kernel {tuple(kernel)} was given only {tuple(x.shape[2:])}")
+    place = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation).place
+    found = library()
+    if found is None or col is None:
+        weight = _dense(values, start, col, bits, scale, rows, cols, group, panel)
+        weight = weight.view(rows, channels, *kernel)
+        out = F.conv2d(x.float(), weight, bias, tuple(stride), tuple(padding), tuple(dilation))
+        return _activated(out, activation).to(x.dtype)
+    y = torch.empty((x.shape[0], rows, *sizes), dtype=torch.float32)
+    if not y.numel():
+        return y.to(x.dtype)
+    given, pitch, height, phases = _laid_out(x.float(), kernel, stride, padding, dilation, sizes)
+    offsets = _offsets(channels, *kernel, *stride, *dilation, height, pitch, phases)
+    step, after = 4 * channels * phases * height * pitch, 4 * rows * sizes[0] * sizes[1]
+    source, target = given.data_ptr(), y.data_ptr()
+    images = (Image * x.shape[0])(
+        *(Image(source + i * step, target + i * after, *sizes, pitch) for i in range(x.shape[0]))
+    )
+    found.convolution(place, offsets.data_ptr(), images, x.shape[0], torch.get_num_threads())
+    return y.to(x.dtype)
+
+
+def _laid_out(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[Tensor, int, int, int]:  # fmt: skip
+    """The input as one flat line for each channel and phase of the stride: (it, width, height, phases).
+
+    Position ``(h, w)`` of every kernel position then lies at a fixed distance from output ``(h, w)``. An input that
+    needs neither padding nor phases is taken as it is.
+    """
+    batch, channels = x.shape[:2]
+    high, wide = stride
+    length = (sizes[0] - 1) * x.shape[3] + sizes[1]
+    if tuple(padding) == (0, 0) and (high, wide) == (1, 1) and length >= 64:
+        return x.contiguous(), x.shape[3], x.shape[2], 1
+    if tuple(kernel) == (1, 1) and tuple(padding) == (0, 0):  # a stride alone leaves positions out
+        height, width, phases = sizes[0], sizes[1], 1
+        laid = x[:, :, ::high, ::wide]
+    else:
+        height = -(-(x.shape[2] + 2 * padding[0]) // high)
+        width = -(-(x.shape[3] + 2 * padding[1]) // wide)
+        phases = high * wide
+        bottom, right = height * high - x.shape[2] - padding[0], width * wide - x.shape[3] - padding[1]
+        padded = F.pad(x, (padding[1], right, padding[0], bottom))
+        laid = padded.view(batch, channels, height, high, width, wide).permute(0, 1, 3, 5, 2, 4)
+    flat = torch.empty(laid.numel() + 64, dtype=torch.float32)
+    flat[laid.numel() :] = 0
+    flat[: laid.numel()].view(laid.shape).copy_(laid)
+    return flat, width, height, phases
+
+
+@lru_cache(maxsize=256)
+def _offsets(
+    channels: int, kh: int, kw: int, sh: int, sw: int, dh: int, dw: int, height: int, width: int, phases: int
+) -> Tensor:
+    """``(columns,)``: where each column of the weight, a channel at a kernel position, finds its input."""
+    c, i, j = torch.arange(channels), torch.arange(kh) * dh, torch.arange(kw) * dw
+    if phases == 1:
+        sh = sw = 1
+    line = (c[:, None, None] * phases + (i % sh * sw)[None, :, None] + (j % sw)[None, None]) * height
+    found = (line + (i // sh)[None, :, None]) * width + (j // sw)[None, None]
+    if int(found.max()) >= 1 << 31:
+        raise SecateurError(f"an image of {channels} x {height} x {width} is larger than a sparse convolution takes")
+    return found.reshape(-1).to(torch.int32).contiguous()
+
+
+def _out_sizes(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _activated(y: Tensor, activation: int) -> Tensor:
+    return y.relu() if activation else y
+
+
+def _dense(
+    values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, rows: int, cols: int, group: int, panel: int
+) -> Tensor:
+    """The matrix in float32, without the help of a kernel."""
+    panels = -(-cols // panel)
+    counts = start.diff()
+    run = torch.arange(len(counts)).repeat_interleave(counts)
+    if col is None:
+        assert bits is not None
+        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+        col = (bits[:, :, None] & powers).ne(0).view(len(counts), panel).nonzero()[:, 1]
+    place = torch.arange(rows * panels).view(rows, panels)
+    order = torch.cat([part.T.reshape(-1) for part in place.split(group)])
+    row, first = order[run] // panels, order[run] % panels * panel
+    found = torch.zeros(rows, cols)
+    found[row, first + col.long()] = values[: len(run)].float()
+    return found if scale is None else found * scale[:, None]
+
+
+def _fake_linear(x: Tensor, *rest: object) -> Tensor:
+    rows = rest[6]
+    assert isinstance(rows, int | torch.SymInt)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fake_conv2d(x: Tensor, *rest: object) -> Tensor:
+    rows, kernel, stride, padding, dilation = rest[6], *rest[11:]
+    return x.new_empty((x.shape[0], rows, *_out_sizes(x.shape[2:], kernel, stride, padding, dilation)))  # type: ignore[arg-type]
+
+
+def _no_backward(context: object, gradient: Tensor) -> None:
+    raise SecateurError("a compressed model is for inference: train the masked one, then compress it")
+
+
+_registry.impl("sparse_linear", linear, "CPU")
+_registry.impl("sparse_conv2d", conv2d, "CPU")
+torch.library.register_fake("secateur::sparse_linear", _fake_linear, lib=_registry)
+torch.library.register_fake("secateur::sparse_conv2d", _fake_conv2d, lib=_registry)
+torch.library.register_autograd("secateur::sparse_linear", _no_backward, lib=_registry)
+torch.library.register_autograd("secateur::sparse_conv2d", _no_backward, lib=_registry)

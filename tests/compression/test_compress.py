@@ -1,0 +1,322 @@
+"""Choosing, installing, saving and loading packed layers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli import app
+from secateur.compression import (
+    Sparse,
+    SparseConv2d,
+    SparseLinear,
+    compress,
+    dense_again,
+    load_compressed,
+    save_compressed,
+)
+from secateur.compression import candidates as of_candidates
+from secateur.compression import make as of_make
+from secateur.compression.candidates import Site, Table, is_cold, sites, watch
+from secateur.compression.choose import choose
+from secateur.errors import ModelError, OutputError, RecipeError
+from secateur.kernels import library
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="the sparse kernels are not built")
+
+
+def sparse(model: nn.Module, share: float = 0.8) -> nn.Module:
+    """The same model with so many zeros in every matrix and convolution."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= torch.rand(parameter.shape, generator=generator) >= share
+    return model.eval()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return sparse(nn.Sequential(nn.Linear(70, 130), nn.ReLU(), nn.Linear(130, 40), nn.ReLU(), nn.Linear(40, 3)), 0.7)
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return sparse(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1, bias=False),
+            nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.Conv2d(24, 8, 1), nn.Flatten(), nn.Linear(8 * 16, 5),
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where the first kind of values always wins."""
+
+    def seconds(_: Table, site: Site, shape: tuple[int, ...], kinds: Sequence[str], cold: bool) -> dict[str, float]:
+        few = site.linear and shape[0] <= 4
+        rows = {f"{k}.{i}": 0.5 + 0.1 * n for n, k in enumerate(kinds) for i in (("col", "bits") if few else ("col",))}
+        return {"dense": 1.0, **rows}
+
+    monkeypatch.setattr(Table, "seconds", seconds)
+    monkeypatch.setattr(of_make, "latency", lambda models, *_: {name: {"dense": 1.0}.get(name, 0.5) for name in models})
+
+
+@needs_kernels
+@pytest.mark.parametrize("make, example", [(mlp, torch.randn(9, 70)), (cnn, torch.randn(2, 3, 8, 8))])
+def test_the_same_outputs(sparse_wins: None, make: Any, example: torch.Tensor, tmp_path: Path) -> None:
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    fast = compress(model, example, cache=False)
+    assert any(isinstance(m, Sparse) for m in fast.modules())
+    assert not any(isinstance(m, Sparse) for m in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    torch.testing.assert_close(fast(example), model(example), rtol=1e-5, atol=1e-6)
+    assert fast.compression.error < 1e-6 and fast.compression.bytes[1] < fast.compression.bytes[0]
+    loaded = secateur.load(secateur.save(fast, tmp_path / "fast"), make())
+    assert torch.equal(loaded(example), fast(example))
+    again = dense_again(copy.deepcopy(fast))
+    assert not any(isinstance(m, Sparse) for m in again.modules())
+    torch.testing.assert_close(again(example), model(example), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_what_cannot_be_packed_says_why(sparse_wins: None) -> None:
+    fast = compress(cnn(), torch.randn(1, 3, 8, 8), cache=False)
+    kinds = {c.name: (c.kind, c.reason) for c in fast.compression.choices}
+    assert kinds["4"] == ("dense", "grouped, or padded in a way that the kernels do not know")
+    assert [kinds[n][0] for n in ("0", "3", "5", "7")] == ["float32"] * 4
+    full = compress(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8), cache=False)
+    assert full.compression.choices[0].reason == "0% zeros" and "nothing is packed" in full.compression.note
+
+
+def test_reasons_of_sites() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 4, bias=False) for _ in range(4))
+            self.b.weight = self.a.weight
+            self.c.register_forward_hook(lambda *_: None)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.b(self.c(x))) + x @ self.d.weight
+
+    model = sparse(Tied())
+    found = list(sites(model))
+    watch(model, [s for s in found if not s.reason], [((torch.randn(3, 4),), {})])
+    assert {s.name: s.reason for s in found} == {
+        "a": "its weight is shared with b.weight",
+        "b": "its weight is shared with a.weight",
+        "c": "hooks are attached to it",
+        "d": "the model does not call it as a layer",
+    }
+
+
+def test_layers_are_watched_for_what_they_are_given() -> None:
+    model = mlp()
+    found = list(sites(model))
+    watch(model, found, [((torch.randn(2, 3, 70),), {}), ((torch.randn(1, 70),), {})])
+    assert found[0].inputs == {(0, (6,)): 1, (1, (1,)): 1} and not found[0].module._forward_pre_hooks
+    assert not is_cold(model)
+
+
+class _Rows(Table):
+    """Times by name and tokens."""
+
+    def __init__(self, rows: dict[tuple[str, int], dict[str, float]]) -> None:
+        super().__init__(None)
+        self.known = rows
+
+    def seconds(self, site: Site, shape: tuple[int, ...], kinds: Sequence[str], cold: bool) -> dict[str, float]:
+        return self.known[site.name, shape[0]]
+
+
+def _site(name: str) -> Site:
+    site = Site(name, sparse(nn.Linear(4, 4)))
+    site.inputs = {(0, (128,)): 1, (1, (1,)): 1}
+    return site
+
+
+def test_a_layer_may_lose_in_one_workload_what_others_win() -> None:
+    slow = {"dense": 1.0, "float32.col": 1.2, "float32.bits": 1.3}
+    table = _Rows(
+        {
+            ("a", 128): {"dense": 10.0, "float32.col": 2.0},
+            ("a", 1): slow,
+            ("b", 128): {"dense": 10.0, "float32.col": 9.0},
+            ("b", 1): {"dense": 1.0, "float32.col": 0.7, "float32.bits": 0.6},
+        }
+    )
+    chosen = choose([_site("a"), _site("b")], table, ["float32"], False, 2)
+    assert [(c.kind, c.index) for c in chosen] == [("float32", "col"), ("float32", "col+bits")]
+    alone = choose([_site("a")], table, ["float32"], False, 2)
+    assert (alone[0].kind, alone[0].reason) == ("dense", "it would make a workload slower")
+    table.known["c", 128], table.known["c", 1] = {"dense": 10.0, "float32.col": 9.9}, slow
+    assert choose([_site("c")], table, ["float32"], False, 2)[0].reason == "not faster without its zeros"
+
+
+def test_a_second_index_must_pay_for_its_memory() -> None:
+    table = _Rows(
+        {
+            ("a", 128): {"dense": 10.0, "float32.col": 5.0},
+            ("a", 1): {"dense": 1.0, "float32.col": 0.5, "float32.bits": 0.49},
+        }
+    )
+    assert choose([_site("a")], table, ["float32"], False, 2)[0].index == "col"
+
+
+@needs_kernels
+def test_a_model_that_gains_nothing_comes_back(monkeypatch: pytest.MonkeyPatch, sparse_wins: None) -> None:
+    monkeypatch.setattr(of_make, "latency", lambda models, *_: {name: 1.0 + (name != "dense") for name in models})
+    model = mlp()
+    assert compress(model, torch.randn(3, 70), cache=False) is model
+    assert "but not together" in str(model.compression)
+    monkeypatch.setattr(of_make, "library", lambda: None)
+    assert "not built" in compress(mlp(), torch.randn(3, 70), cache=False).compression.note
+
+
+@needs_kernels
+def test_real_times_are_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
+    compress(mlp(), torch.randn(3, 70), kinds=["float32", "int8"])
+    rows = json.loads((tmp_path / "layers.json").read_text())
+    assert len(rows) == 3 and all(s > 0 for row in rows.values() for s in row.values())
+    monkeypatch.setattr(of_candidates, "_measure", lambda *_: pytest.fail("measured again"))
+    compress(mlp(), torch.randn(3, 70), kinds=["int8"])
+    (tmp_path / "layers.json").write_text("[1")
+    with pytest.raises(pytest.fail.Exception):
+        compress(mlp(), torch.randn(3, 70))
+
+
+def test_bad_input_is_one_sentence() -> None:
+    with pytest.raises(RecipeError, match="give inputs"):
+        compress(mlp())
+    with pytest.raises(RecipeError, match="'float16' are not known"):
+        compress(mlp(), torch.randn(3, 70), kinds=["float16"])
+    if library() is not None:
+        with pytest.raises(ModelError, match="does not run on the example"):
+            compress(mlp(), torch.randn(3, 7))
+    broken = mlp()
+    with torch.no_grad():
+        broken[0].weight[0, 0] = float("nan")
+    chosen = choose(list(sites(broken))[:1], Table(None), ["float32"], False, 1)
+    assert chosen[0].reason == "it holds values that are not finite"
+
+
+def saved(tmp_path: Path) -> Path:
+    fast = mlp()
+    for name in ("0", "2"):
+        site = Site(name, fast.get_submodule(name))
+        fast[int(name)] = site.sparse(of_make.pack(site.matrix()).indexed(col=True, bits=True), "relu")
+    return save_compressed(fast, tmp_path / "fast")
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    stored = load_file(folder / "compressed.safetensors")
+    assert {n for n in stored if n.startswith("0.")} == {"0.values", "0.bits", "0.bias"}
+    dense = sum(p.numel() * 4 for p in mlp().parameters())
+    assert sum(t.numel() * t.element_size() for t in stored.values()) < 0.5 * dense
+    with pytest.raises(OutputError, match="exists"):
+        save_compressed(load_compressed(folder, mlp()), folder)
+    with pytest.raises(ModelError, match="no layer of this model is packed"):
+        save_compressed(mlp(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ModelError, match="fresh model"):
+        secateur.load(folder)
+    with pytest.raises(ModelError, match="belongs to another model"):
+        secateur.load(folder, cnn())
+    loaded = secateur.load(folder, mlp())
+    assert isinstance(loaded[0], SparseLinear) and loaded[0].activation == "relu"
+
+
+@pytest.mark.parametrize("change", ["cut", "bits", "values", "rows", "index", "activation", "missing", "version"])
+def test_changed_files_are_refused(tmp_path: Path, change: str) -> None:
+    folder = saved(tmp_path)
+    weights, record = folder / "compressed.safetensors", json.loads((folder / "compressed.json").read_text())
+    tensors = load_file(weights)
+    if change == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    if change == "bits":
+        tensors["0.bits"] = tensors["0.bits"].flip(0)
+    if change == "values":
+        tensors["0.values"] = tensors["0.values"][:-1].clone()
+    if change == "rows":
+        record["layers"]["0"]["rows"] = 131
+    if change == "index":
+        record["layers"]["0"]["index"] = []
+    if change == "activation":
+        record["layers"]["0"]["activation"] = "tanh"
+    if change == "missing":
+        del tensors["4.weight"]
+    if change == "version":
+        record["version"] = 2
+    if change in ("bits", "values", "missing"):
+        save_file(tensors, weights)
+        if change != "bits":  # a changed file is refused by its digest; here whoever changed it knew that
+            record["sha256"] = of_digest(weights)
+            record["shapes"] = {n: list(t.shape) for n, t in tensors.items()}
+    (folder / "compressed.json").write_text(json.dumps(record))
+    model = mlp()
+    before = model(torch.ones(1, 70))
+    with pytest.raises(ModelError):
+        secateur.load(folder, model)
+    assert torch.equal(model(torch.ones(1, 70)), before)
+
+
+def of_digest(path: Path) -> str:
+    from secateur.compression.store import _digest
+
+    return _digest(path)
+
+
+@needs_kernels
+def test_convolutions_are_saved(sparse_wins: None, tmp_path: Path) -> None:
+    fast = compress(cnn(), torch.randn(1, 3, 8, 8), cache=False)
+    loaded = secateur.load(secateur.save(fast, tmp_path / "fast"), cnn())
+    assert isinstance(loaded[3], SparseConv2d) and loaded[3].stride == [2, 2] and loaded[3].bias is None
+
+
+@needs_kernels
+def test_a_language_model_from_the_command_line(sparse_wins: None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = sparse(transformers.LlamaForCausalLM(config))
+    model.save_pretrained(tmp_path / "dense")
+    run = CliRunner().invoke(
+        app, ["compress", str(tmp_path / "dense"), "--out", str(tmp_path / "fast"), "--tokens", "9,1"]
+    )
+    assert run.exit_code == 0 and "14 of 15 layers are packed" in run.output, run.output
+    ids = torch.arange(9)[None]
+    fast = secateur.load(tmp_path / "fast")
+    torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert fast.lm_head.weight is fast.model.embed_tokens.weight
+    assert fast.generate(ids, max_new_tokens=4, do_sample=False).tolist() == (
+        model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    )
+    with pytest.raises(OSError, match="model.safetensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
+    found = CliRunner().invoke(app, ["measure", str(tmp_path / "fast"), "--tokens", "9,1", "--json"])
+    rows = json.loads(found.output)
+    assert found.exit_code == 0 and set(rows[str(tmp_path / "fast")]["latency"]) == {"9 tokens", "1 tokens"}
+    small, dense = rows.values()
+    assert small["parameters"] < dense["parameters"] and small["bytes"] < dense["bytes"]
+    with pytest.raises(secateur.SecateurError, match="exists"):
+        CliRunner().invoke(
+            app, ["compress", str(tmp_path / "dense"), "--out", str(tmp_path / "fast")], catch_exceptions=False
+        )
