@@ -56,6 +56,13 @@ class Site:
             return weight.T
         return weight.flatten(1)
 
+    def pack(self, kind: str) -> Packed:
+        """Its weight, packed. Positions of an image keep the threads busy, so that groups of rows may be large."""
+        if self.linear:
+            return pack(self.matrix(), kind)
+        positions = self.module.kernel_size  # of a kernel read the same pixels: more columns fit into a cache
+        return pack(self.matrix(), kind, group=64, panel=None if tuple(positions) == (1, 1) else 256)  # type: ignore[arg-type]
+
     def sparse(self, packed: Packed, activation: str = "none") -> nn.Module:
         """The same layer with its weight packed."""
         bias: Any = self.module.bias
@@ -189,9 +196,8 @@ def _measure(
 ) -> dict[str, float]:
     """Candidates take turns, so that whatever else the machine does falls on all of them alike."""
     runs: dict[str, nn.Module] = {"dense": site.module}
-    weight = site.matrix()
     for kind in kinds:
-        packed = pack(weight, kind)
+        packed = site.pack(kind)
         runs[f"{kind}.col"] = site.sparse(packed.indexed(col=True, bits=False))
         if few:
             runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True))

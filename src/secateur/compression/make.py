@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError, RecipeError
-from ..formats import KINDS, pack
+from ..formats import KINDS
 from ..kernels.library import BUILD, library
 from ..layers import evaluating
 from ..measure import machine
@@ -124,7 +124,7 @@ def compress(
     for site, choice in zip(found, report.choices, strict=True):
         if choice.kind != "dense":
             parts = choice.index.split("+")
-            packed = pack(site.matrix(), choice.kind).indexed(col="col" in parts, bits="bits" in parts)
+            packed = site.pack(choice.kind).indexed(col="col" in parts, bits="bits" in parts)
             replaced[id(site.module)] = site.sparse(packed).train(site.module.training)
     if not replaced:
         report.note = "nothing is packed: no layer of this model is faster without its zeros on this machine"

@@ -42,10 +42,19 @@ class Matrix(ctypes.Structure):
     )
 
 
-class Image(ctypes.Structure):
-    """``Image`` of ``native/sparse.h``."""
+class Convolution(ctypes.Structure):
+    """``Convolution`` of ``native/sparse.h``."""
 
-    _fields_ = (("x", _Pointer), ("y", _Pointer), ("out_h", _Long), ("out_w", _Long), ("pitch", _Long))
+    _fields_ = (
+        ("offset", _Pointer),
+        ("count", _Long),
+        ("lines", _Long),
+        ("length", _Long),
+        ("extent", _Long),
+        ("out_h", _Long),
+        ("out_w", _Long),
+        ("pitch", _Long),
+    )
 
 
 class Library:
@@ -62,8 +71,14 @@ class Library:
         for multiply in (self.linear, self.vector):
             multiply.argtypes = (matrix, _Pointer, _Long, _Pointer, _Pointer, _Int)
             multiply.restype = None
-        self.convolution.argtypes = (matrix, _Pointer, ctypes.POINTER(Image), _Long, _Int)
+        self.convolution.argtypes = (
+            matrix, ctypes.POINTER(Convolution), _Pointer, _Pointer, _Pointer, _Int,
+        )  # fmt: skip
         self.convolution.restype = None
+        self.scratch_convolution, self.block_convolution = loaded.scratch_convolution, loaded.block_convolution
+        for about in (self.scratch_convolution, self.block_convolution):
+            about.argtypes = (ctypes.POINTER(Convolution),)
+            about.restype = _Long
         self.scratch_linear, self.scratch_vector = loaded.scratch_linear, loaded.scratch_vector
         for scratch in (self.scratch_linear, self.scratch_vector):
             scratch.argtypes = (matrix, _Long)

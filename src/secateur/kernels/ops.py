@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import SecateurError
-from .library import KINDS, SLACK, Image, Matrix, library
+from .library import KINDS, SLACK, Convolution, Matrix, library
 
 #: Tokens up to which each weight is read once for all of them.
 FEW = 4
@@ -26,6 +26,11 @@ _PARTS = (
     "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
     "int rows, int cols, int group, int panel, int activation"
 )
+#: Zeros behind the values, which are not work.
+PADDING = 256
+#: Inputs that are copied together for each multiplication, above which a convolution reads them where they are.
+_COPIED = 0.03
+
 _registry = torch.library.Library("secateur", "DEF")
 _registry.define(f"sparse_linear({_PARTS}) -> Tensor")
 _registry.define(f"sparse_conv2d({_PARTS}, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor")
@@ -162,7 +167,7 @@ def conv2d(
     rows: int, cols: int, group: int, panel: int, activation: int,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """``secateur::sparse_conv2d``: ``(batch, channels, height, width)``; the weight is ``(rows, channels * positions)``."""
+    """``secateur::sparse_conv2d``: ``(batch, channels, height, width)``; the weight is ``(rows, columns)``."""
     channels = cols // (kernel[0] * kernel[1])
     if x.dim() != 4:
         raise SecateurError(f"a sparse convolution takes (batch, channels, height, width), not {tuple(x.shape)}")
@@ -181,13 +186,20 @@ def conv2d(
     if not y.numel():
         return y.to(x.dtype)
     given, pitch, height, phases = _laid_out(x.float(), kernel, stride, padding, dilation, sizes)
-    offsets = _offsets(channels, *kernel, *stride, *dilation, height, pitch, phases)
-    step, after = 4 * channels * phases * height * pitch, 4 * rows * sizes[0] * sizes[1]
-    source, target = given.data_ptr(), y.data_ptr()
-    images = (Image * x.shape[0])(
-        *(Image(source + i * step, target + i * after, *sizes, pitch) for i in range(x.shape[0]))
-    )
-    found.convolution(place, offsets.data_ptr(), images, x.shape[0], torch.get_num_threads())
+    about = Convolution(None, x.shape[0], channels * phases, height * pitch, 0, *sizes, pitch)
+    place_of_image = ctypes.byref(about)
+    strided = (1, 1) if phases == 1 else (stride[0], stride[1])
+    reach = (kernel[0] - 1) * dilation[0] // strided[0] * pitch + (kernel[1] - 1) * dilation[1] // strided[1]
+    block = found.block_convolution(place_of_image)
+    copied, work = about.lines * (block + reach), block * (values.numel() - PADDING)
+    if copied > _COPIED * work and (sizes[0] - 1) * pitch + sizes[1] >= block:
+        offsets = _offsets(channels, *kernel, *strided, *dilation, height * pitch, pitch, phases)
+    else:
+        about.extent = block + reach
+        offsets = _offsets(channels, *kernel, *strided, *dilation, about.extent, pitch, phases)
+    about.offset = offsets.data_ptr()
+    scratch = _scratch.address(found.scratch_convolution(place_of_image) + SLACK)
+    found.convolution(place, place_of_image, given.data_ptr(), y.data_ptr(), scratch, torch.get_num_threads())
     return y.to(x.dtype)
 
 
@@ -202,37 +214,30 @@ def _laid_out(
     """
     batch, channels = x.shape[:2]
     high, wide = stride
-    length = (sizes[0] - 1) * x.shape[3] + sizes[1]
-    if tuple(padding) == (0, 0) and (high, wide) == (1, 1) and length >= 64:
+    if tuple(padding) == (0, 0) and (high, wide) == (1, 1):
         return x.contiguous(), x.shape[3], x.shape[2], 1
     if tuple(kernel) == (1, 1) and tuple(padding) == (0, 0):  # a stride alone leaves positions out
-        height, width, phases = sizes[0], sizes[1], 1
-        laid = x[:, :, ::high, ::wide]
-    else:
-        height = -(-(x.shape[2] + 2 * padding[0]) // high)
-        width = -(-(x.shape[3] + 2 * padding[1]) // wide)
-        phases = high * wide
-        bottom, right = height * high - x.shape[2] - padding[0], width * wide - x.shape[3] - padding[1]
-        padded = F.pad(x, (padding[1], right, padding[0], bottom))
-        laid = padded.view(batch, channels, height, high, width, wide).permute(0, 1, 3, 5, 2, 4)
-    flat = torch.empty(laid.numel() + 64, dtype=torch.float32)
-    flat[laid.numel() :] = 0
-    flat[: laid.numel()].view(laid.shape).copy_(laid)
-    return flat, width, height, phases
+        return x[:, :, ::high, ::wide].contiguous(), sizes[1], sizes[0], 1
+    height = -(-(x.shape[2] + 2 * padding[0]) // high)
+    width = -(-(x.shape[3] + 2 * padding[1]) // wide)
+    bottom, right = height * high - x.shape[2] - padding[0], width * wide - x.shape[3] - padding[1]
+    padded = F.pad(x, (padding[1], right, padding[0], bottom))
+    laid = padded.view(batch, channels, height, high, width, wide).permute(0, 1, 3, 5, 2, 4)
+    return laid.contiguous(), width, height, high * wide
 
 
 @lru_cache(maxsize=256)
 def _offsets(
-    channels: int, kh: int, kw: int, sh: int, sw: int, dh: int, dw: int, height: int, width: int, phases: int
+    channels: int, kh: int, kw: int, sh: int, sw: int, dh: int, dw: int, extent: int, width: int, phases: int
 ) -> Tensor:
     """``(columns,)``: where each column of the weight, a channel at a kernel position, finds its input."""
     c, i, j = torch.arange(channels), torch.arange(kh) * dh, torch.arange(kw) * dw
-    if phases == 1:
-        sh = sw = 1
-    line = (c[:, None, None] * phases + (i % sh * sw)[None, :, None] + (j % sw)[None, None]) * height
-    found = (line + (i // sh)[None, :, None]) * width + (j // sw)[None, None]
+    line = c[:, None, None] * phases + (i % sh * sw)[None, :, None] + (j % sw)[None, None]
+    found = line * extent + (i // sh * width)[None, :, None] + (j // sw)[None, None]
     if int(found.max()) >= 1 << 31:
-        raise SecateurError(f"an image of {channels} x {height} x {width} is larger than a sparse convolution takes")
+        raise SecateurError(
+            f"an image of {channels} channels and width {width} is more than a sparse convolution takes"
+        )
     return found.reshape(-1).to(torch.int32).contiguous()
 
 

@@ -23,26 +23,26 @@ struct alignas(64) Sums {
     float of[64 * TOKENS];
 };
 
-// Where a panel's columns lie: packed one after the other, or anywhere.
+// Where a panel's columns lie: one after the other, or anywhere.
 struct Packed {
     const float* x;
     int64_t width;
     const float* panel(int64_t first) const { return x + first * width; }
     template <int V>
-    static const float* column(const float* base, const void*, uint8_t c) {
+    static const float* column(const float* base, const uint32_t*, uint8_t c) {
         return base + size_t(c) * (V * LANES);
     }
-    const void* table(int64_t) const { return nullptr; }
+    const uint32_t* table(int64_t) const { return nullptr; }
 };
 struct Scattered {
     const float* x;
     const uint32_t* offset;
     const float* panel(int64_t) const { return x; }
     template <int V>
-    static const float* column(const float* base, const void* table, uint8_t c) {
-        return base + static_cast<const uint32_t*>(table)[c];
+    static const float* column(const float* base, const uint32_t* table, uint8_t c) {
+        return base + table[c];
     }
-    const void* table(int64_t first) const { return offset + first; }
+    const uint32_t* table(int64_t first) const { return offset + first; }
 };
 
 // sums[row][V * LANES] of one group for one block of activations.
@@ -53,7 +53,7 @@ void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) 
     const uint32_t* start = w.start + g.run;
     for (int64_t p = 0; p < panels; p++) {
         const float* base = where.panel(p * w.panel);
-        const void* table = where.table(p * w.panel);
+        const uint32_t* table = where.table(p * w.panel);
         for (int64_t r = 0; r < g.rows; r++, start++) {
             vec acc[V];
             float* sum_r = sums + r * (V * LANES);
@@ -81,17 +81,27 @@ void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) 
     if (w.kind == INT8) multiply<V, int8_t>(w, g, where, sums);
 }
 
-// Tokens in a block: whole vectors, as many as there are tokens.
+// The flat positions that a convolution computes; those between two rows of the output are not kept.
+int64_t positions_of(const Convolution& c) { return (c.out_h - 1) * c.pitch + c.out_w; }
+
+// All positions of one row.
+void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
+    const float scale = w.scale ? w.scale[row] : 1.0f, bias = w.bias ? w.bias[row] : 0.0f;
+    for (int64_t i = 0; i < width; i++) sums[i] = sums[i] * scale + bias;
+    if (w.activation == RELU)
+        for (int64_t i = 0; i < width; i++) sums[i] = sums[i] <= 0 ? 0.0f : sums[i];
+}
+
+// Tokens in a block: whole vectors, and as few too many in all blocks together as can be.
 int64_t block_of(int64_t n) {
-    int64_t width = LANES;
-    while (width < n && width < TOKENS) width *= 2;
-    return width;
+    const int64_t blocks = std::max<int64_t>(1, (n + TOKENS - 1) / TOKENS);
+    return std::max<int64_t>(1, ((n + blocks - 1) / blocks + LANES - 1) / LANES) * LANES;
 }
 
 template <int V, class Where>
 void multiply_width(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
-    if (width == V * LANES || V * LANES >= TOKENS) return multiply<V>(w, g, where, sums);
-    if constexpr (V * LANES < TOKENS) multiply_width<V * 2>(w, g, where, sums, width);
+    if (width == V * LANES) return multiply<V>(w, g, where, sums);
+    if constexpr (V * LANES < TOKENS) multiply_width<V + 1>(w, g, where, sums, width);
 }
 
 // packed[column][token] of one block; columns past the end and tokens past the last are zero.
@@ -249,25 +259,43 @@ void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* 
     if (n == 4) vectors<4>(*w, scratch, y, threads);
 }
 
-void sparse_convolution(const Matrix* w, const uint32_t* offset, const Image* images, int64_t count, int32_t threads) {
-    const int64_t groups = groups_of(*w);
-    const int64_t length = (images->out_h - 1) * images->pitch + images->out_w;  // of the flat positions
-    const int64_t width = block_of(length), blocks = (length + width - 1) / width;
-    parallel(count * blocks * groups, threads, [&](int64_t i) {
-        const Image& image = images[i / (blocks * groups)];
+int64_t block_convolution(const Convolution* c) { return block_of(positions_of(*c)); }
+
+int64_t scratch_convolution(const Convolution* c) {
+    const int64_t width = block_convolution(c);
+    return c->count * ((positions_of(*c) + width - 1) / width) * c->lines * c->extent;
+}
+
+void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, float* y, float* scratch,
+                        int32_t threads) {
+    const int64_t positions = positions_of(*c), width = block_of(positions), blocks = (positions + width - 1) / width;
+    const int64_t groups = groups_of(*w), strip = c->lines * c->extent;
+    if (c->extent) parallel(c->count * blocks, threads, [&](int64_t i) {
+        const float* image = x + i / blocks * c->lines * c->length;
+        const int64_t first = i % blocks * width, there = std::min(c->extent, c->length - first);
+        for (int64_t line = 0; line < c->lines; line++) {
+            float* out = scratch + i * strip + line * c->extent;
+            std::copy_n(image + line * c->length + first, there, out);
+            std::fill(out + there, out + c->extent, 0.0f);
+        }
+    });
+    parallel(c->count * blocks * groups, threads, [&](int64_t i) {
+        const int64_t image = i / groups / blocks;
+        int64_t first = i / groups % blocks * width;
         // The last block starts early instead of reading past the input, and computes some positions twice.
-        const int64_t first = std::max<int64_t>(0, std::min(i / groups % blocks * width, length - width));
-        const int64_t last = std::min(first + width, length);
+        if (!c->extent) first = std::min(first, positions - width);
+        const float* from = c->extent ? scratch + i / groups * strip : x + image * c->lines * c->length + first;
         const Group g(*w, i % groups);
         Sums sums;
-        multiply_width<1>(*w, g, Scattered{image.x + first, offset}, sums.of, width);
+        multiply_width<1>(*w, g, Scattered{from, c->offset}, sums.of, width);
         for (int64_t r = 0; r < g.rows; r++) {
-            float* y = image.y + (g.first + r) * image.out_h * image.out_w;
-            for (int64_t at = first; at < last;) {
-                const int64_t h = at / image.pitch, x = at % image.pitch;
-                const int64_t end = std::min(last, (h + 1) * image.pitch);
-                for (int64_t k = at; k < std::min(end, h * image.pitch + image.out_w); k++)
-                    y[h * image.out_w + x + k - at] = finish(*w, g.first + r, sums.of[r * width + k - first]);
+            float* sum = sums.of + r * width;
+            finish(*w, g.first + r, sum, width);
+            float* out = y + (image * w->rows + g.first + r) * c->out_h * c->out_w;
+            for (int64_t at = first; at < std::min(first + width, positions);) {
+                const int64_t h = at / c->pitch, end = std::min(first + width, (h + 1) * c->pitch);
+                const int64_t last = std::min(end, h * c->pitch + c->out_w);
+                if (at < last) std::copy(sum + at - first, sum + last - first, out + h * c->out_w + at - h * c->pitch);
                 at = end;
             }
         }

@@ -40,14 +40,20 @@ EXPORT int64_t scratch_linear(const Matrix* w, int64_t n);
 EXPORT void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads);
 EXPORT int64_t scratch_vector(const Matrix* w, int64_t n);
 
-// y[rows, out_h, out_w] = sum over columns of W[row, column] x[offset[column] + h * pitch + w], for one image.
-// x may be read SLACK bytes past its last use.
-struct Image {
-    const float* x;
-    float* y;
+// y[rows, out_h, out_w] = sum over columns of W[row, column] x[line][shift + h * pitch + w], for `count` images.
+// An image is `lines` lines of `length` floats; a line is a channel, or one phase of it where positions are strided. A
+// block of output positions reads `extent` floats of each line, which are copied together first: column c finds its
+// own at offset[c] = line * extent + shift, with shift + positions of a block <= extent. With extent 0 nothing is
+// copied, and offset[c] = line * length + shift; the output then has at least as many positions as a block.
+struct Convolution {
+    const uint32_t* offset;  // [cols]
+    int64_t count, lines, length, extent;
     int64_t out_h, out_w, pitch;
 };
-EXPORT void sparse_convolution(const Matrix* w, const uint32_t* offset, const Image* images, int64_t count, int32_t threads);
+EXPORT void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, float* y, float* scratch,
+                               int32_t threads);
+EXPORT int64_t scratch_convolution(const Convolution* c);
+EXPORT int64_t block_convolution(const Convolution* c);  // positions in a block
 
 // Run in the OpenMP pool that the process has already: the address of its GOMP_parallel, or null for own threads.
 EXPORT void sparse_use_pool(void* gomp_parallel);
