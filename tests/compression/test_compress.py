@@ -218,7 +218,7 @@ def saved(tmp_path: Path) -> Path:
     fast = mlp()
     for name in ("0", "2"):
         site = Site(name, fast.get_submodule(name))
-        fast[int(name)] = site.sparse(site.pack("float32").indexed(col=True, bits=True), "relu")
+        fast[int(name)] = site.sparse(site.pack("float32").indexed(col=True, bits=True), site.module.bias, "relu")
     return save_compressed(fast, tmp_path / "fast")
 
 

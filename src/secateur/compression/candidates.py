@@ -56,16 +56,19 @@ class Site:
             return weight.T
         return weight.flatten(1)
 
-    def pack(self, kind: str) -> Packed:
-        """Its weight, packed. Positions of an image keep the threads busy, so that groups of rows may be large."""
-        if self.linear:
-            return pack(self.matrix(), kind)
-        positions = self.module.kernel_size  # of a kernel read the same pixels: more columns fit into a cache
-        return pack(self.matrix(), kind, group=64, panel=None if tuple(positions) == (1, 1) else 256)  # type: ignore[arg-type]
+    def pack(self, kind: str, weight: Tensor | None = None) -> Packed:
+        """Its weight, or another in its place, packed.
 
-    def sparse(self, packed: Packed, activation: str = "none") -> nn.Module:
-        """The same layer with its weight packed."""
-        bias: Any = self.module.bias
+        Positions of an image keep the threads busy, so that groups of rows may be large.
+        """
+        weight = self.matrix() if weight is None else weight
+        if self.linear:
+            return pack(weight, kind)
+        positions = self.module.kernel_size  # of a kernel read the same pixels: more columns fit into a cache
+        return pack(weight, kind, group=64, panel=None if tuple(positions) == (1, 1) else 256)  # type: ignore[arg-type]
+
+    def sparse(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> nn.Module:
+        """The same layer with such a weight and bias."""
         m: Any = self.module
         if self.linear:
             return SparseLinear(packed, bias, activation).eval()
@@ -196,11 +199,12 @@ def _measure(
 ) -> dict[str, float]:
     """Candidates take turns, so that whatever else the machine does falls on all of them alike."""
     runs: dict[str, nn.Module] = {"dense": site.module}
+    bias: Any = site.module.bias
     for kind in kinds:
         packed = site.pack(kind)
-        runs[f"{kind}.col"] = site.sparse(packed.indexed(col=True, bits=False))
+        runs[f"{kind}.col"] = site.sparse(packed.indexed(col=True, bits=False), bias)
         if few:
-            runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True))
+            runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True), bias)
     x = site.sample(shape).to(site.matrix().dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.zeros(_CACHES // 2 if cold else 0)

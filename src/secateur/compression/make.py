@@ -18,8 +18,9 @@ from ..layers import evaluating
 from ..measure import machine
 from ..measure.latency import latency
 from ..models import cache_directory
-from .candidates import Table, is_cold, sites, watch
+from .candidates import Site, Table, is_cold, sites, watch
 from .choose import Choice, choose
+from .fuse import Tail, folded, tails
 
 
 @dataclasses.dataclass
@@ -120,12 +121,7 @@ def compress(
     table = Table(cache_directory() / "layers.json" if cache else None, fresh)
     report.choices = choose(found, table, kinds, is_cold(model), len(loads), progress)
     table.save()
-    replaced: dict[int, Any] = {}
-    for site, choice in zip(found, report.choices, strict=True):
-        if choice.kind != "dense":
-            parts = choice.index.split("+")
-            packed = site.pack(choice.kind).indexed(col="col" in parts, bits="bits" in parts)
-            replaced[id(site.module)] = site.sparse(packed).train(site.module.training)
+    replaced = _replacements(model, found, report.choices, loads)
     if not replaced:
         report.note = "nothing is packed: no layer of this model is faster without its zeros on this machine"
         return _with(model, report)
@@ -139,6 +135,35 @@ def compress(
         return _with(model, report)
     report.bytes = (report.bytes[0], _bytes(fast))
     return _with(fast, report)
+
+
+def _replacements(
+    model: nn.Module,
+    found: Sequence[Site],
+    choices: Sequence[Choice],
+    loads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+) -> dict[int, Any]:
+    """By the identity of modules: packed layers, with what comes behind them, and nothing where that was."""
+    chosen = {site.name: (site, choice) for site, choice in zip(found, choices, strict=True) if choice.kind != "dense"}
+    behind = tails(model, list(chosen), loads) if chosen else {}
+    replaced: dict[int, Any] = {}
+    for name, (site, choice) in chosen.items():
+        tail = behind.get(name, Tail())
+        bias: Any = site.module.bias
+        weight = site.matrix()
+        if tail.norm:
+            norm: Any = model.get_submodule(tail.norm)
+            weight, bias = folded(weight, bias, norm)
+            choice.reason += ", with its batch norm"
+        if tail.relu:
+            choice.reason += " and ReLU" if tail.norm else ", with its ReLU"
+        for other in filter(None, (tail.norm, tail.relu)):
+            replaced[id(model.get_submodule(other))] = nn.Identity()
+        parts = choice.index.split("+")
+        packed = site.pack(choice.kind, weight).indexed(col="col" in parts, bits="bits" in parts)
+        made = site.sparse(packed, bias, "relu" if tail.relu else "none")
+        replaced[id(site.module)] = made.train(site.module.training)
+    return replaced
 
 
 def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -76,6 +76,7 @@ def save_compressed(model: nn.Module, out: str | Path, *, source: str = "", forc
             "class": type(model).__name__,
             "source": source,
             "layers": layers,
+            "folded": sorted(n for n, m in model.named_modules() if type(m) is nn.Identity),
             "tied": tied,
             "shapes": {name: list(t.shape) for name, t in tensors.items()},
             "sha256": _digest(part / _WEIGHTS),
@@ -119,7 +120,7 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         _check_fit(model, record, made, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / _RECORD} is damaged or belongs to another model: {error}") from None
-    for name, layer in made.items():
+    for name, layer in (*made.items(), *((n, nn.Identity()) for n in record["folded"])):
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, layer)
     own = {f"{name}.{key}" for name in made for key in made[name]._buffers}
@@ -164,7 +165,10 @@ def _check_fit(
         if sorted((weight.shape[0], weight.numel() // weight.shape[0])) != sizes:
             raise ValueError(f"'{name}' is {tuple(weight.shape)} in the model and {layer.rows} x {layer.cols} here")
     state = model.state_dict()
-    inside = tuple(f"{name}." for name in made)
+    for name in record["folded"]:
+        if type(model.get_submodule(name)) not in (nn.BatchNorm2d, nn.ReLU, nn.Identity):
+            raise ValueError(f"'{name}' cannot be part of another layer")
+    inside = tuple(f"{name}." for name in (*made, *record["folded"]))
     lost = [n for n in state if n not in tensors and n not in record["tied"] and not n.startswith(inside)]
     if lost:
         raise ValueError(f"there is nothing for '{lost[0]}'")
