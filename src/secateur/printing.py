@@ -114,6 +114,7 @@ def packed(found: dict[str, dict[str, Any]]) -> Table:
         times = [m["latency"][name] for m in rows]
         spread = [f"{1e3 * t['median']:.2f} ms ({1e3 * t['low']:.2f} to {1e3 * t['high']:.2f})" for t in times]
         table.add_row(name, *spread)
+        table.add_row("  a second", *[f"{t['rate']:,.1f}" for t in times])
     table.caption = f"medians and quartiles of interleaved runs, {rows[0]['threads']} threads"
     table.caption_justify = "left"
     return table

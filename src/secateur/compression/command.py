@@ -95,10 +95,13 @@ def measure_compressed(
     if (folder / "tokenizer_config.json").exists() and data is not None:
         text = windows(data, load_tokenizer(folder), count=count, length=length)
     timed: dict[str, dict[str, list[float]]] = {}
+    done: dict[str, int] = {}  # tokens, or images
     for load in workloads(small, example, tokens):
         args, kwargs = ((), load) if isinstance(load, dict) else ((load,), {})
-        label = f"{load['input_ids'].shape[1]} tokens" if isinstance(load, dict) else "x".join(map(str, load.shape))
+        language = isinstance(load, dict)
+        label = f"{load['input_ids'].shape[1]} tokens" if language else "x".join(map(str, load.shape))
         timed[label] = samples(models, args, kwargs, repeats=15)
+        done[label] = load["input_ids"].numel() if language else load.shape[0]
     for title, key in ((str(path), "compressed"), (source, "dense")):
         model = models[key]
         parameters, nonzero = count_parameters(model)
@@ -113,14 +116,14 @@ def measure_compressed(
             "nonzero": nonzero,
             "memory": sum(t.numel() * t.element_size() for t in tensors),
             "bytes": bytes_on_disk(place) if place.is_dir() else None,
-            "latency": {name: _summary(rows[key]) for name, rows in timed.items()},
+            "latency": {name: _summary(rows[key], done[name]) for name, rows in timed.items()},
             "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
             "threads": torch.get_num_threads(),
         }
     return found
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, and the quartiles around it."""
+def _summary(seconds: Sequence[float], done: int) -> dict[str, float]:
+    """Median seconds, the quartiles around it, and tokens or images a second."""
     low, middle, high = statistics.quantiles(seconds, n=4)
-    return {"median": middle, "low": low, "high": high}
+    return {"median": middle, "low": low, "high": high, "rate": done / middle}

@@ -85,18 +85,17 @@ class Packed:
         Raises:
             ModelError: the parts do not describe one matrix.
         """
-        runs = self.rows * -(-self.cols // self.panel) if self.panel > 0 else 0
-        if not (
-            0 < self.group <= 64 and 0 < self.panel <= 256 and self.panel % 64 == 0 and self.rows > 0 and self.cols > 0
-        ):
+        if self.rows < 1 or self.cols < 1 or not _cut(self.group, self.panel):
             raise ModelError(f"a packed matrix of {self.rows} x {self.cols} in groups of {self.group} rows is damaged")
+        runs = self.rows * -(-self.cols // self.panel)
         if self.values.dtype not in KINDS.values():
             raise ModelError(f"packed values are {self.values.dtype}: kernels read {', '.join(KINDS)}")
         whole = self.start.dtype == torch.int32 and self.start.shape == (runs + 1,) and self.values.dim() == 1
         if not whole or self.nonzeros < 0 or int(self.start[0]) != 0 or int(self.start[-1]) != self.nonzeros:
             raise ModelError(f"the runs of a packed matrix of {self.rows} x {self.cols} are damaged")
-        counts = self.start.diff()
-        if bool((counts < 0).any()) or (self.col is None and self.bits is None):
+        counts = self.start.long().diff()
+        inside = bool(((counts >= 0) & (counts <= self.panel)).all())
+        if not inside or (self.col is None and self.bits is None) or not bool(self.values.isfinite().all()):
             raise ModelError(f"the runs of a packed matrix of {self.rows} x {self.cols} are damaged")
         if self.col is not None and (self.col.dtype != torch.uint8 or self.col.shape != (self.nonzeros,)):
             raise ModelError("the columns of a packed matrix are damaged")
@@ -109,11 +108,24 @@ class Packed:
         order = _order(self.rows, self.cols, self.group, self.panel)
         edge = order % -(-self.cols // self.panel) == -(-self.cols // self.panel) - 1
         for mask in masks:
-            if not torch.equal(mask.sum(1, dtype=torch.int32), counts) or bool(mask[edge, last:].any()):
+            if not torch.equal(mask.sum(1), counts) or bool(mask[edge, last:].any()):
                 raise ModelError(f"the columns of a packed matrix of {self.rows} x {self.cols} are damaged")
         if len(masks) == 2 and not torch.equal(masks[0], masks[1]):
             raise ModelError("the columns and the bit mask of a packed matrix differ")
-        if self.scale is not None and (self.scale.dtype != torch.float32 or self.scale.shape != (self.rows,)):
+        if self.col is not None:
+            rising = self.col[1:] > self.col[:-1]
+            border = self.start[1:-1].long()
+            rising[border[(border > 0) & (border < self.nonzeros)] - 1] = True  # the next run may begin anywhere
+            if not bool(rising.all()):
+                raise ModelError("the columns of a packed matrix are not in order")
+        if (self.scale is None) != (self.values.dtype != torch.int8) or (
+            self.scale is not None
+            and (
+                self.scale.dtype != torch.float32
+                or self.scale.shape != (self.rows,)
+                or not bool((self.scale.isfinite() & (self.scale > 0)).all())
+            )
+        ):
             raise ModelError("the scales of a packed matrix are damaged")
         return self
 
@@ -138,10 +150,10 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         weight: ``(rows, cols)`` of floats. What is exactly zero goes.
         kind: of the values: ``float32``, ``bfloat16`` (rounded to nearest) or ``int8`` (one scale a row, symmetric;
             what rounds to zero stays stored).
-        group, panel: how it is cut; by its shape and density where not given.
+        group, panel: how it is cut, within the bounds of `Packed`; by its shape and density where not given.
 
     Raises:
-        RecipeError: it is no matrix, is not finite, or the kind is not known.
+        RecipeError: it is no matrix, is not finite, or the kind or the cut is not known.
     """
     if kind not in KINDS:
         raise RecipeError(f"values of kind '{kind}' are not known: {', '.join(KINDS)}")
@@ -154,6 +166,8 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
     density = float(dense.count_nonzero()) / dense.numel()
     group = group or _group(rows)
     panel = panel or (128 if density >= 0.08 else 256)
+    if not _cut(group, panel):
+        raise RecipeError(f"groups of {group} rows and panels of {panel} columns: at most 64, and 64, 128, 192 or 256")
     panels = -(-cols // panel)
     padded = torch.nn.functional.pad(dense, (0, panels * panel - cols))
     runs = padded.view(rows * panels, panel)[_order(rows, cols, group, panel)]
@@ -169,6 +183,8 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         found = (found / scale[of_run].repeat_interleave(mask.sum(1))).round().clamp(-127, 127)
     values = torch.zeros(count + PADDING, dtype=KINDS[kind])
     values[:count] = found.to(KINDS[kind])
+    if not bool(values.isfinite().all()):
+        raise RecipeError(f"a weight is too large for {kind}: nothing is packed")
     start = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
     start[1:] = mask.sum(1).cumsum(0)
     return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), scale)
@@ -182,6 +198,8 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
     """
     try:
         rows, cols, group, panel = (int(facts[k]) for k in ("rows", "cols", "group", "panel"))
+        if min(rows, cols) < 1 or not _cut(group, panel):
+            raise ValueError(f"{rows} x {cols} in groups of {group} rows and panels of {panel} columns")
         values = tensors["values"]
         bits, col = tensors.get("bits"), tensors.get("col")
         runs = rows * -(-cols // panel)
@@ -190,18 +208,24 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
                 raise ValueError("bit mask")
             counts = _unbits(bits, panel).sum(1)
         else:
-            counts = tensors["counts"].to(torch.int64)
-            if counts.shape != (runs,) or bool((counts < 0).any()) or tensors["col"].shape != values.shape:
+            counts = tensors["counts"]
+            if counts.dtype != torch.int16 or counts.shape != (runs,) or tensors["col"].shape != values.shape:
                 raise ValueError("columns")
         if values.dim() != 1 or int(counts.sum()) != values.numel():
             raise ValueError("values")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(f"a packed matrix is damaged: {error}") from None
     padded = torch.zeros(values.numel() + PADDING, dtype=values.dtype)
     padded[: values.numel()] = values
     start = torch.zeros(runs + 1, dtype=torch.int32)
     start[1:] = counts.cumsum(0)
-    return Packed(rows, cols, group, panel, padded, start, col, bits, tensors.get("scale")).check()
+    col, bits, scale = (None if t is None else t.contiguous() for t in (col, bits, tensors.get("scale")))
+    return Packed(rows, cols, group, panel, padded, start, col, bits, scale).check()
+
+
+def _cut(group: int, panel: int) -> bool:
+    """Whether the kernels know groups and panels of these sizes."""
+    return 0 < group <= 64 and panel in (64, 128, 192, 256)
 
 
 def _group(rows: int) -> int:
@@ -239,7 +263,8 @@ def _mask(packed: Packed) -> Tensor:
     counts = packed.start.diff()
     mask = torch.zeros(len(counts), packed.panel, dtype=torch.bool)
     run = torch.arange(len(counts)).repeat_interleave(counts)
-    if bool((packed.col >= packed.panel).any()):
+    columns = packed.col.long()  # a panel of 256 is no number of theirs, and comparing would wrap it to zero
+    if bool((columns >= packed.panel).any()):
         raise ModelError("the columns of a packed matrix are damaged")
-    mask[run, packed.col.long()] = True
+    mask[run, columns] = True
     return mask

@@ -41,8 +41,11 @@ def compiler() -> str | None:
 
 def compile_one(cxx: str, out: Path, flags: Sequence[str], source: Sequence[str] = ("sparse.cpp",)) -> str | None:
     """Compile to ``out``, which appears only when it is whole; what the compiler said where it could not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(suffix=out.suffix, dir=out.parent)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(suffix=out.suffix, dir=out.parent)
+    except OSError as error:
+        return f"{out} cannot be written: {error}"
     os.close(handle)
     command = [*cxx.split(), *flags, *(str(SOURCE / name) for name in source), "-o", part]
     try:

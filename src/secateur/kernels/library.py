@@ -14,7 +14,7 @@ import torch
 from ..errors import SecateurError
 from .build import BUILT, targets
 
-#: Bytes behind values, and floats behind scratch memory, that a kernel may read but does not use.
+#: Floats behind scratch memory that no kernel needs: its size is then never zero.
 SLACK = 256
 
 KINDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -143,5 +143,7 @@ def described() -> dict[str, Any]:
     """Which kernels are active, for a bug report."""
     found = library()
     if found is None:
+        if os.environ.get("SECATEUR_KERNELS") == "none":
+            return {"active": None, "reason": "SECATEUR_KERNELS is 'none'"}
         return {"active": None, "reason": f"none is built for this machine: {BUILD} needs a C++ compiler"}
     return {"active": found.isa, "floats in a vector": found.lanes, "threads": found.threads}

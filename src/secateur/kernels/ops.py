@@ -26,6 +26,8 @@ _PARTS = (
     "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
     "int rows, int cols, int group, int panel, int activation"
 )
+#: Tokens, and floats of images, that are laid out at a time: so much memory, whatever the size of a batch.
+_TOKENS, _FLOATS = 2048, 8 << 20
 #: Zeros behind the values, which are not work.
 PADDING = 256
 #: Inputs that are copied together for each multiplication, above which a convolution reads them where they are.
@@ -57,10 +59,13 @@ class _Known:
                 f"a compressed layer has been converted (its values are {values.dtype}): kernels read float32, "
                 "bfloat16 and int8 values with float32 scales; convert the model before it is compressed"
             )
+        if not _fits(parts, rows, cols, group, panel):
+            raise SecateurError(f"the parts of a compressed layer of {rows} x {cols} do not fit together")
         self.parts = parts[1:]
-        self.addresses = [_address(t) for t in parts]
+        self.held = [t for t in parts[1:] if t is not None]
+        self.addresses = [values.data_ptr(), *map(Tensor.data_ptr, self.held)]
         self.facts = (rows, cols, group, panel, activation)
-        self.matrix = Matrix(rows, cols, group, panel, kind, activation, *self.addresses)
+        self.matrix = Matrix(rows, cols, group, panel, kind, activation, *map(_address, parts))
         self.place = ctypes.byref(self.matrix)
         self.scratch: dict[tuple[bool, int], int] = {}
 
@@ -71,12 +76,27 @@ class _Known:
         return (type(None), ())
 
     def still(self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some], facts: tuple[int, ...]) -> bool:
-        """Whether it describes these parts: the same tensors, and the values where they were."""
+        """Whether it describes these parts: the same tensors, and where they were (``t.data = other`` moves one)."""
         return (
             self.facts == facts
             and all(map(operator.is_, self.parts, parts[1:]))
-            and self.addresses[0] == parts[0].data_ptr()
+            and self.addresses == [parts[0].data_ptr(), *map(Tensor.data_ptr, self.held)]
         )
+
+
+def _fits(
+    parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some], rows: int, cols: int, group: int, panel: int
+) -> bool:
+    """Whether the sizes are those of one matrix: a kernel would read past what is too short."""
+    values, start, col, bits, scale, bias = parts
+    if min(rows, cols, group) < 1 or group > 64 or panel not in (64, 128, 192, 256) or (col is None and bits is None):
+        return False
+    runs, nonzeros = rows * -(-cols // panel), values.numel() - PADDING
+    sizes = ((values, nonzeros + PADDING), (start, runs + 1), (col, nonzeros), (bits, runs * panel // 8))
+    return nonzeros >= 0 and all(
+        t is None or (t.numel() == size and t.is_contiguous() and t.is_cpu)
+        for t, size in (*sizes, (scale, rows), (bias, rows))
+    )
 
 
 def _matrix(
@@ -99,6 +119,8 @@ def _matrix(
 def _refuse(x: Tensor, cols: int, dim: int) -> None:
     if not x.is_floating_point():
         raise SecateurError(f"a sparse layer takes floats, not {x.dtype}")
+    if not x.dim():
+        raise SecateurError(f"a sparse layer of {cols} inputs was given a single number")
     if x.shape[dim] != cols:
         raise SecateurError(f"a sparse layer of {cols} inputs was given {x.shape[dim]} (shape {tuple(x.shape)})")
 
@@ -106,12 +128,15 @@ def _refuse(x: Tensor, cols: int, dim: int) -> None:
 def direct(x: Tensor) -> bool:
     """Whether nothing watches operators now, so that a kernel may be called without one: calling costs more than work.
 
-    False under torch.compile, export, tracing, any dispatch mode, and where a gradient is wanted.
+    False under torch.compile, export, tracing, any dispatch mode, torch.func, and where a gradient is wanted.
     """
     return (
         type(x) is Tensor
+        and x.is_cpu
+        and x.layout is torch.strided
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not (x.requires_grad and torch.is_grad_enabled())
     )
@@ -120,11 +145,11 @@ def direct(x: Tensor) -> bool:
 class _Scratch(threading.local):
     """Memory that a kernel fills and nobody else reads, kept from call to call."""
 
-    held = torch.empty(0)
+    held = torch.empty(0, device="cpu")
 
     def address(self, floats: int) -> int:
         if self.held.numel() < floats:
-            self.held = torch.empty(floats, dtype=torch.float32)
+            self.held = torch.empty(floats, dtype=torch.float32, device="cpu")
         return self.held.data_ptr()
 
 
@@ -150,7 +175,7 @@ def linear(
     elif n:
         few = n <= FEW or col is None
         multiply, need = (found.vector, found.scratch_vector) if few else (found.linear, found.scratch_linear)
-        count = min(FEW, n) if few else n
+        count = min(FEW if few else _TOKENS, n)
         room = known.scratch.get((few, count))
         if room is None:
             room = known.scratch[few, count] = need(known.place, count) + SLACK
@@ -168,9 +193,12 @@ def conv2d(
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """``secateur::sparse_conv2d``: ``(batch, channels, height, width)``; the weight is ``(rows, columns)``."""
-    channels = cols // (kernel[0] * kernel[1])
-    if x.dim() != 4:
-        raise SecateurError(f"a sparse convolution takes (batch, channels, height, width), not {tuple(x.shape)}")
+    channels, rest = divmod(cols, kernel[0] * kernel[1])
+    if x.dim() != 4 or rest:
+        raise SecateurError(
+            f"a sparse convolution of {cols} columns and kernel {tuple(kernel)} takes (batch, channels, height, "
+            f"width), not {tuple(x.shape)}"
+        )
     _refuse(x, channels, 1)
     sizes = _out_sizes(x.shape[2:], kernel, stride, padding, dilation)
     if min(sizes) <= 0:
@@ -181,49 +209,49 @@ def conv2d(
         weight = _dense(values, start, col, bits, scale, rows, cols, group, panel)
         weight = weight.view(rows, channels, *kernel)
         out = F.conv2d(x.float(), weight, bias, tuple(stride), tuple(padding), tuple(dilation))
-        return _activated(out, activation).to(x.dtype)
-    y = torch.empty((x.shape[0], rows, *sizes), dtype=torch.float32)
+        return _activated(out, activation).to(x.dtype).contiguous()
+    y = x.new_empty((x.shape[0], rows, *sizes), dtype=torch.float32)
     if not y.numel():
         return y.to(x.dtype)
-    given, pitch, height, phases = _laid_out(x.float(), kernel, stride, padding, dilation, sizes)
-    about = Convolution(None, x.shape[0], channels * phases, height * pitch, 0, *sizes, pitch)
-    place_of_image = ctypes.byref(about)
-    strided = (1, 1) if phases == 1 else (stride[0], stride[1])
-    reach = (kernel[0] - 1) * dilation[0] // strided[0] * pitch + (kernel[1] - 1) * dilation[1] // strided[1]
-    block = found.block_convolution(place_of_image)
-    copied, work = about.lines * (block + reach), block * (values.numel() - PADDING)
-    if copied > _COPIED * work and (sizes[0] - 1) * pitch + sizes[1] >= block:
-        offsets = _offsets(channels, *kernel, *strided, *dilation, height * pitch, pitch, phases)
-    else:
-        about.extent = block + reach
-        offsets = _offsets(channels, *kernel, *strided, *dilation, about.extent, pitch, phases)
-    about.offset = offsets.data_ptr()
-    scratch = _scratch.address(found.scratch_convolution(place_of_image) + SLACK)
-    found.convolution(place, place_of_image, given.data_ptr(), y.data_ptr(), scratch, torch.get_num_threads())
+    strided = (stride[0], stride[1]) if tuple(kernel) != (1, 1) or any(padding) else (1, 1)
+    room = max(1, x[0].numel()) * kernel[0]  # about what one image takes when it is laid out
+    for part, target in zip(x.split(max(1, _FLOATS // room)), y.split(max(1, _FLOATS // room)), strict=True):
+        given, pitch, height = _laid_out(part.float(), kernel, stride, padding)
+        phases = strided[0] * strided[1]
+        about = Convolution(None, len(part), channels * phases, height * pitch, 0, *sizes, pitch)
+        where = ctypes.byref(about)
+        reach = (kernel[0] - 1) * dilation[0] // strided[0] * pitch + (kernel[1] - 1) * dilation[1] // strided[1]
+        block = found.block_convolution(where)
+        copied, work = about.lines * (block + reach), block * (values.numel() - PADDING)
+        if copied <= _COPIED * work or (sizes[0] - 1) * pitch + sizes[1] < block:
+            about.extent = block + reach
+        line = about.extent or about.length
+        offsets = _offsets(channels, *kernel, *strided, *dilation, line, pitch, phases)
+        about.offset = offsets.data_ptr()
+        scratch = _scratch.address(found.scratch_convolution(where) + SLACK)
+        found.convolution(place, where, given.data_ptr(), target.data_ptr(), scratch, torch.get_num_threads())
     return y.to(x.dtype)
 
 
 def _laid_out(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    sizes: Sequence[int],
-) -> tuple[Tensor, int, int, int]:  # fmt: skip
-    """The input as one flat line for each channel and phase of the stride: (it, width, height, phases).
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, int, int]:
+    """The input as one flat line for each channel and phase of the stride: (it, width, height).
 
     Position ``(h, w)`` of every kernel position then lies at a fixed distance from output ``(h, w)``. An input that
     needs neither padding nor phases is taken as it is.
     """
     batch, channels = x.shape[:2]
     high, wide = stride
-    if tuple(padding) == (0, 0) and (high, wide) == (1, 1):
-        return x.contiguous(), x.shape[3], x.shape[2], 1
-    if tuple(kernel) == (1, 1) and tuple(padding) == (0, 0):  # a stride alone leaves positions out
-        return x[:, :, ::high, ::wide].contiguous(), sizes[1], sizes[0], 1
+    if not any(padding) and (tuple(kernel) == (1, 1) or (high, wide) == (1, 1)):
+        given = x if (high, wide) == (1, 1) else x[:, :, ::high, ::wide]  # a stride alone leaves positions out
+        return given.contiguous(), given.shape[3], given.shape[2]
     height = -(-(x.shape[2] + 2 * padding[0]) // high)
     width = -(-(x.shape[3] + 2 * padding[1]) // wide)
     bottom, right = height * high - x.shape[2] - padding[0], width * wide - x.shape[3] - padding[1]
     padded = F.pad(x, (padding[1], right, padding[0], bottom))
     laid = padded.view(batch, channels, height, high, width, wide).permute(0, 1, 3, 5, 2, 4)
-    return laid.contiguous(), width, height, high * wide
+    return laid.contiguous(), width, height
 
 
 @lru_cache(maxsize=256)
@@ -231,7 +259,7 @@ def _offsets(
     channels: int, kh: int, kw: int, sh: int, sw: int, dh: int, dw: int, extent: int, width: int, phases: int
 ) -> Tensor:
     """``(columns,)``: where each column of the weight, a channel at a kernel position, finds its input."""
-    c, i, j = torch.arange(channels), torch.arange(kh) * dh, torch.arange(kw) * dw
+    c, i, j = (torch.arange(n, device="cpu") * step for n, step in ((channels, 1), (kh, dh), (kw, dw)))
     line = c[:, None, None] * phases + (i % sh * sw)[None, :, None] + (j % sw)[None, None]
     found = line * extent + (i // sh * width)[None, :, None] + (j // sw)[None, None]
     if int(found.max()) >= 1 << 31:
@@ -260,15 +288,15 @@ def _dense(
     """The matrix in float32, without the help of a kernel."""
     panels = -(-cols // panel)
     counts = start.diff()
-    run = torch.arange(len(counts)).repeat_interleave(counts)
+    run = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
     if col is None:
         assert bits is not None
-        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
         col = (bits[:, :, None] & powers).ne(0).view(len(counts), panel).nonzero()[:, 1]
-    place = torch.arange(rows * panels).view(rows, panels)
+    place = torch.arange(rows * panels, device="cpu").view(rows, panels)
     order = torch.cat([part.T.reshape(-1) for part in place.split(group)])
     row, first = order[run] // panels, order[run] % panels * panel
-    found = torch.zeros(rows, cols)
+    found = values.new_zeros((rows, cols), dtype=torch.float32)
     found[row, first + col.long()] = values[: len(run)].float()
     return found if scale is None else found * scale[:, None]
 

@@ -154,15 +154,16 @@ void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride
     const Value* values = static_cast<const Value*>(w.values);
     const int words = w.panel / 64;
     const uint32_t* start = w.start + g.run;
-    const uint64_t* bits = w.bits + g.run * words;
+    const uint8_t* bits = w.bits + g.run * words * 8;
     for (int64_t p = 0; p < panels_of(w); p++) {
         const float* base = x + p * w.panel;
         for (int64_t r = 0; r < g.rows; r++, start++) {
             const Value* value = values + *start;
             vec own[N][2];  // two chains of sums: one would wait for itself
             for (int t = 0; t < N; t++) own[t][0] = acc[r][t], own[t][1] = vec{};
-            for (int word = 0; word < words; word++) {
-                const uint64_t mask = *bits++;
+            for (int word = 0; word < words; word++, bits += 8) {
+                uint64_t mask;
+                memcpy(&mask, bits, 8);
                 for (int at = 0; at < 64; at += LANES) {
                     const uint32_t part = uint32_t(mask >> at) & ((1u << LANES) - 1);
                     const vec a = expand(numbers(value), part);
@@ -281,9 +282,9 @@ void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, f
     });
     parallel(c->count * blocks * groups, threads, [&](int64_t i) {
         const int64_t image = i / groups / blocks;
-        int64_t first = i / groups % blocks * width;
-        // The last block starts early instead of reading past the input, and computes some positions twice.
-        if (!c->extent) first = std::min(first, positions - width);
+        const int64_t due = i / groups % blocks * width;
+        // The last block starts early instead of reading past the input, and leaves those positions to their own block.
+        const int64_t first = c->extent ? due : std::min(due, positions - width);
         const float* from = c->extent ? scratch + i / groups * strip : x + image * c->lines * c->length + first;
         const Group g(*w, i % groups);
         Sums sums;
@@ -292,7 +293,7 @@ void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, f
             float* sum = sums.of + r * width;
             finish(*w, g.first + r, sum, width);
             float* out = y + (image * w->rows + g.first + r) * c->out_h * c->out_w;
-            for (int64_t at = first; at < std::min(first + width, positions);) {
+            for (int64_t at = due; at < std::min(first + width, positions);) {
                 const int64_t h = at / c->pitch, end = std::min(first + width, (h + 1) * c->pitch);
                 const int64_t last = std::min(end, h * c->pitch + c->out_w);
                 if (at < last) std::copy(sum + at - first, sum + last - first, out + h * c->out_w + at - h * c->pitch);

@@ -4,7 +4,7 @@
 // in one panel. Runs are stored group by group, in a group panel by panel, in a panel row by row, so that a panel of
 // the activations stays in the first-level cache while a group of rows reads it. Run k keeps the values
 // start[k] .. start[k + 1]; they lie in the order of their columns. Which columns they are is said by `col` (one byte
-// each, within the panel) or by `bits` (panel / 64 words a run, lowest column in the lowest bit), or by both.
+// each, within the panel) or by `bits` (panel / 8 bytes a run, lowest column in the lowest bit), or by both.
 //
 // No function allocates, throws or checks: the caller gives scratch memory and has checked shapes and contents.
 #pragma once
@@ -24,12 +24,12 @@ struct Matrix {
     const void* values;     // SLACK bytes may be read past their end
     const uint32_t* start;  // [runs + 1]
     const uint8_t* col;     // [values], or null
-    const uint64_t* bits;   // [runs * panel / 64], or null
+    const uint8_t* bits;    // [runs * panel / 8], or null; at any address
     const float* scale;     // [rows], or null: what a row's sum is multiplied by
     const float* bias;      // [rows], or null
 };
 
-// Bytes that may be read past the end of values and of activations.
+// Bytes that may be read past the end of values; nothing else is read past its end.
 enum { SLACK = 256 };
 
 // y[n, rows] = x[n, cols] W^T for many tokens; needs col. Scratch: see scratch_linear.

@@ -28,7 +28,10 @@ static void parallel(int64_t count, int32_t threads, const Body& body) {
     };
     if (gomp_parallel) return gomp_parallel(run, &work, unsigned(threads), 0);
     std::vector<std::thread> others;
-    for (int32_t t = 1; t < threads; t++) others.emplace_back(+run, static_cast<void*>(&work));
+    try {
+        for (int32_t t = 1; t < threads; t++) others.emplace_back(+run, static_cast<void*>(&work));
+    } catch (...) {  // the system gives no more: those that there are do the work
+    }
     run(&work);
     for (auto& other : others) other.join();
 }

@@ -22,6 +22,8 @@ typedef float vec_any __attribute__((vector_size(LANES * 4), aligned(4), may_ali
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the bit masks are read as words");
+
 struct bfloat16 {
     uint16_t bits;
 };
