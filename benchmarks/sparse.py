@@ -68,6 +68,7 @@ def runtime(module: Any, x: Any, threads: int) -> Callable[[], Any] | None:
     torch.onnx.export(module, (x,), file, dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would keep others waiting
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     given = {name: x.numpy()}
@@ -191,7 +192,8 @@ def models(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, 
         for share in (0.5, 0.7, 0.9):
             model, loads = build(name)
             secateur.prune(model, "magnitude", sparsity=share)
-            for kinds in (["float32"], ["float32", "bfloat16", "int8"]):
+            for allowed in args.kinds:
+                kinds = allowed.split(",")
                 with torch.inference_mode():
                     fast = secateur.compress(model, loads, kinds=kinds, cache=False)
                 report: Any = fast.compression
@@ -238,6 +240,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--models", nargs="+", default=["smollm2", "bert-base", "resnet50"])
+    parser.add_argument(
+        "--kinds", nargs="+", default=["float32", "float32,bfloat16,int8"], help="allowed in whole models"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-peer", action="store_true")
@@ -252,7 +257,9 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(args.threads), "kernels": described(), "limits": limit}
     with torch.inference_mode():
         for part in args.parts:
-            result[part] = globals()[part](args, limit)
+            result[part] = {"linear": linear, "token": token, "convolution": convolution, "models": models}[part](
+                args, limit
+            )
             write_json(args.out, result)
     print(f"{limit['bytes'] / 1e9:.1f} GB/s from memory, {2 * limit['multiplications'] / 1e9:.0f} GFLOP/s dense")
     for part in args.parts:

@@ -91,6 +91,8 @@ class Library:
         loaded.sparse_use_pool.restype = None
         loaded.sparse_use_pool(pool)
         self.threads = "those of torch" if pool else "its own"
+        if pool and hasattr(os, "register_at_fork"):  # an OpenMP pool does not live on in a forked process
+            os.register_at_fork(after_in_child=lambda: loaded.sparse_use_pool(None))
 
 
 def openmp() -> int | None:

@@ -93,10 +93,11 @@ def _fits(
         return False
     runs, nonzeros = rows * -(-cols // panel), values.numel() - PADDING
     sizes = ((values, nonzeros + PADDING), (start, runs + 1), (col, nonzeros), (bits, runs * panel // 8))
-    return nonzeros >= 0 and all(
+    right = nonzeros >= 0 and all(
         t is None or (t.numel() == size and t.is_contiguous() and t.is_cpu)
         for t, size in (*sizes, (scale, rows), (bias, rows))
     )
+    return right and int(start[-1]) == nonzeros
 
 
 def _matrix(
