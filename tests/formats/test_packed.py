@@ -110,6 +110,15 @@ def test_a_file_keeps_the_smaller_index(weight: Tensor, kind: str, cut: dict[str
     assert packed.bytes() == size * (nonzeros + PADDING) + 4 * (runs + 1) + nonzeros + by_bits + scales
 
 
+def test_counts_belong_to_the_columns() -> None:
+    """Ten runs: a bit mask of 80 bytes, and columns with 20 bytes of counts beside them."""
+    for nonzeros, index in ((59, {"col": 59, "counts": 10}), (61, {"bits": 80})):
+        weight = torch.zeros(10, 64)
+        weight.view(-1)[:nonzeros] = 1
+        tensors, _ = pack(weight, panel=64).stored()
+        assert {n: t.numel() for n, t in tensors.items() if n != "values"} == index
+
+
 def test_the_order_of_runs() -> None:
     """Three rows in groups of two, 66 columns in two panels: group by group, panel by panel, row by row."""
     weight = torch.zeros(3, 66)
