@@ -320,3 +320,11 @@ def test_a_language_model_from_the_command_line(sparse_wins: None, tmp_path: Pat
         CliRunner().invoke(
             app, ["compress", str(tmp_path / "dense"), "--out", str(tmp_path / "fast")], catch_exceptions=False
         )
+
+
+@needs_kernels
+def test_indexes_that_were_replaced_are_checked(sparse_wins: None) -> None:
+    fast = compress(mlp(), torch.randn(9, 70), cache=False)
+    fast[0].col = torch.full_like(fast[0].col, 255)
+    with pytest.raises(ModelError, match="damaged"):
+        fast(torch.randn(9, 70))

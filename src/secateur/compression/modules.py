@@ -48,10 +48,10 @@ class Sparse(nn.Module):
         """The weight, dense: a copy, so changing it changes nothing."""
         return self.packed.dense()
 
-    def _versions(self) -> list[int]:
+    def _versions(self) -> list[tuple[int, int]]:
         kept = self._buffers
         indexes = (kept["start"], kept["col"], kept["bits"])
-        return [t._version for t in indexes if t is not None and not t.is_inference()]
+        return [(id(t), 0 if t.is_inference() else t._version) for t in indexes if t is not None]
 
     def _arguments(self) -> tuple[Any, ...]:
         if not torch.compiler.is_compiling() and self._versions() != self._seen:

@@ -1,4 +1,4 @@
-"""Compile the sparse kernels: ``python -m secateur.kernels.build``, and the hook that runs when the package is built.
+"""Compile the sparse kernels: ``python -m secateur.kernels``, and the hook that runs when the package is built.
 
 Uses the standard library alone, for the hook runs before anything else is installed.
 """
@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +66,3 @@ def build(out: Path = BUILT) -> dict[str, str | None]:
     if cxx is None:
         return dict.fromkeys(targets(), "no C++ compiler was found")
     return {name: compile_one(cxx, out / f"sparse_{name}.so", (*_COMMON, *TARGETS[name])) for name in targets()}
-
-
-if __name__ == "__main__":
-    results = build()
-    for target, problem in results.items():
-        print(f"{target}: {'built' if problem is None else problem}")
-    sys.exit(all(problem is not None for problem in results.values()))

@@ -138,7 +138,7 @@ def library() -> Library | None:
     return None
 
 
-BUILD = "python -m secateur.kernels.build"
+BUILD = "python -m secateur.kernels"
 
 
 def described() -> dict[str, Any]:

@@ -26,7 +26,7 @@ _PARTS = (
     "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
     "int rows, int cols, int group, int panel, int activation"
 )
-#: Tokens, and floats of images, that are laid out at a time: so much memory, whatever the size of a batch.
+#: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
 #: Zeros behind the values, which are not work.
 PADDING = 256
