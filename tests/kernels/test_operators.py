@@ -168,9 +168,15 @@ def test_gradients_are_refused(name: str) -> None:
         assert torch.equal(layer(x), y)
 
 
-def test_each_of_several(recwarn: pytest.WarningsRecorder) -> None:
-    layer, _, x = layers()["many"]
-    assert torch.equal(torch.func.vmap(layer)(x[:3]), torch.stack([layer(row) for row in x[:3]]))
+@LAYERS
+def test_each_of_several(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    layer, _, x = layers()[name]
+    several = torch.stack([x, x + 1, x - 1], dim=1)
+    found = torch.func.vmap(layer, in_dims=1)(several)
+    assert torch.equal(found, torch.stack([layer(several[:, k]) for k in range(3)])) and not recwarn.list
+    values = torch.stack([layer.values, layer.values])
+    with pytest.raises(SecateurError, match="not over its weights"):
+        torch.func.vmap(lambda v: OPERATORS[type(layer)](x, v, *arguments(layer)[1:]))(values)
 
 
 @LAYERS

@@ -11,10 +11,12 @@ import operator
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from ..errors import SecateurError
 from .library import KINDS, SLACK, Convolution, Matrix, library
@@ -323,3 +325,24 @@ torch.library.register_fake("secateur::sparse_linear", _fake_linear, lib=_regist
 torch.library.register_fake("secateur::sparse_conv2d", _fake_conv2d, lib=_registry)
 torch.library.register_autograd("secateur::sparse_linear", _no_backward, lib=_registry)
 torch.library.register_autograd("secateur::sparse_conv2d", _no_backward, lib=_registry)
+
+
+def _each_linear(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    return torch.ops.secateur.sparse_linear(_first(dims, x), *rest), 0
+
+
+def _each_conv2d(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    given = _first(dims, x)
+    found = torch.ops.secateur.sparse_conv2d(given.flatten(0, 1), *rest)
+    return found.unflatten(0, given.shape[:2]), 0
+
+
+def _first(dims: Sequence[int | None], x: Tensor) -> Tensor:
+    if dims[0] is None or any(d is not None for d in tree_leaves(tuple(dims[1:]))):
+        raise SecateurError("torch.vmap maps a sparse layer over its inputs, not over its weights")
+    return x.movedim(dims[0], 0)
+
+
+if hasattr(torch.library, "register_vmap"):  # from torch 2.5; what torch does without a rule has crashed
+    torch.library.register_vmap("secateur::sparse_linear", _each_linear, lib=_registry)
+    torch.library.register_vmap("secateur::sparse_conv2d", _each_conv2d, lib=_registry)
