@@ -181,7 +181,10 @@ def test_a_model_that_gains_nothing_comes_back(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(of_make, "latency", lambda models, *_: {name: 1.0 + (name != "dense") for name in models})
     model = mlp()
     assert compress(model, torch.randn(3, 70), cache=False) is model
-    assert "but not together" in str(model.compression)
+    assert "but not together" in str(model.compression) and not model.compression.packed
+    monkeypatch.setattr(of_make, "latency", lambda models, *_: dict.fromkeys(models, 1.0))
+    monkeypatch.setattr(of_make, "_difference", lambda *_: float("nan"))
+    assert "would differ by nan" in compress(model, torch.randn(3, 70), cache=False).compression.note
     monkeypatch.setattr(of_make, "library", lambda: None)
     assert "not built" in compress(mlp(), torch.randn(3, 70), cache=False).compression.note
 
