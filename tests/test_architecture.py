@@ -15,10 +15,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: its own, and from itself; never from its own row or a later one.
 ORDER = (
     ("errors",),
-    ("registry", "facts"),
+    ("registry", "facts", "disk"),
     ("select", "schedule", "symmetric", "lanes"),
-    ("layers", "graph", "formats", "kernels", "data", "printing"),
-    ("masks", "evidence", "surgery", "measure"),
+    ("layers", "graph", "formats", "data", "printing"),
+    ("masks", "evidence", "surgery", "measure", "kernels"),
     ("criteria", "granularity"),
     ("allocation", "solvers"),
     ("recipe",),
@@ -44,7 +44,7 @@ LEVELS = {name: level for level, row in enumerate(ORDER) for name in row}
 NARROW = {
     "graph": {"errors"},
     "formats": {"errors"},
-    "kernels": {"errors"},
+    "kernels": {"errors", "formats", "disk"},
     "data": {"errors"},
     "measure": {"errors", "layers"},  # and torch: it measures any model, pruned here or not
     "surgery": {"errors", "graph", "layers"},

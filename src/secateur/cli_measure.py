@@ -34,7 +34,7 @@ def compress(
     from .coupled import example_inputs, load_module
 
     if target != "cpu":
-        fail(f"--for {target} is not known: cpu", 2)
+        fail(f"--for {target} is not there yet: write --for cpu", 2)
     if is_compressed(model):
         fail(f"{model} is compressed already: compress the model that it was made of", 2)
     net = load_module(model)
@@ -79,7 +79,10 @@ def measure(
         return
     if is_compressed(model):
         rows = measure_compressed(model, against, example, data, windows, length, numbers(tokens))
-        print(json.dumps(rows)) if as_json else out_console.print(packed(rows))
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            out_console.print(packed(rows))
         return
     baseline = None if alone else against or dense_source(model)
     found = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,12 +58,18 @@ def summary(run: dict[str, Any]) -> Table:
     return table
 
 
-def measured(found: dict[str, dict[str, Any]]) -> Table:
-    """What `secateur.measure` found, a column for each model."""
+def _side_by_side(names: Iterable[str]) -> Table:
+    """An empty table with a column for each model."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", style="dim")
-    for name in found:
+    for name in names:
         table.add_column(name, justify="right")
+    return table
+
+
+def measured(found: dict[str, dict[str, Any]]) -> Table:
+    """What `secateur.measure` found, a column for each model."""
+    table = _side_by_side(found)
     every = list(found.values())
     p = every[0]["perplexity"]
     table.add_row("perplexity", *[f"{m['perplexity']['value']:.4f}" for m in every])
@@ -82,10 +88,7 @@ def measured(found: dict[str, dict[str, Any]]) -> Table:
 
 def structured(found: dict[str, dict[str, Any]]) -> Table:
     """A smaller model beside the original, a column for each."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", style="dim")
-    for name in found:
-        table.add_column(name, justify="right")
+    table = _side_by_side(found)
     rows = list(found.values())
     if all(m.get("perplexity") for m in rows):
         first = rows[0]["perplexity"]
@@ -99,10 +102,7 @@ def structured(found: dict[str, dict[str, Any]]) -> Table:
 
 def packed(found: dict[str, dict[str, Any]]) -> Table:
     """A compressed model beside the dense one, a column for each."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", style="dim")
-    for name in found:
-        table.add_column(name, justify="right")
+    table = _side_by_side(found)
     rows = list(found.values())
     if all(m["perplexity"] for m in rows):
         first = rows[0]["perplexity"]

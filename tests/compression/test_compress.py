@@ -29,6 +29,8 @@ from secateur.compression import candidates as of_candidates
 from secateur.compression import make as of_make
 from secateur.compression.candidates import Site, Table, is_cold, sites, watch
 from secateur.compression.choose import choose
+from secateur.compression.store import _of_record
+from secateur.disk import digest
 from secateur.errors import ModelError, OutputError, RecipeError
 from secateur.kernels import library
 
@@ -166,6 +168,44 @@ def test_a_layer_may_lose_in_one_workload_what_others_win() -> None:
     assert choose([_site("c")], table, ["float32"], False, 2)[0].reason == "not faster without its zeros"
 
 
+def test_what_is_given_up_for_one_workload_may_be_missed_in_another() -> None:
+    table = _Rows(
+        {
+            ("a", 128): {"dense": 10.0, "float32.col": 1.0},  # wins the first workload, and loses the second
+            ("a", 1): {"dense": 1.0, "float32.col": 1.8, "float32.bits": 1.9},
+            ("b", 128): {"dense": 10.0, "float32.col": 14.0},  # loses the first, which only the other one bears
+            ("b", 1): {"dense": 1.0, "float32.col": 0.5, "float32.bits": 0.5},
+        }
+    )
+    chosen = choose([_site("a"), _site("b")], table, ["float32"], False, 2)
+    assert [c.kind for c in chosen] == ["dense", "dense"]
+    assert {c.reason for c in chosen} == {"it would make a workload slower"}
+
+
+def test_layers_that_are_called_in_another_way_stay() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(input=x).view(4, 2, 2))  # by keyword, and one image without a batch
+
+    model = sparse(Odd(), 0.7)
+    fast = compress(model, torch.randn(4, 4), cache=False)
+    assert fast is model
+    if library() is not None:
+        assert {c.reason for c in fast.compression.choices} == {"it is not called with one batch of inputs"}
+
+
+@needs_kernels
+def test_a_single_layer_cannot_be_saved(sparse_wins: None, tmp_path: Path) -> None:
+    fast = compress(sparse(nn.Linear(70, 30)), torch.randn(9, 70), cache=False)
+    with pytest.raises(ModelError, match="Sequential"):
+        secateur.save(fast, tmp_path / "fast")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_index_must_pay_for_its_memory() -> None:
     table = _Rows(
         {
@@ -244,7 +284,9 @@ def test_files(tmp_path: Path) -> None:
     assert isinstance(loaded[0], SparseLinear) and loaded[0].activation == "relu"
 
 
-@pytest.mark.parametrize("change", ["cut", "bits", "values", "rows", "index", "activation", "missing", "version"])
+@pytest.mark.parametrize(
+    "change", ["cut", "bits", "values", "rows", "index", "activation", "missing", "version", "facts"]
+)
 def test_changed_files_are_refused(tmp_path: Path, change: str) -> None:
     folder = saved(tmp_path)
     weights, record = folder / "compressed.safetensors", json.loads((folder / "compressed.json").read_text())
@@ -265,11 +307,15 @@ def test_changed_files_are_refused(tmp_path: Path, change: str) -> None:
         del tensors["4.weight"]
     if change == "version":
         record["version"] = 2
+    if change == "facts":
+        record["layers"]["0"]["activation"] = "none"
     if change in ("bits", "values", "missing"):
         save_file(tensors, weights)
         if change != "bits":  # a changed file is refused by its digest; here whoever changed it knew that
-            record["sha256"] = of_digest(weights)
+            record["sha256"] = digest(weights)
             record["shapes"] = {n: list(t.shape) for n, t in tensors.items()}
+    if change != "facts":
+        record["record"] = _of_record(record)
     (folder / "compressed.json").write_text(json.dumps(record))
     model = mlp()
     before = model(torch.ones(1, 70))
@@ -278,17 +324,15 @@ def test_changed_files_are_refused(tmp_path: Path, change: str) -> None:
     assert torch.equal(model(torch.ones(1, 70)), before)
 
 
-def of_digest(path: Path) -> str:
-    from secateur.compression.store import _digest
-
-    return _digest(path)
-
-
 @needs_kernels
 def test_convolutions_are_saved(sparse_wins: None, tmp_path: Path) -> None:
     fast = compress(cnn(), torch.randn(1, 3, 8, 8), cache=False)
     loaded = secateur.load(secateur.save(fast, tmp_path / "fast"), cnn())
     assert isinstance(loaded[3], SparseConv2d) and loaded[3].stride == [2, 2] and loaded[3].bias is None
+    other = cnn()
+    other[3].stride = (1, 1)
+    with pytest.raises(ModelError, match="another kernel, stride"):
+        secateur.load(tmp_path / "fast", other)
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import secateur
 from secateur.compression import SparseConv2d, SparseLinear, compress
 from secateur.compression.fuse import Tail, folded, tails
+from secateur.compression.store import _of_record
 from secateur.errors import ModelError
 from secateur.kernels import library
 from tests.compression.test_compress import sparse, sparse_wins  # noqa: F401
@@ -41,6 +43,8 @@ class Block(nn.Module):
             return self.act(self.norm(self.last(x)))
         y = self.conv(x)
         z = self.norm(y)
+        if self.how in ("returned", "hooked"):
+            return (self.act(z), y) if self.how == "returned" else self.act(z)
         if self.how == "before the norm":
             return self.last(self.act(z)) + y
         if self.how == "before the ReLU":
@@ -106,6 +110,19 @@ def test_a_record_cannot_drop_other_modules(sparse_wins: None, tmp_path: Path) -
     torch.manual_seed(0)
     out = secateur.save(compress(sparse(Block("plain")), IMAGE, cache=False), tmp_path / "fast")
     record = out / "compressed.json"
-    record.write_text(record.read_text().replace('"folded": [', '"folded": ["last",'))
+    told = json.loads(record.read_text())
+    told["folded"].append("last")
+    told["record"] = _of_record(told)
+    record.write_text(json.dumps(told))
     with pytest.raises(ModelError, match="'last'"):
         secateur.load(out, Block("plain"))
+
+
+def test_what_is_returned_or_watched_stays() -> None:
+    torch.manual_seed(0)
+    loads = [((IMAGE,), {})]
+    assert tails(Block("returned").eval(), ["conv"], loads) == {}
+    model = Block("hooked").eval()
+    assert tails(model, ["conv"], loads) == {"conv": Tail("norm", "act")}
+    model.act.register_forward_hook(lambda *_: None)
+    assert tails(model, ["conv"], loads) == {"conv": Tail("norm", "")}

@@ -21,9 +21,10 @@ from ..layers import evaluating
 from ..measure import machine
 from .modules import SparseConv2d, SparseLinear
 
-#: Zeros below which nothing is tried: no kernel here has ever won there.
+#: Zeros below which nothing is tried: a half is about where kernels begin to win.
 _LEAST = 0.3
-#: Weights of this many bytes do not stay in a processor's caches from one token to the next.
+#: Weights of this many bytes do not stay in a processor's caches from one token to the next; twice as many are
+#: written between measurements of such a model.
 _CACHES = 32 << 20
 
 
@@ -96,7 +97,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
         if not known or not isinstance(getattr(module, "weight", None), Tensor):
             continue
         site = Site(name, module)
-        others = [n for n in owners.get(id(module.weight), []) if n != f"{name}.weight"]
+        others = [n for n in owners.get(id(module.weight), []) if n != f"{name}.weight".lstrip(".")]
         if others:
             site.reason = f"its weight is shared with {others[0]}"
         elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
@@ -127,6 +128,9 @@ def watch(model: nn.Module, found: Sequence[Site], workloads: Sequence[tuple[tup
     for site in found:
 
         def note(_: nn.Module, args: tuple[Any, ...], site: Site = site) -> None:
+            if len(args) != 1 or not (site.linear or args[0].dim() == 4):
+                site.reason = "it is not called with one batch of inputs"
+                return
             x: Tensor = args[0]
             given = (current, (x.numel() // x.shape[-1],) if site.linear else tuple(x.shape))
             site.inputs[given] = site.inputs.get(given, 0) + 1
@@ -134,7 +138,8 @@ def watch(model: nn.Module, found: Sequence[Site], workloads: Sequence[tuple[tup
         handles.append(site.module.register_forward_pre_hook(note))
     try:
         with evaluating(model), torch.inference_mode():
-            for current, (args, kwargs) in enumerate(workloads):  # noqa: B007
+            for index, (args, kwargs) in enumerate(workloads):
+                current = index
                 model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -190,8 +195,10 @@ def _key(site: Site, shape: tuple[int, ...], cold: bool) -> str:
     geometry = "" if site.linear else f" k{m.kernel_size} s{m.stride} p{m.padding} d{m.dilation}"
     rounded = round(50 * zeros(weight)) * 2  # layers within two percent share a measurement
     size = "x".join(str(n) for n in weight.shape)
-    where = f"{about['cpu']} {found.isa if found else 'none'} {about['threads']} threads torch {torch.__version__}"
-    return f"{where}: {size}{geometry} on {'x'.join(map(str, shape))} {rounded}% zeros{' cold' if cold else ''}"
+    kernels = f"{found.isa} {found.digest[:8]}" if found else "none"
+    where = f"{about['cpu']} {kernels} {about['threads']} threads torch {torch.__version__}"
+    given = f"{str(weight.dtype)[6:]} on {'x'.join(map(str, shape))}"
+    return f"{where}: {size}{geometry} {given} {rounded}% zeros{' cold' if cold else ''}"
 
 
 def _measure(
@@ -207,7 +214,7 @@ def _measure(
             runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True), bias)
     x = site.sample(shape).to(site.matrix().dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    flush = torch.zeros(_CACHES // 2 if cold else 0)
+    flush = torch.zeros(2 * _CACHES // 4 if cold else 0)
     with torch.inference_mode():
         for turn in range(repeats + 2):
             for name, module in runs.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from .candidates import Site, Table, zeros
 
@@ -31,10 +30,6 @@ class Choice:
     index: str
     seconds: dict[str, dict[str, float]]
     reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a file."""
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass
@@ -71,18 +66,19 @@ def choose(
     for k, (ways, best) in enumerate(zip(options, taken, strict=True)):
         if _share(best, dense) > (1 - _GAIN) * _share(ways[0], dense):
             taken[k] = ways[0]
-    given_up = set()
-    for w in range(workloads):
-        losses = [
-            (own.seconds[w] - ways[0].seconds[w], k) for k, (own, ways) in enumerate(zip(taken, options, strict=True))
+    given_up: set[int] = set()
+    while True:  # what is given up for one workload may be missed in another
+        excess = [
+            sum(own.seconds[w] - ways[0].seconds[w] for own, ways in zip(taken, options, strict=True))
+            for w in range(workloads)
         ]
-        excess = sum(loss for loss, _ in losses)
-        for loss, k in sorted(losses, reverse=True):
-            if excess <= 0:
-                break
-            excess -= loss
-            taken[k] = options[k][0]
-            given_up.add(k)
+        slower = [w for w in range(workloads) if excess[w] > 1e-9 * dense[w]]
+        if not slower:
+            break
+        w = slower[0]
+        worst = max(range(len(taken)), key=lambda k: taken[k].seconds[w] - options[k][0].seconds[w])
+        taken[worst] = options[worst][0]
+        given_up.add(worst)
     for k, (choice, own, ways) in enumerate(zip(choices, taken, options, strict=True)):
         if own.kind != "dense":
             choice.kind, choice.index = own.kind, own.index

@@ -16,6 +16,7 @@ from ..measure import count_parameters, perplexity
 from ..measure.latency import samples
 from ..measure.size import bytes_on_disk
 from ..models import load_tokenizer, resolve
+from ..structured.plan import inputs
 from .make import compress
 from .modules import Sparse
 from .store import is_compressed, load_compressed, save_compressed
@@ -61,9 +62,8 @@ def compress_source(
         raise OutputError(f"{out} exists: choose another directory or --force")
     fast = compress(model, workloads(model, example, tokens), kinds=kinds, fresh=fresh, progress=progress)
     if any(isinstance(m, Sparse) for m in fast.modules()):
-        save_compressed(fast, out, source=source, force=force)
-        if hasattr(model, "save_pretrained") and (tokenizer := load_tokenizer(resolve(source))) is not None:
-            tokenizer.save_pretrained(out)
+        tokenizer = load_tokenizer(resolve(source)) if hasattr(model, "save_pretrained") else None
+        save_compressed(fast, out, source=source, tokenizer=tokenizer, force=force)
     return fast
 
 
@@ -97,7 +97,7 @@ def measure_compressed(
     timed: dict[str, dict[str, list[float]]] = {}
     done: dict[str, int] = {}  # tokens, or images
     for load in workloads(small, example, tokens):
-        args, kwargs = ((), load) if isinstance(load, dict) else ((load,), {})
+        args, kwargs = inputs(load)
         language = isinstance(load, dict)
         label = f"{load['input_ids'].shape[1]} tokens" if language else "x".join(map(str, load.shape))
         timed[label] = samples(models, args, kwargs, repeats=15)
@@ -106,9 +106,8 @@ def measure_compressed(
         model = models[key]
         parameters, nonzero = count_parameters(model)
         if key == "compressed":  # packed weights are buffers, and hold no zeros
-            sparse = [m.packed for m in model.modules() if isinstance(m, Sparse)]
-            parameters += sum(p.nonzeros for p in sparse)
-            nonzero += sum(p.nonzeros for p in sparse)
+            held = sum(m.stored for m in model.modules() if isinstance(m, Sparse))
+            parameters, nonzero = parameters + held, nonzero + held
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
         place = folder if key == "compressed" else Path(source)
         found[title] = {

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers import evaluating
 
+_KINDS = (nn.BatchNorm2d, nn.ReLU)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
@@ -23,18 +25,16 @@ class Tail:
 
 
 class _Readers(TorchDispatchMode):
-    """Which operations read each tensor, in order."""
+    """Which operations read the tensors that are listed, in order."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.of: dict[int, list[str]] = {}
-        self.alive: list[Tensor] = []  # an id says something only while its tensor lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self.of.setdefault(id(tensor), []).append(str(func))
-                self.alive.append(tensor)
+            if isinstance(tensor, Tensor) and id(tensor) in self.of:
+                self.of[id(tensor)].append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -44,8 +44,11 @@ def tails(
     """For each of these layers what can be folded into it, in all workloads alike.
 
     A batch norm is folded where nothing else reads what the layer gives, and a ReLU where nothing reads what comes
-    before it (one that works in place is the first to read it). Modules that run more than once keep out.
+    before it (one that works in place is the first to read it); what the model returns is read. Modules that run more
+    than once, or that have hooks, keep out.
     """
+    if not any(type(m) in _KINDS for m in model.modules()):
+        return {}
     found: list[dict[str, Tail]] = []
     for args, kwargs in workloads:
         found.append(_tails(model, layers, args, kwargs))
@@ -55,21 +58,22 @@ def tails(
 def _tails(
     model: nn.Module, layers: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tail]:
-    kinds = (nn.BatchNorm2d, nn.ReLU)
-    watched = {n: m for n, m in model.named_modules() if n in set(layers) or type(m) in kinds}
+    hooked = {n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+    watched = {n: m for n, m in model.named_modules() if n in set(layers) or (type(m) in _KINDS and n not in hooked)}
+    readers = _Readers()
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     handles = []
     for name, module in watched.items():
 
         def note(_: nn.Module, given: tuple[Any, ...], out: Any, name: str = name) -> None:
             if given and isinstance(given[0], Tensor) and isinstance(out, Tensor):
-                calls.setdefault(name, []).append((given[0], out))
+                calls.setdefault(name, []).append((given[0], out))  # they live on, so that their ids stay theirs
+                readers.of.setdefault(id(out), [])
 
         handles.append(module.register_forward_hook(note))
-    readers = _Readers()
     try:
         with evaluating(model), torch.no_grad(), readers:
-            model(*args, **kwargs)
+            returned = {id(t) for t in tree_leaves(model(*args, **kwargs))}
     finally:
         for handle in handles:
             handle.remove()
@@ -83,7 +87,8 @@ def _tails(
         names = [n for n in by_input.get(id(tensor), []) if type(watched[n]) is kind]
         read = readers.of.get(id(tensor), [])
         in_place = kind is nn.ReLU and bool(read) and read[0].startswith("aten.relu_")
-        return names[0] if len(names) == 1 and (len(read) == 1 or in_place) else ""
+        alone = len(read) == 1 and id(tensor) not in returned
+        return names[0] if len(names) == 1 and (alone or in_place) else ""
 
     tails = {}
     for name in layers:

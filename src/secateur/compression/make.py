@@ -18,6 +18,7 @@ from ..layers import evaluating
 from ..measure import machine
 from ..measure.latency import latency
 from ..models import cache_directory
+from ..structured.plan import inputs
 from .candidates import Site, Table, is_cold, sites, watch
 from .choose import Choice, choose
 from .fuse import Tail, folded, tails
@@ -68,9 +69,10 @@ class Compression:
             lines.append(
                 f"{name:<24} {1e3 * dense:9.2f} ms -> {1e3 * small:9.2f} ms: {dense / small:.2f} times as fast"
             )
-        before, after = self.bytes
-        lines.append(f"{'weights in memory':<24} {before / 2**20:9.1f} MiB -> {after / 2**20:7.1f} MiB")
-        lines.append(f"{'difference of outputs':<24} {self.error:9.1e}")
+        if self.packed:
+            before, after = self.bytes
+            lines.append(f"{'weights in memory':<24} {before / 2**20:9.1f} MiB -> {after / 2**20:7.1f} MiB")
+            lines.append(f"{'difference of outputs':<24} {self.error:9.1e}")
         lines.append(f"measured on {self.machine['cpu']}, {self.machine['threads']} threads")
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
@@ -110,7 +112,7 @@ def compress(
         raise RecipeError("compress times layers on what they are given: give inputs of a forward pass with example=")
     if unknown := set(kinds) - set(KINDS):
         raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(KINDS)}")
-    loads = [_inputs(x) for x in (example if isinstance(example, list) else [example])]
+    loads = [inputs(x) for x in (example if isinstance(example, list) else [example])]
     found = list(sites(model))
     report = Compression([], {}, (_bytes(model), _bytes(model)), 0.0, machine())
     if library() is None:
@@ -142,8 +144,8 @@ def compress(
     elif sum(ratios) > len(ratios) or max(ratios) > _NOISE:
         report.note = "the model stays dense: its layers were faster alone, but not together"
     if report.note:
-        for choice in report.choices:
-            choice.kind, choice.index = "dense", ""
+        for choice in report.packed:
+            choice.kind, choice.index, choice.reason = "dense", "", f"alone {choice.reason}"
         return _with(model, report)
     report.bytes = (report.bytes[0], _bytes(fast))
     return _with(fast, report)
@@ -176,12 +178,6 @@ def _replacements(
         made = site.sparse(packed, bias, "relu" if tail.relu else "none")
         replaced[id(site.module)] = made.train(site.module.training)
     return replaced
-
-
-def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, dict):
-        return (), dict(example)
-    return (tuple(example) if isinstance(example, tuple) else (example,)), {}
 
 
 def _label(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -44,6 +44,11 @@ class Sparse(nn.Module):
         return Packed(self.rows, self.cols, self.group, self.panel, **parts)
 
     @property
+    def stored(self) -> int:
+        """How many parameters are kept: values and biases."""
+        return self.packed.nonzeros + (0 if self.bias is None else self.rows)
+
+    @property
     def weight(self) -> Tensor:
         """The weight, dense: a copy, so changing it changes nothing."""
         return self.packed.dense()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError, OutputError
+from ..disk import beside, digest
+from ..errors import ModelError
 from ..formats import restore
 from ..kernels.library import ACTIVATIONS, BUILD, library
 from ..models import blank
+from .candidates import Site
 from .make import Compression
 from .modules import Sparse, SparseConv2d, SparseLinear
 
@@ -31,28 +31,23 @@ def is_compressed(path: str | Path) -> bool:
     return (Path(path) / _RECORD).is_file()
 
 
-def save_compressed(model: nn.Module, out: str | Path, *, source: str = "", force: bool = False) -> Path:
+def save_compressed(
+    model: nn.Module, out: str | Path, *, source: str = "", tokenizer: Any = None, force: bool = False
+) -> Path:
     """Write ``compressed.safetensors`` and ``compressed.json``; of a transformers model its config too.
 
     Stock loaders refuse the directory, for they would fill what they do not know with random numbers; `load` reads it.
 
     Raises:
-        ModelError: no layer of the model is packed.
+        ModelError: no layer of the model is packed, or it is nothing but one.
         OutputError: ``out`` exists and is not empty.
     """
     packed = {name: m for name, m in model.named_modules() if isinstance(m, Sparse)}
     if not packed:
         raise ModelError("no layer of this model is packed: save it as you would save any other")
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise OutputError(f"{target} exists: choose another directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error}") from None
-    part.chmod(0o755)
-    try:
+    if "" in packed:
+        raise ModelError("this model is a single layer: put it into a torch.nn.Sequential")
+    with beside(out, force) as part:
         tensors, tied = _plain(model, packed)
         layers = {}
         for name, module in packed.items():
@@ -69,6 +64,8 @@ def save_compressed(model: nn.Module, out: str | Path, *, source: str = "", forc
         stock = config is not None and hasattr(model, "save_pretrained")
         if stock:
             config.save_pretrained(part)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
         report = getattr(model, "compression", None)
         record = {
             "version": 1,
@@ -79,16 +76,18 @@ def save_compressed(model: nn.Module, out: str | Path, *, source: str = "", forc
             "folded": sorted(n for n, m in model.named_modules() if type(m) is nn.Identity),
             "tied": tied,
             "shapes": {name: list(t.shape) for name, t in tensors.items()},
-            "sha256": _digest(part / _WEIGHTS),
+            "sha256": digest(part / _WEIGHTS),
             "report": report.to_dict() if isinstance(report, Compression) else None,
         }
+        record["record"] = _of_record(record)
         (part / _RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+    return Path(out)
+
+
+def _of_record(record: Mapping[str, Any]) -> str:
+    """The hash of what the record says, so that damage to it is seen as well."""
+    told = json.dumps({k: v for k, v in record.items() if k != "record"}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -106,7 +105,9 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("version") != 1:
             raise ModelError(f"{folder / _RECORD} has another version than this secateur reads")
-        if _digest(folder / _WEIGHTS) != record.get("sha256"):
+        if record.get("record") != _of_record(record):
+            raise ModelError(f"{folder / _RECORD} was changed after it was written")
+        if digest(folder / _WEIGHTS) != record.get("sha256"):
             raise ModelError(f"{folder / _WEIGHTS} is not the file that {_RECORD} describes: it was changed or cut off")
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -159,11 +160,14 @@ def _check_fit(
     if {n: list(t.shape) for n, t in tensors.items()} != record["shapes"]:
         raise ValueError("its tensors have other shapes")
     for name, layer in made.items():
-        there = model.get_submodule(name)
-        weight: Any = there.weight
-        sizes = sorted((layer.rows, layer.cols))
-        if sorted((weight.shape[0], weight.numel() // weight.shape[0])) != sizes:
-            raise ValueError(f"'{name}' is {tuple(weight.shape)} in the model and {layer.rows} x {layer.cols} here")
+        there: Any = model.get_submodule(name)
+        shape = tuple(Site(name, there).matrix().shape)
+        if shape != (layer.rows, layer.cols) or isinstance(there, nn.Conv2d) != isinstance(layer, SparseConv2d):
+            raise ValueError(f"'{name}' is {shape} in the model and {layer.rows} x {layer.cols} here")
+        if isinstance(layer, SparseConv2d):
+            sizes = [list(x) for x in (there.kernel_size, there.stride, there.padding, there.dilation)]
+            if sizes != [getattr(layer, key) for key in _GEOMETRY]:
+                raise ValueError(f"'{name}' has another kernel, stride, padding or dilation in the model")
     state = model.state_dict()
     for name in record["folded"]:
         if type(model.get_submodule(name)) not in (nn.BatchNorm2d, nn.ReLU, nn.Identity):
@@ -202,14 +206,6 @@ def _plain(model: nn.Module, packed: Mapping[str, Sparse]) -> tuple[dict[str, Te
 def _shares(tensor: Tensor) -> bool:
     """Whether it is a view of more than itself, which safetensors refuses."""
     return not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def dense_again(model: nn.Module) -> nn.Module:

@@ -67,7 +67,7 @@ class Packed:
         """The matrix ``(rows, cols)``: in the values' dtype, int8 as float32 times its scale."""
         mask, order = _mask(self), _order(self.rows, self.cols, self.group, self.panel)
         values = self.values[: self.nonzeros]
-        runs = torch.zeros(mask.shape, dtype=torch.float32 if self.scale is not None else values.dtype)
+        runs = values.new_zeros(mask.shape, dtype=torch.float32 if self.scale is not None else values.dtype)
         runs[mask] = values.to(runs.dtype)
         whole = torch.empty_like(runs)
         whole[order] = runs
@@ -236,7 +236,7 @@ def _group(rows: int) -> int:
 def _order(rows: int, cols: int, group: int, panel: int) -> Tensor:
     """``(runs,)``: for each run as it is stored, its place in the order of rows, then panels."""
     panels = -(-cols // panel)
-    place = torch.arange(rows * panels).view(rows, panels)
+    place = torch.arange(rows * panels, device="cpu").view(rows, panels)
     return torch.cat([part.T.reshape(-1) for part in place.split(group)])
 
 
@@ -244,7 +244,7 @@ def _columns(mask: Tensor) -> Tensor:
     return mask.nonzero()[:, 1].to(torch.uint8)
 
 
-_POWERS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_POWERS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
 
 
 def _bits(mask: Tensor) -> Tensor:
@@ -261,8 +261,8 @@ def _mask(packed: Packed) -> Tensor:
         return _unbits(packed.bits, packed.panel)
     assert packed.col is not None
     counts = packed.start.diff()
-    mask = torch.zeros(len(counts), packed.panel, dtype=torch.bool)
-    run = torch.arange(len(counts)).repeat_interleave(counts)
+    mask = torch.zeros(len(counts), packed.panel, dtype=torch.bool, device="cpu")
+    run = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
     columns = packed.col.long()  # a panel of 256 is no number of theirs, and comparing would wrap it to zero
     if bool((columns >= packed.panel).any()):
         raise ModelError("the columns of a packed matrix are damaged")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..disk import digest
 from ..errors import SecateurError
 from .build import BUILT, targets
 
@@ -62,6 +63,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         loaded = ctypes.CDLL(str(path))
+        self.digest = digest(path)  # measurements of one build say nothing of another
         matrix = ctypes.POINTER(Matrix)
         self.linear, self.vector, self.convolution = (
             loaded.sparse_linear,

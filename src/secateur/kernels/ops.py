@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SecateurError
+from ..formats.packed import PADDING, Packed
 from .library import KINDS, SLACK, Convolution, Matrix, library
 
 #: Tokens up to which each weight is read once for all of them.
@@ -30,8 +31,6 @@ _PARTS = (
 )
 #: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
-#: Zeros behind the values, which are not work.
-PADDING = 256
 #: Inputs that are copied together for each multiplication, above which a convolution reads them where they are.
 _COPIED = 0.03
 
@@ -173,8 +172,8 @@ def linear(
     y = given.new_empty((*shape[:-1], rows))
     found = library()
     if found is None:
-        parts = (values, start, col, bits, scale, rows, cols, group, panel)
-        y = _activated(F.linear(given, _dense(*parts), bias), activation)
+        weight = Packed(rows, cols, group, panel, values, start, col, bits, scale).dense().float()
+        y = _activated(F.linear(given, weight, bias), activation)
     elif n:
         few = n <= FEW or col is None
         multiply, need = (found.vector, found.scratch_vector) if few else (found.linear, found.scratch_linear)
@@ -209,7 +208,7 @@ def conv2d(
     place = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation).place
     found = library()
     if found is None or col is None:
-        weight = _dense(values, start, col, bits, scale, rows, cols, group, panel)
+        weight = Packed(rows, cols, group, panel, values, start, col, bits, scale).dense().float()
         weight = weight.view(rows, channels, *kernel)
         out = F.conv2d(x.float(), weight, bias, tuple(stride), tuple(padding), tuple(dilation))
         return _activated(out, activation).to(x.dtype).contiguous()
@@ -283,25 +282,6 @@ def _out_sizes(
 
 def _activated(y: Tensor, activation: int) -> Tensor:
     return y.relu() if activation else y
-
-
-def _dense(
-    values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, rows: int, cols: int, group: int, panel: int
-) -> Tensor:
-    """The matrix in float32, without the help of a kernel."""
-    panels = -(-cols // panel)
-    counts = start.diff()
-    run = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
-    if col is None:
-        assert bits is not None
-        powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device="cpu")
-        col = (bits[:, :, None] & powers).ne(0).view(len(counts), panel).nonzero()[:, 1]
-    place = torch.arange(rows * panels, device="cpu").view(rows, panels)
-    order = torch.cat([part.T.reshape(-1) for part in place.split(group)])
-    row, first = order[run] // panels, order[run] % panels * panel
-    found = values.new_zeros((rows, cols), dtype=torch.float32)
-    found[row, first + col.long()] = values[: len(run)].float()
-    return found if scale is None else found * scale[:, None]
 
 
 def _fake_linear(x: Tensor, *rest: object) -> Tensor:

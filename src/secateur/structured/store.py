@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError, OutputError
+from ..disk import beside, digest
+from ..errors import ModelError
 from ..graph.trace import stored_tensors
 from ..surgery.depth import BLOCKS
 from ..surgery.experts import EXPERTS
@@ -41,23 +39,9 @@ def save(model: nn.Module, out: str | Path) -> Path:
     surgery = getattr(model, "secateur_surgery", None)
     if not isinstance(surgery, dict):
         raise ModelError("this model carries no surgery: save what shrink() returned")
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{target} exists: choose another directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error}") from None
-    part.chmod(0o755)
-    try:
+    with beside(out) as part:
         _write(model, surgery, part)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return target
+    return Path(out)
 
 
 def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
@@ -69,7 +53,7 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
         save_file(state, part / _WEIGHTS)
         record["tied"] = aliases
         record["shapes"] = {n: list(t.shape) for n, t in state.items()}
-        record["sha256"] = _digest(part / _WEIGHTS)
+        record["sha256"] = digest(part / _WEIGHTS)
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -90,7 +74,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         record = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
         stock = isinstance(record, dict) and record.get("format") == "transformers"
-        digest = "" if stock else _digest(folder / _WEIGHTS)
+        found = "" if stock else digest(folder / _WEIGHTS)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder} is not a model that secateur saved: {error}") from None
     if stock:
@@ -99,7 +83,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder} needs a fresh model from the factory of the original: load(path, model)")
     if not isinstance(record, dict) or record.get("version") != 1:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
-    if digest != record.get("sha256"):
+    if found != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
     if "exported" in record:
         if any(record.get(kind.key) for kind in (EXPERTS, BLOCKS)):
@@ -274,8 +258,3 @@ def _check_shapes(
         if name not in given or list(given[name]) != shape:
             have = list(given[name]) if name in given else "nothing"
             raise ModelError(f"{folder / _WEIGHTS} holds {have} for {name}, where {shape} is due")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
