@@ -95,7 +95,8 @@ def compress(
         model: with zeros in its weights, on the CPU; it is not changed.
         example: inputs of a forward pass: a tensor, a tuple or a dict; a list of them where the model has several
             workloads, such as a prompt and a single token.
-        kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``.
+        kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``, ``int8-dynamic``
+            (activations of single tokens become int8 too).
         fresh: measure again what an earlier run measured on this machine.
         cache: keep the measurements for later runs.
         progress: called with (layers done, layers).

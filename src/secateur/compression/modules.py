@@ -30,18 +30,19 @@ class Sparse(nn.Module):
     def __init__(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__()
         self.rows, self.cols, self.group, self.panel = packed.rows, packed.cols, packed.group, packed.panel
+        self.dynamic = packed.dynamic
         self.activation = activation
         for name in _PARTS:
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self._facts = (self.rows, self.cols, self.group, self.panel, ACTIVATIONS[activation])
+        self._facts = (self.rows, self.cols, self.group, self.panel, ACTIVATIONS[activation], self.dynamic)
         self._seen = self._versions()
 
     @property
     def packed(self) -> Packed:
         """The weight."""
         parts = {name: getattr(self, name) for name in _PARTS}
-        return Packed(self.rows, self.cols, self.group, self.panel, **parts)
+        return Packed(self.rows, self.cols, self.group, self.panel, **parts, dynamic=self.dynamic)
 
     @property
     def stored(self) -> int:
@@ -80,9 +81,10 @@ class Sparse(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         kinds = [name for name in ("col", "bits") if getattr(self, name) is not None]
+        values = f"{str(self.values.dtype)[6:]}{'-dynamic' if self.dynamic else ''} by {' and '.join(kinds)}"
         return (
-            f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {str(self.values.dtype)[6:]} by "
-            f"{' and '.join(kinds)}, bias={self.bias is not None}, activation={self.activation}"
+            f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {values}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
         )
 
 
