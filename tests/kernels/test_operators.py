@@ -247,7 +247,7 @@ for asked in sys.argv[1:]:
     os.environ["SECATEUR_KERNELS"] = asked
     library.cache_clear()
     try:
-        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, 70, 70, p.group, p.panel, 0)
+        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, 70, 70, p.group, p.panel, 0, False)
         assert torch.equal(y, torch.ones(6, 70))
         print(asked, described())
     except Exception as error:
