@@ -1,9 +1,9 @@
 """Sparse kernels on this machine's processor: layers, one token, convolutions, whole models; dense in the same run.
 
 Dense is torch in float32, and every engine of `sparse_peers.py` that is installed; a row is compared with the fastest
-one of the same precision. Candidates take turns, so that whatever else the machine does falls on all of them alike.
-The share of the limit is of what this script measures first: bytes a second from memory (a sum over a large tensor)
-and multiplications a second (a large matrix product).
+one of the same precision or a higher one. Candidates take turns, so that whatever else the machine does falls on all of
+them alike. The share of the limit is of what this script measures first: bytes a second from memory (a sum over a large
+tensor) and multiplications a second (a large matrix product).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def beside(
     row = {
         **facts,
         "seconds": seconds,
-        "best": {k: best(seconds, k) for k in ALLOWED if any(kind_of(n) == k and n not in sparse for n in seconds)},
+        "best": {kind: best(seconds, kind) for kind in ALLOWED},
         "errors": {n: e for n, e in off.items() if e != float("inf")},
         "absent": absent,
         "notes": {n: found[n].note for n in order if found[n].note},
@@ -126,8 +126,12 @@ def kind_of(name: str) -> str:
 
 
 def best(seconds: dict[str, float], kind: str, own: bool = False) -> str:
-    """The fastest dense engine of a precision, torch among them; or the fastest of our own."""
-    fits = [n for n in seconds if kind_of(n) == kind and (n.startswith("sparse.") if own else n in {"dense", *DENSE})]
+    """The fastest dense engine of a precision or a higher one, torch among them; or the fastest kernel of ours.
+
+    Where bfloat16 has no arithmetic, dense float32 is the rival.
+    """
+    kinds = [kind] if own else [*ALLOWED][: [*ALLOWED].index(kind) + 1]
+    fits = [n for n in seconds if kind_of(n) in kinds and (n.startswith("sparse.") if own else n in {"dense", *DENSE})]
     return min(fits, key=seconds.__getitem__, default="")
 
 
@@ -205,9 +209,10 @@ def convolution(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[
 
 
 def idle(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, Any]]:
-    """Does an engine that waits take a core? Dense torch right after each engine against torch alone, and the reverse.
+    """Does an engine that waits take a core? The processor time that its process uses after a run, while nobody runs;
+    and dense torch right after the engine against torch alone, and the reverse, without a pause and with the one used.
 
-    At best 1 but for the caches; with one thread nobody can spin. Without a pause, and with the one that is used.
+    With one thread there is nobody who could spin.
     """
     import torch
     from torch import nn
@@ -216,17 +221,16 @@ def idle(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, An
     case = Case([dense], x, args.threads)
     found, _ = engines(args.peers, case)
     kernel = sparse_linear([dense.weight])[0]
-    runs = {"sparse": lambda: kernel(x), **{n: e.run for n, e in found.items()}}
+    own = {"dense": lambda: dense(x), "sparse": lambda: kernel(x)}
     rows: list[dict[str, Any]] = []
-    for name, run in runs.items():
-        row: dict[str, Any] = {"case": name}
+    for name, engine in {**{n: Engine(run, list) for n, run in own.items()}, **found}.items():
+        time.sleep(0.2)
+        row: dict[str, Any] = {"case": name, "ms used in 200 ms of waiting": 1e3 * engine.waiting()}
         for pause in sorted({0.0, args.pause}):
-            alone = {}
-            for one, its in (("dense", lambda: dense(x)), ("engine", run)):
-                alone |= interleaved({one: its}, args.repeats, pause)
-            both = interleaved({"engine": run, "dense": lambda: dense(x)}, args.repeats, pause)
-            for one in both:
-                row[f"{one} beside/alone, pause {pause:g} ms"] = both[one] / alone[one]
+            runs = {"dense": own["dense"], "engine": engine.run}
+            alone = {n: interleaved({n: run}, args.repeats, pause)[n] for n, run in runs.items()}
+            for n, took in interleaved(runs, args.repeats, pause).items():
+                row[f"{n} beside / alone, pause {pause:g} ms"] = took / alone[n]
         rows.append(row)
         print(row, flush=True)
     case.close()
@@ -341,7 +345,7 @@ def main() -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """Times as fast as torch's dense float32, then as the best dense engine of the same precision.
+    """Times as fast as torch's dense float32, then as the best dense engine of the same precision or a higher one.
 
     ``of limit`` is the share of what the machine could do.
     """
@@ -349,7 +353,8 @@ def show(rows: list[dict[str, Any]]) -> str:
         return table([*rows[0]], [[v if isinstance(v, str) else f"{v:.2f}" for v in r.values()] for r in rows])
     names = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n != "dense"))
     own = [n for n in names if n not in PEERS]
-    kinds = [k for k in ALLOWED if best(dict.fromkeys(names, 0.0), k, own=True) and "best" in rows[0]]
+    peers = [n for n in names if n in PEERS]
+    kinds = [k for k in ALLOWED if peers and best(dict.fromkeys(names, 0.0), k, own=True)]
     known = [n for n in names if n in SPARSE]
     limits = [k for k in rows[0] if "limit" in k]
     head = ["", "zeros", *own, *(f"{k} / best dense" for k in kinds), *(f"/ {n}" for n in known), *limits]
@@ -361,7 +366,7 @@ def show(rows: list[dict[str, Any]]) -> str:
             return f"{seconds[a] / seconds[b]:.2f}x" if a in seconds and b in seconds else "-"
 
         line = [r["case"], f"{r['zeros']:.0%}"]
-        others.append([*line, *(ratio("dense", n) for n in names if n in PEERS)])
+        others.append([*line, *(ratio("dense", n) for n in peers)])
         line += [ratio("dense", n) for n in own]
         for kind in kinds:
             name = r["best"].get(kind, "")
@@ -369,10 +374,8 @@ def show(rows: list[dict[str, Any]]) -> str:
         line += [ratio(n, best(seconds, kind_of(n), own=True)) for n in known]
         lines.append([*line, *(f"{r[k]:.0%}" for k in limits)])
     text = table(head, lines)
-    if len(others[0]) > 2:
-        text += "\n\nthe other engines, torch float32 = 1\n" + table(
-            ["", "zeros", *(n for n in names if n in PEERS)], others
-        )
+    if peers:
+        text += f"\n\nthe other engines, torch float32 = 1\n{table(['', 'zeros', *peers], others)}"
     absent = dict.fromkeys(f"{n}: {why}" for r in rows for n, why in r.get("absent", {}).items())
     return "\n".join([text, *absent])
 
