@@ -3,10 +3,9 @@
 Every engine gets the same weights and the same input: one layer, or a stack of linear layers that all read it, as one
 model with as many outputs. An engine that is not there or does not run here is `Absent`, with the reason.
 
-Threads that spin while they wait would take cores from whoever runs next. ONNX Runtime is told not to; OpenVINO's
-worker threads are oneTBB's, which sleep after about a millisecond, and DeepSparse's are in a process of their own;
-neither has a switch, nor has torch's OpenMP once it runs. `sparse.py --pause` lets them fall asleep between turns, and
-its part ``idle`` measures whether dense torch beside an engine is slower than alone.
+Threads that spin while they wait would take cores from whoever runs next. ONNX Runtime is told not to. OpenVINO (whose
+threads are oneTBB's) and DeepSparse (in a process of its own) document no switch, and torch's OpenMP has none once it
+runs: `sparse.py --pause` lets them fall asleep between turns, and its part ``idle`` measures whether they do.
 """
 
 from __future__ import annotations
