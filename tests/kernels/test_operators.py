@@ -247,7 +247,8 @@ for asked in sys.argv[1:]:
     os.environ["SECATEUR_KERNELS"] = asked
     library.cache_clear()
     try:
-        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, 70, 70, p.group, p.panel, 0, False)
+        facts = (70, 70, p.group, p.panel, 0, False)
+        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, *facts)
         assert torch.equal(y, torch.ones(6, 70))
         print(asked, described())
     except Exception as error:

@@ -121,12 +121,16 @@ class Packed:
             rising[border[(border > 0) & (border < self.nonzeros)] - 1] = True  # the next run may begin anywhere
             if not bool(rising.all()):
                 raise ModelError("the columns of a packed matrix are not in order")
-        if (self.scale is None) != (self.values.dtype != torch.int8) or (self.dynamic and self.scale is None) or (
-            self.scale is not None
-            and (
-                self.scale.dtype != torch.float32
-                or self.scale.shape != (self.rows,)
-                or not bool((self.scale.isfinite() & (self.scale > 0)).all())
+        if (
+            (self.scale is None) != (self.values.dtype != torch.int8)
+            or (self.dynamic and self.scale is None)
+            or (
+                self.scale is not None
+                and (
+                    self.scale.dtype != torch.float32
+                    or self.scale.shape != (self.rows,)
+                    or not bool((self.scale.isfinite() & (self.scale > 0)).all())
+                )
             )
         ):
             raise ModelError("the scales of a packed matrix are damaged")

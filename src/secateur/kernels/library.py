@@ -112,12 +112,12 @@ def supported() -> list[str]:
     """The instruction sets that this processor runs, the widest first."""
     found = torch.backends.cpu.get_cpu_capability()
     missing = {"AVX512": [], "AVX2": ["avx512"]}.get(found, ["avx512", "avx2"])
-    if found != "AVX512" or not {"avx512_vbmi2", "avx512_vnni"} <= _flags():
+    if found != "AVX512" or not {"avx512_vbmi2", "avx512_vnni"} <= instructions():
         missing.append("avx512vnni")
     return [name for name in targets() if name not in missing]
 
 
-def _flags() -> set[str]:
+def instructions() -> set[str]:
     """What Linux says that the processor has beyond what torch asks for; elsewhere nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

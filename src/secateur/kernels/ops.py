@@ -119,7 +119,8 @@ def _matrix(
     return known
 
 
-def _refuse(x: Tensor, cols: int, dim: int) -> None:
+def refuse(x: Tensor, cols: int, dim: int) -> None:
+    """Raise SecateurError unless x is a tensor of floats with ``cols`` entries along ``dim``."""
     if not x.is_floating_point():
         raise SecateurError(f"a sparse layer takes floats, not {x.dtype}")
     if not x.dim():
@@ -166,7 +167,7 @@ def linear(
     """``secateur::sparse_linear``: ``(..., cols)`` to ``(..., rows)``, in the dtype of x."""
     shape = x.shape
     if not shape or shape[-1] != cols or not x.is_floating_point():
-        _refuse(x, cols, -1)
+        refuse(x, cols, -1)
     known = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation, dynamic)
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.contiguous().float()
     n = given.numel() // cols
@@ -202,7 +203,7 @@ def conv2d(
             f"a sparse convolution of {cols} columns and kernel {tuple(kernel)} takes (batch, channels, height, "
             f"width), not {tuple(x.shape)}"
         )
-    _refuse(x, channels, 1)
+    refuse(x, channels, 1)
     sizes = _out_sizes(x.shape[2:], kernel, stride, padding, dilation)
     if min(sizes) <= 0:
         raise SecateurError(f"a sparse convolution of kernel {tuple(kernel)} was given only {tuple(x.shape[2:])}")
@@ -296,7 +297,8 @@ def _fake_conv2d(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty((x.shape[0], rows, *_out_sizes(x.shape[2:], kernel, stride, padding, dilation)))  # type: ignore[arg-type]
 
 
-def _no_backward(context: object, gradient: Tensor) -> None:
+def no_backward(context: object, *gradients: Any) -> None:
+    """What every operator here says to a gradient."""
     raise SecateurError("a compressed model is for inference: train the masked one, then compress it")
 
 
@@ -304,21 +306,22 @@ _registry.impl("sparse_linear", linear, "CPU")
 _registry.impl("sparse_conv2d", conv2d, "CPU")
 torch.library.register_fake("secateur::sparse_linear", _fake_linear, lib=_registry)
 torch.library.register_fake("secateur::sparse_conv2d", _fake_conv2d, lib=_registry)
-torch.library.register_autograd("secateur::sparse_linear", _no_backward, lib=_registry)
-torch.library.register_autograd("secateur::sparse_conv2d", _no_backward, lib=_registry)
+torch.library.register_autograd("secateur::sparse_linear", no_backward, lib=_registry)
+torch.library.register_autograd("secateur::sparse_conv2d", no_backward, lib=_registry)
 
 
 def _each_linear(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    return torch.ops.secateur.sparse_linear(_first(dims, x), *rest), 0
+    return torch.ops.secateur.sparse_linear(first(dims, x), *rest), 0
 
 
 def _each_conv2d(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    given = _first(dims, x)
+    given = first(dims, x)
     found = torch.ops.secateur.sparse_conv2d(given.flatten(0, 1), *rest)
     return found.unflatten(0, given.shape[:2]), 0
 
 
-def _first(dims: Sequence[int | None], x: Tensor) -> Tensor:
+def first(dims: Sequence[int | None], x: Tensor) -> Tensor:
+    """The input of a mapped operator with the mapped dimension in front; weights are not mapped over."""
     if dims[0] is None or any(d is not None for d in tree_leaves(tuple(dims[1:]))):
         raise SecateurError("torch.vmap maps a sparse layer over its inputs, not over its weights")
     return x.movedim(dims[0], 0)
