@@ -72,7 +72,7 @@ class _Nvml:
     """One GPU: joules since it was read last, from a counter in millijoules that starts with the driver."""
 
     def __init__(self, library: Any, handle: Any) -> None:
-        self._read = lambda: int(library.nvmlDeviceGetTotalEnergyConsumption(handle))
+        self._read: Callable[[], int] = lambda: int(library.nvmlDeviceGetTotalEnergyConsumption(handle))
         self._last = self._read()
 
     def __call__(self) -> float:
