@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import SecateurError
 from .measure.size import forget_high_water, high_water, resident_bytes
 from .measure.speed import run_once
+from .models import blank
 from .sources import Source, workloads
 
 
@@ -63,9 +65,10 @@ def measure_here(asked: dict[str, Any]) -> PeakMemory:
     """What the process of its own does."""
     torch.set_num_threads(asked["threads"])
     source = Source(**asked["source"])
-    with suppress(ImportError):
-        import transformers  # noqa: F401
-    # Libraries are loaded: what comes now is the model's.
+    where = source.directory
+    if where is not None and (where / "config.json").exists():
+        blank(where)  # on the meta device: the code of the model is loaded, its weights are not
+    nn.Linear(64, 64)(torch.zeros(64, 64))  # and what torch loads at the first product
     forget_high_water()
     before = resident_bytes()
     model = source.load()

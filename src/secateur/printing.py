@@ -27,8 +27,16 @@ def bar(console: Console, title: str, total: int | None, show: bool) -> Iterator
 
 
 def size(value: float | None) -> str:
-    """Bytes as people read them."""
-    return "–" if value is None else f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    """Bytes as people read them.
+
+    >>> size(3 * 2**30), size(5 * 2**20), size(1500), size(None)
+    ('3.00 GiB', '5 MiB', '1 KiB', '–')
+    """
+    if value is None:
+        return "–"
+    if value < 2**20:
+        return f"{value / 2**10:.0f} KiB"
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def _pairs() -> Table:

@@ -86,7 +86,8 @@ def sources(model: str, against: str | None = None, alone: bool = False, device:
         raise _unknown(model, record)
     if not alone and baseline:
         # Packed and smaller models are float32; to time the original of a smaller one, no weights are fetched.
-        found.append(replace(_source(baseline, factory), wide=kind != "plain", weights=kind != "structured"))
+        its_own = _origin(_recorded(baseline)[1])
+        found.append(replace(_source(baseline, its_own or factory), wide=kind != "plain", weights=kind != "structured"))
     return [replace(source, device=device) for source in found]
 
 
