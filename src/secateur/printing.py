@@ -99,7 +99,7 @@ def measured(found: dict[str, Any]) -> Table:
         if any(cells):
             table.add_row(title, *[cell or "–" for cell in cells])
 
-    add("perplexity", lambda r: r["perplexity"] and f"{r['perplexity']['value']:.4f}")
+    add("perplexity", lambda r: r["perplexity"] and f"{r['perplexity']['value']:,.4f}")
     add("parameters stored", lambda r: f"{r['parameters']:,}")
     add("parameters non-zero", lambda r: f"{r['nonzero']:,}")
     add("zeros of stored parameters", lambda r: f"{1 - r['nonzero'] / max(1, r['parameters']):.4f}")
