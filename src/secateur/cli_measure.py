@@ -64,9 +64,10 @@ def measure(
 ) -> None:
     """Size, FLOPs, latency, throughput, time per token, peak memory, energy, perplexity.
 
-    A pruned model is measured beside the dense one that it was made of, and they take turns. A language model is timed
-    on passes over the numbers of tokens that --tokens gives; the first of these is the prompt for the time to the
-    first token and per token. Without a baseline it stands alone.
+    A pruned model is measured beside the dense one that it was made of, or beside --against, and they take turns.
+
+    A language model is timed on one pass for each of --tokens; the first of these is also the prompt for the time to
+    the first token and per token.
     """
     from .figures import figures
     from .sources import sources

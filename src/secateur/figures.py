@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from .measure.energy import energy, nvml, rapl
 from .measure.flops import effective_flops, flops
 from .measure.latency import WARMUP
 from .measure.size import bytes_in_memory, bytes_on_disk
-from .measure.speed import STEPS, TURNS, Forward, Workload, placed, speeds
+from .measure.speed import STEPS, TURNS, Forward, Generation, Workload, placed, speeds
 from .models import load_tokenizer
 from .peak import peak
 from .sources import Source, workloads
@@ -52,75 +53,84 @@ def figures(
         ModelError: a model cannot be loaded, or does not run on its inputs.
         RecipeError: an example is needed, or not understood.
     """
-    peaks = []
-    for source in asked:  # first, while this process holds no model
+    rows, setup = _with_models(asked, example, data, count, length, tokens, repeats, progress)
+    gc.collect()  # the models of this process make room for those of the others
+    for source, row in zip(asked, rows, strict=True):
         progress(f"peak memory of {source.name}")
-        peaks.append(peak(source, example, tokens))
-    models, begun = [], []
+        high = peak(source, example, tokens)
+        row |= {"peak_memory": high.host, "peak_memory_gpu": high.gpu}
+        row["missing"] |= {"peak_memory": high.reason} if high.reason else {}
+    return {**rows[0], "baseline": rows[1] if len(rows) > 1 else None, "setup": setup}
+
+
+def _with_models(
+    asked: Sequence[Source],
+    example: str | None,
+    data: Any,
+    count: int | None,
+    length: int,
+    tokens: Sequence[int],
+    repeats: int,
+    progress: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All that is measured in this process: a row for each model, and how it was taken."""
+    models, loading = [], []
     for source in asked:
         progress(f"loading {source.name}")
-        start = time.perf_counter()
+        begun = time.perf_counter()
         models.append(source.load())
-        begun.append(time.perf_counter() - start)
-    keys = ("model", "baseline")[: len(asked)]
-    named = dict(zip(keys, models, strict=True))
+        loading.append(time.perf_counter() - begun)
     text, no_text = _text(asked, models[0], data, count, length)
     loads = workloads(models, example, tokens, asked[0].example)
+    named = dict(zip(("model", "baseline"), models, strict=False))
     progress("timing, in turns")
     speed = speeds(named, loads, repeats)
     progress("energy, in turns")
     joules, no_energy = _energy(named, loads, speed, cuda=asked[0].device == "cuda")
     rows = []
-    for key, source, model, high, loading in zip(keys, asked, models, peaks, begun, strict=True):
-        progress(f"quality of {source.name}")
-        start = time.perf_counter()
-        first = loads[0]
-        assert isinstance(first, Forward)
-        args, kwargs = placed((tuple(first.args), dict(first.kwargs)), model)
-        dense, left = flops(model, *args, **kwargs), effective_flops(model, *args, **kwargs)
-        parameters, nonzero = count_kept(model)
-        where = source.directory
-        quality = None
-        if text is not None:
-            quality = perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict()
-        rows.append(
-            {
-                "model": source.name,
-                "perplexity": quality,
-                "parameters": parameters,
-                "nonzero": nonzero,
-                "memory": bytes_in_memory(model),
-                "bytes": None if where is None else bytes_on_disk(where),
-                "flops": dense.total,
-                "effective_flops": left.total,
-                "flops_unknown": dense.unknown,
-                "latency": speed[key],
-                "energy": joules[key] if joules else None,
-                "peak_memory": high.host,
-                "peak_memory_gpu": high.gpu,
-                "missing": {
-                    name: reason
-                    for name, reason in (("perplexity", no_text), ("energy", no_energy), ("peak_memory", high.reason))
-                    if reason
-                },
-                "threads": torch.get_num_threads(),
-                "seconds": round(loading + time.perf_counter() - start, 3),
-            }
-        )
-    generates = any(not isinstance(load, Forward) for load in loads)
-    return {
-        **rows[0],
-        "baseline": rows[1] if len(rows) > 1 else None,
-        "setup": {
-            "turns": repeats,
-            "warmup": WARMUP,
+    for key, source, before in zip(named, asked, loading, strict=True):
+        progress(f"size and quality of {source.name}")
+        begun = time.perf_counter()
+        row = {
+            "model": source.name,
+            **_counted(named[key], source, loads[0]),
+            "perplexity": perplexity(named[key], text.ids, text=text.source, sha256=text.sha256).to_dict()
+            if text
+            else None,
+            "latency": speed[key],
+            "energy": joules[key] if joules else None,
+            "missing": {k: v for k, v in (("perplexity", no_text), ("energy", no_energy)) if v},
             "threads": torch.get_num_threads(),
-            "device": asked[0].device,
-            "flops_of": loads[0].name,
-            "generation": {"prompt": tokens[0], "answer": 1 + STEPS} if generates else None,
-            "machine": machine(),
-            "versions": versions(),
-        },
+        }
+        rows.append({**row, "seconds": round(before + time.perf_counter() - begun, 3)})
+    setup = {
+        "turns": repeats,
+        "warmup": WARMUP,
+        "threads": torch.get_num_threads(),
+        "device": asked[0].device,
+        "flops_of": loads[0].name,
+        "generation": {"prompt": tokens[0], "answer": 1 + STEPS} if isinstance(loads[-1], Generation) else None,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    return rows, setup
+
+
+def _counted(model: nn.Module, source: Source, load: Workload) -> dict[str, Any]:
+    """What needs no clock."""
+    assert isinstance(load, Forward)
+    args, kwargs = placed((tuple(load.args), dict(load.kwargs)), model)
+    dense = flops(model, *args, **kwargs)
+    parameters, nonzero = count_kept(model)
+    where = source.directory
+    return {
+        "parameters": parameters,
+        "nonzero": nonzero,
+        "memory": bytes_in_memory(model),
+        "bytes": None if where is None else bytes_on_disk(where),
+        "flops": dense.total,
+        "effective_flops": effective_flops(model, *args, **kwargs).total,
+        "flops_unknown": dense.unknown,
     }
 
 
