@@ -336,23 +336,30 @@ def test_convolutions_are_saved(sparse_wins: None, tmp_path: Path) -> None:
 
 
 @needs_kernels
-def test_a_language_model_from_the_command_line(sparse_wins: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_from_the_command_line(sparse_wins: None, tied: bool, tmp_path: Path) -> None:
+    """With zeros in the embedding too, the head that shares it is packed, and the embedding stays."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = sparse(transformers.LlamaForCausalLM(config))
+    model = transformers.LlamaForCausalLM(config)
+    words = model.lm_head.weight.detach().clone()
+    sparse(model)
+    if tied:
+        model.lm_head.weight.data.copy_(words)
     model.save_pretrained(tmp_path / "dense")
     run = CliRunner().invoke(
         app, ["compress", str(tmp_path / "dense"), "--out", str(tmp_path / "fast"), "--tokens", "9,1"]
     )
-    assert run.exit_code == 0 and "14 of 15 layers are packed" in run.output, run.output
+    assert run.exit_code == 0 and f"{14 if tied else 15} of 15 layers are packed" in run.output, run.output
     ids = torch.arange(9)[None]
     fast = secateur.load(tmp_path / "fast")
     torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
-    assert fast.lm_head.weight is fast.model.embed_tokens.weight
+    assert (fast.lm_head.weight is fast.model.embed_tokens.weight) == tied
+    assert torch.equal(fast.lm_head.weight, fast.model.embed_tokens.weight)
     assert fast.generate(ids, max_new_tokens=4, do_sample=False).tolist() == (
         model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
     )
@@ -365,7 +372,8 @@ def test_a_language_model_from_the_command_line(sparse_wins: None, tmp_path: Pat
     assert set(small["latency"]) == {"9 tokens", "1 tokens", "first token", "per token"} == set(dense["latency"])
     assert small["flops"] == dense["flops"] and small["flops_unknown"] == {}
     assert small["effective_flops"] == dense["effective_flops"] < small["flops"]
-    assert small["nonzero"] == dense["nonzero"] and small["peak_memory"] > 0 and dense["peak_memory"] > 0
+    head = 0 if tied else fast.lm_head.nonzeros
+    assert small["nonzero"] == dense["nonzero"] + head and small["peak_memory"] > 0 and dense["peak_memory"] > 0
     assert small["parameters"] < dense["parameters"] and small["bytes"] < dense["bytes"]
     with pytest.raises(secateur.SecateurError, match="exists"):
         CliRunner().invoke(

@@ -121,7 +121,7 @@ def sites(model: nn.Module, kinds: Sequence[str] = ()) -> Iterator[Site]:
             continue
         site = Site(name, module)
         others = [n for n in owners.get(id(module.weight), []) if n != f"{name}.weight".lstrip(".")]
-        if others:
+        if others and not all(isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Embedding) for n in others):
             site.reason = f"its weight is shared with {others[0]}"
         elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
             site.reason = f"{type(module).__name__} computes more than a product"
