@@ -22,6 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from secateur import cli
 from tests import tiny
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 hypothesis.settings.register_profile(
