@@ -1,6 +1,7 @@
 """Real speed from zeros: layers packed for the kernels that win on this machine."""
 
 from .choose import Choice
+from .gpu_layers import GpuLinear, SemiLinear
 from .make import Compression, compress
 from .modules import Sparse, SparseConv2d, SparseLinear
 from .store import dense_again, is_compressed, load_compressed, save_compressed
@@ -8,6 +9,8 @@ from .store import dense_again, is_compressed, load_compressed, save_compressed
 __all__ = [
     "Choice",
     "Compression",
+    "GpuLinear",
+    "SemiLinear",
     "Sparse",
     "SparseConv2d",
     "SparseLinear",

@@ -87,8 +87,8 @@ def _conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def sites(model: nn.Module) -> Iterator[Site]:
-    """Every linear layer and convolution, with the reason where it cannot be packed."""
+def sites(model: nn.Module, device: str = "cpu") -> Iterator[Site]:
+    """Every linear layer and convolution, with the reason where it cannot be packed for this kind of device."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -109,8 +109,8 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 site.reason = f"{type(module).__name__} computes more than a convolution"
         if not site.reason and (module._forward_hooks or module._forward_pre_hooks):
             site.reason = "hooks are attached to it"
-        if not site.reason and module.weight.device.type != "cpu":
-            site.reason = f"it is on {module.weight.device}: these kernels are for the CPU"
+        if not site.reason and module.weight.device.type != device:
+            site.reason = f"it is on {module.weight.device}: these kernels are for {device.replace('cpu', 'the CPU')}"
         if not site.reason and (share := zeros(site.matrix())) < _LEAST:
             site.reason = f"{share:.0%} zeros"
         yield site

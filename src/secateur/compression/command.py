@@ -17,6 +17,7 @@ from ..measure.latency import samples
 from ..measure.size import bytes_on_disk
 from ..models import load_tokenizer, resolve
 from ..structured.plan import inputs
+from .gpu import beside, onto_gpu
 from .make import compress
 from .modules import Sparse
 from .store import is_compressed, load_compressed, save_compressed
@@ -53,14 +54,20 @@ def compress_source(
     fresh: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    dtype: str = "",
 ) -> nn.Module:
     """Compress a model that was loaded from ``source`` and write it; returns it, with its report.
+
+    With a ``dtype`` (float16, bfloat16 or float32) it is moved to the GPU first, and compressed for that.
 
     Nothing is written where nothing is faster.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise OutputError(f"{out} exists: choose another directory or --force")
-    fast = compress(model, workloads(model, example, tokens), kinds=kinds, fresh=fresh, progress=progress)
+    if dtype:
+        model = onto_gpu(model, dtype)
+    loads = [beside(load, model) for load in workloads(model, example, tokens)]
+    fast = compress(model, loads, kinds=kinds, fresh=fresh, progress=progress)
     if any(isinstance(m, Sparse) for m in fast.modules()):
         tokenizer = load_tokenizer(resolve(source)) if hasattr(model, "save_pretrained") else None
         save_compressed(fast, out, source=source, tokenizer=tokenizer, force=force)
@@ -89,6 +96,8 @@ def measure_compressed(
     if not is_compressed(folder):
         raise ModelError(f"{folder} is not a model that secateur compressed")
     small = load_compressed(folder, fresh)
+    if (like := next(small.parameters(), None)) is not None and like.is_cuda:
+        dense = dense.to(like)
     models: dict[str, nn.Module] = {"dense": dense, "compressed": small}
     found: dict[str, dict[str, Any]] = {}
     text = None
@@ -97,7 +106,7 @@ def measure_compressed(
     timed: dict[str, dict[str, list[float]]] = {}
     done: dict[str, int] = {}  # tokens, or images
     for load in workloads(small, example, tokens):
-        args, kwargs = inputs(load)
+        args, kwargs = inputs(beside(load, small))
         language = isinstance(load, dict)
         label = f"{load['input_ids'].shape[1]} tokens" if language else "x".join(map(str, load.shape))
         timed[label] = samples(models, args, kwargs, repeats=15)
