@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -375,3 +377,11 @@ def test_a_model_on_a_gpu() -> None:
     assert len(found.compression.choices) == 3 and "gpu" in found.compression.machine
     for x in examples:
         torch.testing.assert_close(found(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the script would measure")
+def test_the_benchmark_without_a_gpu(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "no GPU here: nothing is measured\n") and not list(tmp_path.iterdir())
