@@ -1,13 +1,15 @@
 """Sparse kernels on this machine's processor: layers, one token, convolutions, whole models; dense in the same run.
 
-Dense is torch in float32, and ONNX Runtime where it is installed. Candidates take turns, so that whatever else the
-machine does falls on all of them alike. The share of the limit is of what this script measures first: bytes a second
-from memory (a sum over a large tensor) and multiplications a second (a large matrix product).
+Dense is torch in float32, and every engine of `sparse_peers.py` that is installed; a row is compared with the fastest
+one of the same precision or a higher one. Candidates take turns, so that whatever else the machine does falls on all of
+them alike. The share of the limit is of what this script measures first: bytes a second from memory (a sum over a large
+tensor) and multiplications a second (a large matrix product).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import time
@@ -15,27 +17,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sparse_peers
 from common import RESULTS, environment, table, write_json
+from sparse_peers import ALLOWED, DENSE, PEERS, SPARSE, Case, Engine, engines, errors, versions
 
 SHAPES = [(1536, 576), (3072, 768), (8192, 2048)]
 LEVELS = [0.5, 0.8, 0.9, 0.95]
+#: Outputs, inputs, how many of them.
+STACKS = [(3072, 768, 16), (8192, 2048, 3)]
 #: Of ResNet-50: inputs, outputs, kernel, stride, size of the image.
 CONVOLUTIONS = [
     (64, 64, 3, 1, 56), (256, 64, 1, 1, 56), (128, 128, 3, 1, 28), (128, 128, 3, 2, 56), (512, 128, 1, 1, 28),
     (256, 256, 3, 1, 14), (256, 1024, 1, 1, 14), (512, 512, 3, 1, 7), (512, 2048, 1, 1, 7),
 ]  # fmt: skip
-PARTS = ["linear", "token", "convolution", "models"]
+PARTS = ["idle", "linear", "token", "convolution", "models"]
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each."""
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, pause: float = 0) -> dict[str, float]:
+    """Median seconds of each, with a pause of so many milliseconds after each run.
+
+    What needs 30 times as long as the first takes one turn only.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    slow: set[str] = set()
+    first = float("inf")
     for turn in range(repeats + 2):
         for name, run in runs.items():
+            if name in slow:
+                continue
             begun = time.perf_counter()
-            run()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - begun)
+            own = run()
+            took = own if isinstance(own, float) else time.perf_counter() - begun  # a process of its own says it itself
+            if name == next(iter(runs)):
+                first = min(first, took)
+            if turn == 1 and took > 30 * first:
+                slow.add(name)
+            if turn >= 2 or name in slow:
+                times[name].append(took)
+            if pause:
+                time.sleep(pause / 1e3)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -55,31 +75,64 @@ def limits() -> dict[str, float]:
     return {"bytes": large.numel() * 4 / found["sum"], "multiplications": 2048**3 / found["product"]}
 
 
-def runtime(module: Any, x: Any, threads: int) -> Callable[[], Any] | None:
-    """The module in ONNX Runtime, or None without it."""
-    try:
-        import onnxruntime
-        import torch
-    except ImportError:
-        return None
-    import io
-
-    file = io.BytesIO()
-    torch.onnx.export(module, (x,), file, dynamo=True, verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would keep others waiting
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    given = {name: x.numpy()}
-    return lambda: session.run(None, given)
-
-
-def layer(weight: Any, kind: str = "float32", col: bool = True, bits: bool = False) -> Any:
+def sparse_linear(weights: list[Any], kind: str = "float32", col: bool = True, bits: bool = False) -> list[Any]:
     from secateur.compression import SparseLinear
     from secateur.formats import pack
 
-    return SparseLinear(pack(weight, kind).indexed(col=col, bits=bits), None)
+    return [SparseLinear(pack(w, kind).indexed(col=col, bits=bits), None) for w in weights]
+
+
+def beside(
+    args: argparse.Namespace, layers: list[Any], x: Any, sparse: dict[str, list[Any]], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Dense layers, sparse ones and the peers in turns. All are compared with float64 first."""
+    reference = [copy.deepcopy(m).double()(x.double()).numpy() for m in layers]
+    case = Case(layers, x, args.threads)
+    found, absent = engines(args.peers, case)
+    for name, own in {"dense": layers, **sparse}.items():
+        found[name] = Engine(lambda own=own: [m(x) for m in own], lambda own=own: [m(x).numpy() for m in own])
+    off = {}
+    for name in list(found):
+        try:
+            off[name] = errors(found[name].outputs(), reference)
+        except Exception as error:
+            if name not in args.peers:
+                raise
+            off[name], absent[name] = float("inf"), f"{type(error).__name__}: {error}"[:300]
+        if off[name] > ALLOWED[kind_of(name)]:
+            absent.setdefault(name, f"its outputs are off by {off[name]:.2g}")
+            if name not in args.peers:
+                raise SystemExit(f"{facts['case']}: {name} computes something else, relative error {off[name]:.2g}")
+            del found[name]
+    order = ["dense", *sparse, *(n for n in args.peers if n in found)]
+    seconds = interleaved({name: found[name].run for name in order}, args.repeats, args.pause)
+    case.close()
+    row = {
+        **facts,
+        "seconds": seconds,
+        "best": {kind: best(seconds, kind) for kind in ALLOWED},
+        "errors": {n: e for n, e in off.items() if e != float("inf")},
+        "absent": absent,
+        "notes": {n: found[n].note for n in order if found[n].note},
+    }
+    return row
+
+
+def kind_of(name: str) -> str:
+    """The precision of a candidate."""
+    if name in PEERS:
+        return PEERS[name][0]
+    return name.split(".")[1] if name.startswith("sparse.") else "float32"
+
+
+def best(seconds: dict[str, float], kind: str, own: bool = False) -> str:
+    """The fastest dense engine of a precision or a higher one, torch among them; or the fastest kernel of ours.
+
+    Where bfloat16 has no arithmetic, dense float32 is the rival.
+    """
+    kinds = [kind] if own else [*ALLOWED][: [*ALLOWED].index(kind) + 1]
+    fits = [n for n in seconds if kind_of(n) in kinds and (n.startswith("sparse.") if own else n in {"dense", *DENSE})]
+    return min(fits, key=seconds.__getitem__, default="")
 
 
 def linear(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, Any]]:
@@ -87,67 +140,45 @@ def linear(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, 
     from torch import nn
 
     rows = []
-    for out, inputs in SHAPES:
+    for out, inputs in SHAPES[: 1 if args.shapes == "small" else None]:
         dense = nn.Linear(inputs, out, bias=False)
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
-            other = None if args.no_peer else runtime(dense, x, args.threads)
-            for share in LEVELS:
-                weight = zeroed(out, inputs, share=share)
-                dense.weight.data = weight
-                sparse = layer(weight)
-                runs: dict[str, Callable[[], Any]] = {
-                    "dense": lambda d=dense, x=x: d(x),
-                    "sparse": lambda s=sparse, x=x: s(x),
-                }
-                if other is not None:
-                    runs["onnxruntime"] = other
-                found = interleaved(runs, args.repeats)
-                rate = tokens * sparse.packed.nonzeros / found["sparse"]
-                rows.append(
-                    {
-                        "case": f"{out} x {inputs}, {tokens} tokens",
-                        "zeros": share,
-                        **found,
-                        "of limit": rate / limit["multiplications"],
-                    }
-                )
-                print(rows[-1], flush=True)
+            for share in args.levels or LEVELS:
+                dense.weight.data = zeroed(out, inputs, share=share)
+                sparse = {f"sparse.{k}": sparse_linear([dense.weight], k) for k in ALLOWED}
+                row = beside(args, [dense], x, sparse, {"case": f"{out} x {inputs}, {tokens} tokens", "zeros": share})
+                rate = tokens * sparse["sparse.float32"][0].packed.nonzeros / row["seconds"]["sparse.float32"]
+                rows.append({**row, "of limit": rate / limit["multiplications"]})
+                tell(rows[-1])
     return rows
 
 
 def token(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, Any]]:
-    """A stack of layers that does not fit into the caches, one token."""
+    """A stack of layers that does not fit into the caches, one token. A peer runs it as one model."""
     import torch
     from torch import nn
 
     rows = []
-    for out, inputs, count in ((3072, 768, 16), (8192, 2048, 3)):
+    for out, inputs, count in STACKS if args.shapes == "all" else [(1536, 576, 16)]:
         x = torch.randn(1, inputs)
-        for share in (0.5, 0.8, 0.9):
-            weights = [zeroed(out, inputs, share=share) for _ in range(count)]
-            stack = [nn.Linear(inputs, out, bias=False) for _ in weights]
-            for d, w in zip(stack, weights, strict=True):
-                d.weight.data = w
-            runs: dict[str, Callable[[], Any]] = {"dense": lambda s=stack, x=x: [m(x) for m in s]}
-            held = {}
-            for kind in ("float32", "bfloat16", "int8"):
-                for index in ("bits", "col"):
-                    made = [layer(w, kind, index == "col", index == "bits") for w in weights]
-                    runs[f"{kind}.{index}"] = lambda s=made, x=x: [m(x) for m in s]
-                    held[f"{kind}.{index}"] = sum(m.packed.bytes() for m in made)
-            found = interleaved(runs, args.repeats)
-            best = min((name for name in found if name.startswith("float32")), key=found.__getitem__)
-            rows.append(
-                {
-                    "case": f"{count} x {out} x {inputs}, 1 token",
-                    "zeros": share,
-                    **found,
-                    "of limit": held[best] / found[best] / limit["bytes"],
-                    "dense of limit": count * out * inputs * 4 / found["dense"] / limit["bytes"],
-                }
-            )
-            print(rows[-1], flush=True)
+        for share in args.levels or LEVELS[:3]:
+            stack = [nn.Linear(inputs, out, bias=False) for _ in range(count)]
+            for d in stack:
+                d.weight.data = zeroed(out, inputs, share=share)
+            weights = [d.weight for d in stack]
+            sparse = {
+                f"sparse.{kind}.{index}": sparse_linear(weights, kind, index == "col", index == "bits")
+                for kind in ALLOWED
+                for index in ("bits", "col")
+            }
+            row = beside(args, stack, x, sparse, {"case": f"{count} x {out} x {inputs}, 1 token", "zeros": share})
+            seconds = row["seconds"]
+            fast = best(seconds, "float32", own=True)
+            row["of limit"] = sum(m.packed.bytes() for m in sparse[fast]) / seconds[fast] / limit["bytes"]
+            row["dense of limit"] = count * out * inputs * 4 / seconds["dense"] / limit["bytes"]
+            rows.append(row)
+            tell(row)
     return rows
 
 
@@ -159,25 +190,57 @@ def convolution(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[
     from secateur.formats import pack
 
     rows = []
-    for inputs, out, kernel, stride, size in CONVOLUTIONS:
+    for inputs, out, kernel, stride, size in CONVOLUTIONS[: 2 if args.shapes == "small" else None]:
         dense = nn.Conv2d(inputs, out, kernel, stride, kernel // 2, bias=False)
         x = torch.randn(1, inputs, size, size)
-        for share in (0.5, 0.8, 0.9):
+        for share in args.levels or LEVELS[:3]:
             dense.weight.data = zeroed(*dense.weight.shape, share=share)
-            packed = pack(dense.weight.flatten(1), group=64, panel=256 if kernel > 1 else None).indexed(
-                col=True, bits=False
-            )
-            sparse = SparseConv2d(packed, None, dense.kernel_size, dense.stride, dense.padding, dense.dilation)
-            found = interleaved(
-                {"dense": lambda d=dense, x=x: d(x), "sparse": lambda s=sparse, x=x: s(x)}, args.repeats
-            )
-            work = packed.nonzeros * (size // stride) ** 2
+            sparse = {}
+            for kind in ALLOWED:
+                packed = pack(dense.weight.flatten(1), kind, group=64, panel=256 if kernel > 1 else None)
+                shape = dense.kernel_size, dense.stride, dense.padding, dense.dilation
+                sparse[f"sparse.{kind}"] = [SparseConv2d(packed.indexed(col=True, bits=False), None, *shape)]
             case = f"{kernel}x{kernel} of {inputs} to {out}, stride {stride}, {size}x{size}"
-            rows.append(
-                {"case": case, "zeros": share, **found, "of limit": work / found["sparse"] / limit["multiplications"]}
-            )
-            print(rows[-1], flush=True)
+            row = beside(args, [dense], x, sparse, {"case": case, "zeros": share})
+            rate = int(dense.weight.count_nonzero()) * (size // stride) ** 2 / row["seconds"]["sparse.float32"]
+            rows.append({**row, "of limit": rate / limit["multiplications"]})
+            tell(rows[-1])
     return rows
+
+
+def idle(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, Any]]:
+    """Does an engine that waits take a core? The processor time that its process uses after a run, while nobody runs;
+    and dense torch right after the engine against torch alone, and the reverse, without a pause and with the one used.
+
+    With one thread there is nobody who could spin.
+    """
+    import torch
+    from torch import nn
+
+    dense, x = nn.Linear(768, 3072, bias=False), torch.randn(128, 768)
+    case = Case([dense], x, args.threads)
+    found, _ = engines(args.peers, case)
+    kernel = sparse_linear([dense.weight])[0]
+    own = {"dense": lambda: dense(x), "sparse": lambda: kernel(x)}
+    rows: list[dict[str, Any]] = []
+    for name, engine in {**{n: Engine(run, list) for n, run in own.items()}, **found}.items():
+        time.sleep(0.2)
+        row: dict[str, Any] = {"case": name, "ms used in 200 ms of waiting": 1e3 * engine.waiting()}
+        for pause in sorted({0.0, args.pause}):
+            runs = {"dense": own["dense"], "engine": engine.run}
+            alone = {n: interleaved({n: run}, args.repeats, pause)[n] for n, run in runs.items()}
+            for n, took in interleaved(runs, args.repeats, pause).items():
+                row[f"{n} beside / alone, pause {pause:g} ms"] = took / alone[n]
+        rows.append(row)
+        print(row, flush=True)
+    case.close()
+    return rows
+
+
+def tell(row: dict[str, Any]) -> None:
+    """A row as it is there, and which engines took no part."""
+    times = ", ".join(f"{n} {1e3 * t:.3f}" for n, t in row["seconds"].items())
+    print(f"{row['case']}, {row['zeros']:.0%} zeros, ms: {times}", flush=True)
 
 
 def models(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, Any]]:
@@ -205,7 +268,7 @@ def models(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, 
                         {
                             "case": f"{name}, input {shape}, {kinds[-1]}",
                             "zeros": share,
-                            **found,
+                            "seconds": found,
                             "packed": len(report.packed),
                             "layers": len(report.choices),
                             "bytes": report.bytes,
@@ -245,40 +308,76 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--shapes", choices=["all", "small"], default="all", help="small: few, for a quick trial")
+    parser.add_argument("--levels", nargs="+", type=float, help="shares of zeros in layers")
+    parser.add_argument("--pause", type=float, help="milliseconds after each run; 20, or none with one thread")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--deepsparse-python", type=Path, help="the interpreter that has deepsparse")
     parser.add_argument("--out", type=Path, default=RESULTS / "sparse.json")
     args = parser.parse_args()
+    if args.no_peer:
+        args.peers = []
+    if args.pause is None:
+        args.pause = 20.0 if args.threads > 1 else 0.0
+    sparse_peers.deepsparse_python = args.deepsparse_python
     import torch
 
     from secateur.kernels import described
 
     torch.set_num_threads(args.threads)
     limit = limits()
-    result: dict[str, Any] = {"environment": environment(args.threads), "kernels": described(), "limits": limit}
+    result: dict[str, Any] = {
+        "environment": environment(args.threads),
+        "kernels": described(),
+        "engines": versions("onnxruntime", "openvino", "torch"),
+        "pause": args.pause,
+        "limits": limit,
+    }
+    parts = {"idle": idle, "linear": linear, "token": token, "convolution": convolution, "models": models}
     with torch.inference_mode():
         for part in args.parts:
-            result[part] = {"linear": linear, "token": token, "convolution": convolution, "models": models}[part](
-                args, limit
-            )
+            result[part] = parts[part](args, limit)
             write_json(args.out, result)
     print(f"{limit['bytes'] / 1e9:.1f} GB/s from memory, {2 * limit['multiplications'] / 1e9:.0f} GFLOP/s dense")
     for part in args.parts:
-        print(f"\n{show(result[part])}")
+        print(f"\n{part}\n{show(result[part])}" if result[part] else f"\n{part}: nothing")
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """Times as fast as torch's dense float32; ``of limit`` is the share of what the machine could do."""
-    names = [
-        k
-        for k in rows[0]
-        if isinstance(rows[0][k], float) and k not in ("zeros", "dense", "error") and "limit" not in k
-    ]
-    head = ["", "zeros", *names, *(k for k in rows[0] if "limit" in k)]
-    lines = []
+    """Times as fast as torch's dense float32, then as the best dense engine of the same precision or a higher one.
+
+    ``of limit`` is the share of what the machine could do.
+    """
+    if "seconds" not in rows[0]:
+        return table([*rows[0]], [[v if isinstance(v, str) else f"{v:.2f}" for v in r.values()] for r in rows])
+    names = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n != "dense"))
+    own = [n for n in names if n not in PEERS]
+    peers = [n for n in names if n in PEERS]
+    kinds = [k for k in ALLOWED if peers and best(dict.fromkeys(names, 0.0), k, own=True)]
+    known = [n for n in names if n in SPARSE]
+    limits = [k for k in rows[0] if "limit" in k]
+    head = ["", "zeros", *own, *(f"{k} / best dense" for k in kinds), *(f"/ {n}" for n in known), *limits]
+    lines, others = [], []
     for r in rows:
-        ratios = [f"{r['dense'] / r[n]:.2f}x" for n in names]
-        lines.append([r["case"], f"{r['zeros']:.0%}", *ratios, *(f"{r[k]:.0%}" for k in head if "limit" in k)])
-    return table(head, lines)
+        seconds = r["seconds"]
+
+        def ratio(a: str, b: str, seconds: dict[str, float] = seconds) -> str:
+            return f"{seconds[a] / seconds[b]:.2f}x" if a in seconds and b in seconds else "-"
+
+        line = [r["case"], f"{r['zeros']:.0%}"]
+        others.append([*line, *(ratio("dense", n) for n in peers)])
+        line += [ratio("dense", n) for n in own]
+        for kind in kinds:
+            name = r["best"].get(kind, "")
+            line.append(f"{ratio(name, best(seconds, kind, own=True))} {name}")
+        line += [ratio(n, best(seconds, kind_of(n), own=True)) for n in known]
+        lines.append([*line, *(f"{r[k]:.0%}" for k in limits)])
+    text = table(head, lines)
+    if peers:
+        text += f"\n\nthe other engines, torch float32 = 1\n{table(['', 'zeros', *peers], others)}"
+    absent = dict.fromkeys(f"{n}: {why}" for r in rows for n, why in r.get("absent", {}).items())
+    return "\n".join([text, *absent])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
     target: Annotated[str, typer.Option("--for", help="What it is to run on: cpu or cuda.")] = "cpu",
     values: Annotated[
-        str, typer.Option("--values", help="Kinds of values allowed: float32, bfloat16, int8, separated by commas.")
+        str,
+        typer.Option("--values", help="Kinds allowed, by commas: float32, bfloat16, int8, int8-dynamic."),
     ] = "float32",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="On a GPU: bfloat16 (default), float16 or float32.")

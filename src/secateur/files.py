@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .compression import Sparse, is_compressed, load_compressed, save_compressed
+from .compression import Installed, is_compressed, load_compressed, save_compressed
 from .structured import load as load_smaller
 from .structured import save as save_smaller
 
@@ -18,7 +18,7 @@ def save(model: nn.Module, out: str | Path) -> Path:
         ModelError: the model is neither.
         OutputError: ``out`` exists and is not empty.
     """
-    if any(isinstance(m, Sparse) for m in model.modules()):
+    if any(isinstance(m, Installed) for m in model.modules()):
         return save_compressed(model, out)
     return save_smaller(model, out)
 

@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli import app
-from secateur.compression import GpuLinear, SemiLinear, Sparse, compress, dense_again, load_compressed, save_compressed
+from secateur.compression import (
+    GpuLinear,
+    Installed,
+    SemiLinear,
+    compress,
+    dense_again,
+    load_compressed,
+    save_compressed,
+)
 from secateur.compression import gpu as of_gpu
 from secateur.compression import make as of_make
 from secateur.compression.candidates import Site, Table
@@ -243,7 +251,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(Times, "seconds", seconds)
     model = mlp().to(DEVICE)
     found: Any = compress_gpu(model, loads(), cache=False, device=DEVICE)
-    assert not any(isinstance(m, Sparse) for m in model.modules())
+    assert not any(isinstance(m, Installed) for m in model.modules())
     monkeypatch.undo()
     return found
 
@@ -265,7 +273,7 @@ def test_a_model_is_compressed_saved_and_loaded(fast: Any, tmp_path: Path) -> No
     else:
         with pytest.warns(UserWarning, match="made dense: it is for GPUs"):
             loaded = secateur.load(tmp_path / "fast", mlp())
-        assert not any(isinstance(m, Sparse) for m in loaded.modules())
+        assert not any(isinstance(m, Installed) for m in loaded.modules())
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), mlp().parameters(), strict=True))
         assert torch.equal(loaded(x), mlp()(x))
 

@@ -59,7 +59,7 @@ def compiled(name: str, folder: Path) -> Path:
     cxx = build.compiler()
     if cxx is None:
         pytest.skip("no C++ compiler")
-    wide = ("-DLANES=16", "-Wno-psabi", *build.TARGETS["avx2" if "avx2" in supported() else "portable"])
+    wide = ("-DLANES=16", "-DBYTES=64", "-Wno-psabi", *build.TARGETS["avx2" if "avx2" in supported() else "portable"])
     flags = (*build._COMMON, "-O1", *(wide if name == "wide" else build.TARGETS[name]))
     assert build.compile_one(cxx, folder / f"sparse_{name}.so", flags) is None
     return folder / f"sparse_{name}.so"
@@ -76,7 +76,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_each_library_is_what_it_says(kernels: Kernels) -> None:
-    lanes = {"avx512": 16, "avx2": 8, "portable": 4, "wide": 16}[kernels.name]
+    lanes = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "portable": 4, "wide": 16}[kernels.name]
     isa = {"wide": "avx2" if "avx2" in supported() else "portable"}.get(kernels.name, kernels.name)
     assert kernels.library.lanes == lanes and kernels.library.isa in (isa, "neon")
 
@@ -108,10 +108,41 @@ def test_linear(
     dense = weight.double() if kind == "float32" else packed.dense().double()
     with kernels.on(threads, own):
         y = SparseLinear(packed, bias, "relu" if relu else "none")(x)
+    if kind == "int8-dynamic" and (not index[0] or (index[1] and tokens <= ops.FEW)):
+        x = as_int8(x)
     right, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
     if bias is not None:
         right, size = right + bias.double(), size + bias.double().abs()
     expect(y, right.relu() if relu else right, size)
+
+
+def as_int8(x: Tensor) -> Tensor:
+    """What activations become when they are rounded to int8 with one scale a token."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round() * scale
+
+
+def test_activations_of_int8_are_exact_where_int8_holds_them(kernels: Kernels) -> None:
+    """Whole numbers up to 127 on both sides: the sums are whole numbers too, and equal to the last bit."""
+    generator = torch.Generator().manual_seed(3)
+    for tokens in range(1, 5):
+        weight = torch.randint(-127, 128, (70, 4099), generator=generator).float()
+        weight *= torch.rand(weight.shape, generator=generator) < 0.5
+        x = torch.randint(-127, 128, (tokens, 4099), generator=generator).float()
+        weight[:, 0], x[:, 0] = 127.0, -127.0  # scales of one
+        layer = SparseLinear(pack(weight, "int8-dynamic").indexed(col=False, bits=True), None)
+        assert torch.equal(layer(x), (x.double() @ weight.double().T).float())
+        assert torch.equal(layer(x + 1e-3 * (x.abs() < 127)), layer(x))  # rounded away
+
+
+def test_activations_of_int8_that_are_zero_or_not_finite(kernels: Kernels) -> None:
+    bias = torch.tensor([1.0, 2.0])
+    layer = SparseLinear(pack(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), "int8-dynamic").indexed(False, True), bias)
+    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [1.0, float("inf")], [1.0, -1.0]])
+    y = layer(x)
+    assert torch.equal(y[0], bias) and bool(y[1:3].isnan().all())
+    assert torch.allclose(y[3], torch.tensor([2.0, -1.0]), atol=1e-6)
+    assert bool(layer(torch.full((1, 2), 1e-38)).isfinite().all())
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))

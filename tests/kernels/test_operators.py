@@ -43,7 +43,8 @@ def test_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         slow = layer(x.contiguous(memory_format=torch.channels_last) if name == "image" else x)
         monkeypatch.undo()
         assert slow.is_contiguous()
-        torch.testing.assert_close(slow, fast, rtol=1e-5, atol=1e-4)
+        close = {"rtol": 0.0, "atol": 0.2} if kind == "int8-dynamic" else {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(slow, fast, **close)  # without kernels, activations stay as they are
 
 
 def other(layer: Any, kind: str) -> nn.Module:
@@ -246,7 +247,8 @@ for asked in sys.argv[1:]:
     os.environ["SECATEUR_KERNELS"] = asked
     library.cache_clear()
     try:
-        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, 70, 70, p.group, p.panel, 0)
+        facts = (70, 70, p.group, p.panel, 0, False)
+        y = ops.linear(torch.ones(6, 70), p.values, p.start, p.col, p.bits, None, None, *facts)
         assert torch.equal(y, torch.ones(6, 70))
         print(asked, described())
     except Exception as error:
@@ -307,5 +309,5 @@ def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_targets_of_machines() -> None:
-    assert build.targets("x86_64") == build.targets("AMD64") == ["avx512", "avx2", "portable"]
+    assert build.targets("x86_64") == build.targets("AMD64") == ["avx512vnni", "avx512", "avx2", "portable"]
     assert build.targets("aarch64") == build.targets("arm64") == ["portable"]

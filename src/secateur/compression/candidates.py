@@ -19,7 +19,8 @@ from ..kernels.library import library
 from ..kernels.ops import FEW
 from ..layers import evaluating
 from ..measure import machine
-from .modules import SparseConv2d, SparseLinear
+from .dense import DenseLinear, has_dense
+from .modules import Installed, Sparse, SparseConv2d, SparseLinear
 
 #: Zeros below which nothing is tried: a half is about where kernels begin to win.
 _LEAST = 0.3
@@ -57,6 +58,28 @@ class Site:
             return weight.T
         return weight.flatten(1)
 
+    def ways(self, kinds: Sequence[str], few: bool) -> list[str]:
+        """The candidates beside ``dense``, as ``kind.index``; ``few``: single tokens, which can be read by bits."""
+        indexes = [*(("col", "bits") if few else ("col",))] if zeros(self.matrix()) >= _LEAST else []
+        found = []
+        for kind in kinds:
+            found += [f"{kind}.{index}" for index in indexes]
+            found += [f"{kind}.dense"] if has_dense(kind, self.module) else []
+        return found
+
+    def made(self, kind: str, index: str, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Installed:
+        """The same layer in another form.
+
+        Args:
+            kind: of the values.
+            index: ``col``, ``bits``, ``col+bits`` or ``dense``.
+            weight: ``(outputs, inputs)``.
+        """
+        if index == "dense":
+            return DenseLinear(weight, bias, kind, activation).eval()
+        parts = index.split("+")
+        return self.sparse(self.pack(kind, weight).indexed("col" in parts, "bits" in parts), bias, activation)
+
     def pack(self, kind: str, weight: Tensor | None = None) -> Packed:
         """Its weight, or another in its place, packed.
 
@@ -68,7 +91,7 @@ class Site:
         positions = self.module.kernel_size  # of a kernel read the same pixels: more columns fit into a cache
         return pack(weight, kind, group=64, panel=None if tuple(positions) == (1, 1) else 256)  # type: ignore[arg-type]
 
-    def sparse(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> nn.Module:
+    def sparse(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> Sparse:
         """The same layer with such a weight and bias."""
         m: Any = self.module
         if self.linear:
@@ -87,8 +110,11 @@ def _conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def sites(model: nn.Module, device: str = "cpu") -> Iterator[Site]:
-    """Every linear layer and convolution, with the reason where it cannot be packed for this kind of device."""
+def sites(model: nn.Module, kinds: Sequence[str] = (), device: str = "cpu") -> Iterator[Site]:
+    """Every linear layer and convolution, with the reason where it cannot be replaced on this kind of device.
+
+    One with few zeros can be where one of the ``kinds`` of values has a dense form.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -111,7 +137,8 @@ def sites(model: nn.Module, device: str = "cpu") -> Iterator[Site]:
             site.reason = "hooks are attached to it"
         if not site.reason and module.weight.device.type != device:
             site.reason = f"it is on {module.weight.device}: these kernels are for {device.replace('cpu', 'the CPU')}"
-        if not site.reason and (share := zeros(site.matrix())) < _LEAST:
+        dense = any(has_dense(kind, module) for kind in kinds)
+        if not site.reason and not dense and (share := zeros(site.matrix())) < _LEAST:
             site.reason = f"{share:.0%} zeros"
         yield site
 
@@ -180,11 +207,11 @@ class Table:
     def seconds(self, site: Site, shape: tuple[int, ...], kinds: Sequence[str], cold: bool) -> dict[str, float]:
         """Seconds of ``dense`` and of every candidate (``kind.index``) on inputs of this shape."""
         few = site.linear and shape[0] <= FEW
-        wanted = [f"{k}.{i}" for k in kinds for i in (("col", "bits") if few else ("col",))]
+        wanted = site.ways(kinds, few)
         key = _key(site, shape, cold and few)
         row = self.rows.get(key, {})
         if {"dense", *wanted} - set(row):
-            row = self.rows[key] = _measure(site, shape, kinds, few, cold and few, self.repeats)
+            row = self.rows[key] = _measure(site, shape, wanted, cold and few, self.repeats)
         return {name: row[name] for name in ("dense", *wanted)}
 
 
@@ -201,17 +228,13 @@ def _key(site: Site, shape: tuple[int, ...], cold: bool) -> str:
     return f"{where}: {size}{geometry} {given} {rounded}% zeros{' cold' if cold else ''}"
 
 
-def _measure(
-    site: Site, shape: tuple[int, ...], kinds: Sequence[str], few: bool, cold: bool, repeats: int
-) -> dict[str, float]:
+def _measure(site: Site, shape: tuple[int, ...], ways: Sequence[str], cold: bool, repeats: int) -> dict[str, float]:
     """Candidates take turns, so that whatever else the machine does falls on all of them alike."""
     runs: dict[str, nn.Module] = {"dense": site.module}
     bias: Any = site.module.bias
-    for kind in kinds:
-        packed = site.pack(kind)
-        runs[f"{kind}.col"] = site.sparse(packed.indexed(col=True, bits=False), bias)
-        if few:
-            runs[f"{kind}.bits"] = site.sparse(packed.indexed(col=False, bits=True), bias)
+    for way in ways:
+        kind, index = way.split(".")
+        runs[way] = site.made(kind, index, site.matrix(), bias)
     x = site.sample(shape).to(site.matrix().dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.zeros(2 * _CACHES // 4 if cold else 0)

@@ -115,11 +115,13 @@ def _options(
 
     found = [_Option("dense", "", total(lambda _: "dense"))]
     for kind in kinds:
-        for index in ("col", "bits", "col+bits"):
+        for index in ("col", "bits", "col+bits", "dense"):
             found.append(_Option(kind, index, total(lambda row, k=kind, i=index: f"{k}.{_read(row, k, i)}")))  # type: ignore[misc]
     return choice, found
 
 
 def _read(row: dict[str, float], kind: str, index: str) -> str:
     """Which index the operator reads: bits wherever there are few tokens and they are there."""
+    if index == "dense":
+        return index
     return "bits" if "bits" in index and f"{kind}.bits" in row else "col" if "col" in index else ""

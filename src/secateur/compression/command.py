@@ -19,7 +19,7 @@ from ..models import load_tokenizer, resolve
 from ..structured.plan import inputs
 from .gpu import beside, onto_gpu
 from .make import compress
-from .modules import Sparse
+from .modules import Installed
 from .store import is_compressed, load_compressed, save_compressed
 
 #: Tokens of a prompt and of one step of an answer: what a language model is timed on.
@@ -68,7 +68,7 @@ def compress_source(
         model = onto_gpu(model, dtype)
     loads = [beside(load, model) for load in workloads(model, example, tokens)]
     fast = compress(model, loads, kinds=kinds, fresh=fresh, progress=progress)
-    if any(isinstance(m, Sparse) for m in fast.modules()):
+    if any(isinstance(m, Installed) for m in fast.modules()):
         tokenizer = load_tokenizer(resolve(source)) if hasattr(model, "save_pretrained") else None
         save_compressed(fast, out, source=source, tokenizer=tokenizer, force=force)
     return fast
@@ -115,8 +115,8 @@ def measure_compressed(
         model = models[key]
         parameters, nonzero = count_parameters(model)
         if key == "compressed":  # packed weights are buffers, and hold no zeros
-            held = sum(m.stored for m in model.modules() if isinstance(m, Sparse))
-            parameters, nonzero = parameters + held, nonzero + held
+            own = [m for m in model.modules() if isinstance(m, Installed)]
+            parameters, nonzero = parameters + sum(m.stored for m in own), nonzero + sum(m.nonzeros for m in own)
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
         place = folder if key == "compressed" else Path(source)
         found[title] = {

@@ -134,7 +134,7 @@ def options(site: Site, times: Times, kinds: Sequence[str], cold: bool, workload
 
 def gpu_sites(model: nn.Module, device: str) -> list[Site]:
     """The layers of a model, with the reason where a GPU has no other way of computing them."""
-    found = list(sites(model, device))
+    found = list(sites(model, device=device))
     for site in found:
         if site.reason:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..formats import Packed, pack
 from ..formats.packed import PADDING
 from ..kernels import gpu
 from ..kernels.library import ACTIVATIONS
-from .modules import Sparse
+from .modules import Installed
 
 _bits_linear, _semi_linear = torch.ops.secateur.bits_linear.default, torch.ops.secateur.semi_linear.default
 
@@ -28,7 +27,7 @@ def packed_for_gpu(weight: Tensor) -> Packed:
     return pack(weight, gpu.KINDS[weight.dtype], group=gpu.GROUP, panel=gpu.PANEL).indexed(col=False, bits=True)
 
 
-class GpuLinear(Sparse):
+class GpuLinear(Installed):
     """``y = x W^T + b`` for a packed W of ``(outputs, inputs)``, by its bit mask; on the CPU it is right, and slow.
 
     Args:
@@ -41,15 +40,22 @@ class GpuLinear(Sparse):
         ModelError: the matrix is packed in another way.
     """
 
+    values: Tensor
+    start: Tensor
+    bits: Tensor
     dense: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None, activation: str = "none", whole: bool = False) -> None:
         if packed.panel != gpu.PANEL or packed.bits is None or packed.values.dtype not in gpu.KINDS:
             raise ModelError(f"kernels for GPUs read bit masks of {gpu.PANEL} columns and float values")
-        super().__init__(dataclasses.replace(packed, col=None), bias, activation)
-        if self.bias is not None:
-            self.bias = self.bias.to(self.dtype)
+        super().__init__(packed.rows, packed.cols, None, activation)
+        self.group = packed.group
+        for name, part in (("values", packed.values), ("start", packed.start), ("bits", packed.bits)):
+            self.register_buffer(name, part)
+        if bias is not None:
+            self.bias = bias.detach().to(packed.values, copy=True)
         self.register_buffer("dense", self._unpacked() if whole else None, persistent=False)
+        self._seen = self._versions()
 
     @property
     def form(self) -> str:
@@ -64,9 +70,8 @@ class GpuLinear(Sparse):
     @property
     def packed(self) -> Packed:
         """The weight, on the CPU."""
-        assert self.bits is not None
         values, start, bits = self.values.cpu(), self.start.cpu(), self.bits.cpu()
-        return Packed(self.rows, self.cols, self.group, self.panel, values, start, None, bits)
+        return Packed(self.rows, self.cols, self.group, gpu.PANEL, values, start, None, bits)
 
     @property
     def stored(self) -> int:
@@ -78,14 +83,19 @@ class GpuLinear(Sparse):
         """The weight ``(outputs, inputs)``, dense and where the layer is: a copy."""
         return self._unpacked()
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file keeps, but for the bias."""
+        stored, facts = self.packed.stored()
+        return stored, {**facts, "index": ["bits"], "form": self.form}
+
     def _unpacked(self) -> Tensor:
-        if self.bits is None or not gpu.runs_here(self.values):
+        if not gpu.runs_here(self.values):
             return self.packed.dense().to(self.values.device)
         return gpu.unpack(self.values, self.start, self.bits, self.rows, self.cols, self.group)
 
     def _versions(self) -> list[tuple[int, int]]:
-        values = self.values  # of which a dense weight may be a copy
-        return [*super()._versions(), (id(values), 0 if values.is_inference() else values._version)]
+        parts = (self.values, self.start, self.bits)  # a dense weight may be a copy of the values
+        return [(id(t), 0 if t.is_inference() else t._version) for t in parts]
 
     def _arguments(self) -> tuple[Any, ...]:
         if not torch.compiler.is_compiling() and self._versions() != self._seen:
@@ -102,7 +112,7 @@ class GpuLinear(Sparse):
         self._seen = self._versions()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         self._accept()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -127,7 +137,7 @@ class GpuLinear(Sparse):
         )
 
 
-class SemiLinear(Sparse):
+class SemiLinear(Installed):
     """``y = x W^T + b`` for a 2:4 W of ``(outputs, inputs)``, which torch multiplies; on the CPU right, and slow.
 
     Args:
@@ -139,19 +149,16 @@ class SemiLinear(Sparse):
     """
 
     form = "2:4"
-    dynamic = False
-    col = bits = scale = None
     kept: Tensor
     meta: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
-        nn.Module.__init__(self)  # no parts of a packed matrix
         kept, meta = gpu.compress_semi(weight)
-        self.rows, self.cols = weight.shape
-        self.group, self.panel, self.activation = gpu.GROUP, gpu.PANEL, activation
+        super().__init__(weight.shape[0], weight.shape[1], None, activation)
         self.register_buffer("kept", kept)
         self.register_buffer("meta", meta)
-        self.register_buffer("bias", None if bias is None else bias.detach().to(weight, copy=True))
+        if bias is not None:
+            self.bias = bias.detach().to(weight, copy=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,8 +180,10 @@ class SemiLinear(Sparse):
         """The weight ``(outputs, inputs)``, dense and where the layer is: a copy."""
         return gpu.dense_semi(self.kept, self.meta, self.rows, self.cols)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file keeps, but for the bias: the same format as for bit masks."""
+        stored, facts = self.packed.stored()
+        return stored, {**facts, "index": ["bits"], "form": self.form}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _stays(fn, self.kept, ("cpu", "cuda") if self.meta is not None else ("cuda",))
@@ -221,7 +230,7 @@ def gpu_for(layers: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str]:
     return "cuda", ""
 
 
-def restored(packed: Packed, bias: Tensor | None, activation: str, form: str, device: str) -> Sparse:
+def restored(packed: Packed, bias: Tensor | None, activation: str, form: str, device: str) -> Installed:
     """A layer from what a file kept, on a device.
 
     Raises:

@@ -22,6 +22,7 @@ from ..structured.plan import inputs
 from .candidates import Site, Table, is_cold, sites, watch
 from .choose import Choice, choose
 from .fuse import Tail, folded, tails
+from .modules import Installed
 
 #: Difference of outputs that rounding explains, and by how much a workload may seem slower by chance.
 _EXACT, _NOISE = 1e-3, 1.1
@@ -62,7 +63,7 @@ class Compression:
         for c in self.choices:
             groups.setdefault((c.shape, round(20 * c.zeros), c.kind, c.index, c.reason), []).append(c)
         for (shape, _, kind, index, reason), members in groups.items():
-            what = "dense" if kind == "dense" else f"{kind} by {index}"
+            what = "dense" if kind == "dense" else f"dense {kind}" if index == "dense" else f"{kind} by {index}"
             size = f"{shape[0]:>6} x {shape[1]:<6} {members[0].zeros:>4.0%} zeros"
             lines.append(f"  {len(members):>4} x {size}  {what:<18} {reason}")
         for name, (dense, small) in self.workloads.items():
@@ -96,7 +97,8 @@ def compress(
         model: with zeros in its weights, on the CPU or on a GPU; it is not changed.
         example: inputs of a forward pass: a tensor, a tuple or a dict; a list of them where the model has several
             workloads, such as a prompt and a single token.
-        kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``.
+        kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``,
+            ``int8-dynamic`` (activations of single tokens, and of dense layers, become int8 too).
         fresh: measure again what an earlier run measured on this machine.
         cache: keep the measurements for later runs.
         progress: called with (layers done, layers).
@@ -118,7 +120,7 @@ def compress(
         from .gpu import compress_gpu
 
         return compress_gpu(model, loads, kinds=kinds, fresh=fresh, cache=cache, progress=progress)
-    found = list(sites(model))
+    found = list(sites(model, kinds))
     report = Compression([], {}, (_bytes(model), _bytes(model)), 0.0, machine())
     if library() is None:
         report.note = f"nothing is packed: the sparse kernels are not built for this machine ({BUILD})"
@@ -194,9 +196,7 @@ def _replacements(
             choice.reason += " and ReLU" if tail.norm else ", with its ReLU"
         for other in filter(None, (tail.norm, tail.relu)):
             replaced[id(model.get_submodule(other))] = nn.Identity()
-        parts = choice.index.split("+")
-        packed = site.pack(choice.kind, weight).indexed(col="col" in parts, bits="bits" in parts)
-        made = site.sparse(packed, bias, "relu" if tail.relu else "none")
+        made = site.made(choice.kind, choice.index, weight, bias, "relu" if tail.relu else "none")
         replaced[id(site.module)] = made.train(site.module.training)
     return replaced
 
@@ -208,7 +208,8 @@ def _label(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 def _bytes(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    hidden = sum(m.hidden for m in model.modules() if isinstance(m, Installed))
+    return hidden + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _difference(model: nn.Module, fast: nn.Module, loads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> float:

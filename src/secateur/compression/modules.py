@@ -15,9 +15,61 @@ from ..kernels.library import ACTIVATIONS
 
 _linear, _conv2d = torch.ops.secateur.sparse_linear.default, torch.ops.secateur.sparse_conv2d.default
 _PARTS = ("values", "start", "col", "bits", "scale")
+#: What a convolution has besides a matrix.
+GEOMETRY = ("kernel", "stride", "padding", "dilation")
 
 
-class Sparse(nn.Module):
+class Installed(nn.Module):
+    """A layer in the place of another: float32 arithmetic on the CPU, for inference.
+
+    Attributes:
+        rows, cols: outputs and inputs, of a convolution the inputs at every position of the kernel.
+        bias: ``(rows,)`` float32, or None.
+        activation: what comes behind it: ``none`` or ``relu``.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, rows: int, cols: int, bias: Tensor | None, activation: str) -> None:
+        super().__init__()
+        self.rows, self.cols, self.activation = rows, cols, activation
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dense and in float32: a copy, so changing it changes nothing."""
+        raise NotImplementedError
+
+    @property
+    def stored(self) -> int:
+        """How many parameters are kept: values and biases."""
+        raise NotImplementedError
+
+    @property
+    def nonzeros(self) -> int:
+        """How many of those are not zero."""
+        return self.stored
+
+    @property
+    def hidden(self) -> int:
+        """Bytes that are held beside the buffers."""
+        return 0
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file keeps, but for the bias: tensors and facts."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        probe = fn(torch.zeros(1))
+        if probe.dtype != torch.float32 or probe.device.type != "cpu":
+            raise ModelError(
+                f"a compressed layer stays in float32 arithmetic on the CPU: it cannot become {probe.dtype} on "
+                f"{probe.device}; convert the dense model, then compress it"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class Sparse(Installed):
     """What sparse layers share: the parts of a packed matrix as buffers, and that they stay together."""
 
     values: Tensor
@@ -25,23 +77,22 @@ class Sparse(nn.Module):
     col: Tensor | None
     bits: Tensor | None
     scale: Tensor | None
-    bias: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> None:
-        super().__init__()
-        self.rows, self.cols, self.group, self.panel = packed.rows, packed.cols, packed.group, packed.panel
-        self.activation = activation
+        super().__init__(packed.rows, packed.cols, None, activation)
+        self.group, self.panel, self.dynamic = packed.group, packed.panel, packed.dynamic
+        del self.bias  # the buffers lie in the order in which the operators take them
         for name in _PARTS:
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self._facts = (self.rows, self.cols, self.group, self.panel, ACTIVATIONS[activation])
+        self._facts = (self.rows, self.cols, self.group, self.panel, ACTIVATIONS[activation], self.dynamic)
         self._seen = self._versions()
 
     @property
     def packed(self) -> Packed:
         """The weight."""
         parts = {name: getattr(self, name) for name in _PARTS}
-        return Packed(self.rows, self.cols, self.group, self.panel, **parts)
+        return Packed(self.rows, self.cols, self.group, self.panel, **parts, dynamic=self.dynamic)
 
     @property
     def stored(self) -> int:
@@ -52,6 +103,11 @@ class Sparse(nn.Module):
     def weight(self) -> Tensor:
         """The weight, dense: a copy, so changing it changes nothing."""
         return self.packed.dense()
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file keeps, but for the bias: the smaller index, and which of them there were."""
+        stored, facts = self.packed.stored()
+        return stored, {**facts, "index": [key for key in ("col", "bits") if getattr(self, key) is not None]}
 
     def _versions(self) -> list[tuple[int, int]]:
         kept = self._buffers
@@ -68,21 +124,13 @@ class Sparse(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.packed.check()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        probe = fn(torch.zeros(1))
-        if probe.dtype != torch.float32 or probe.device.type != "cpu":
-            raise ModelError(
-                f"a compressed layer stays in float32 arithmetic on the CPU: it cannot become {probe.dtype} on "
-                f"{probe.device}; convert the dense model, then compress it"
-            )
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
     def extra_repr(self) -> str:
         """What print(model) shows."""
         kinds = [name for name in ("col", "bits") if getattr(self, name) is not None]
+        values = f"{str(self.values.dtype)[6:]}{'-dynamic' if self.dynamic else ''} by {' and '.join(kinds)}"
         return (
-            f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {str(self.values.dtype)[6:]} by "
-            f"{' and '.join(kinds)}, bias={self.bias is not None}, activation={self.activation}"
+            f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {values}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
         )
 
 
@@ -123,6 +171,11 @@ class SparseConv2d(Sparse):
         arguments = (*self._arguments(), self.kernel, self.stride, self.padding, self.dilation)
         found: Tensor = convolve(x, *arguments)
         return found
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file keeps, but for the bias."""
+        tensors, facts = super().parts()
+        return tensors, facts | {key: getattr(self, key) for key in GEOMETRY}
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

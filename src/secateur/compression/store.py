@@ -20,12 +20,12 @@ from ..formats import restore
 from ..kernels.library import ACTIVATIONS, BUILD, library
 from ..models import blank
 from .candidates import Site
-from .gpu_layers import GpuLinear, SemiLinear, gpu_for, restored
+from .dense import DenseLinear
+from .gpu_layers import gpu_for, restored
 from .make import Compression
-from .modules import Sparse, SparseConv2d, SparseLinear
+from .modules import GEOMETRY, Installed, SparseConv2d, SparseLinear
 
 _RECORD, _WEIGHTS = "compressed.json", "compressed.safetensors"
-_GEOMETRY = ("kernel", "stride", "padding", "dilation")
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -44,7 +44,7 @@ def save_compressed(
         ModelError: no layer of the model is packed, or it is nothing but one.
         OutputError: ``out`` exists and is not empty.
     """
-    packed = {name: m for name, m in model.named_modules() if isinstance(m, Sparse)}
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, Installed)}
     if not packed:
         raise ModelError("no layer of this model is packed: save it as you would save any other")
     if "" in packed:
@@ -53,15 +53,10 @@ def save_compressed(
         tensors, tied = _plain(model, packed)
         layers = {}
         for name, module in packed.items():
-            stored, facts = module.packed.stored()
+            stored, facts = module.parts()
             own = {**stored, **({} if module.bias is None else {"bias": module.bias})}
             tensors |= {f"{name}.{key}": t.detach().contiguous() for key, t in own.items()}
-            index = [key for key in ("col", "bits") if getattr(module, key) is not None]
-            layers[name] = {**facts, "index": index, "activation": module.activation, "parts": sorted(own)}
-            if isinstance(module, GpuLinear | SemiLinear):
-                layers[name] |= {"form": module.form, "index": ["bits"]}
-            if isinstance(module, SparseConv2d):
-                layers[name] |= {key: getattr(module, key) for key in _GEOMETRY}
+            layers[name] = {**facts, "activation": module.activation, "parts": sorted(own)}
         save_file(tensors, part / _WEIGHTS)
         (part / _WEIGHTS).chmod(0o644)
         config: Any = getattr(model, "config", None)
@@ -145,10 +140,15 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Modu
     return (model if device is None else model.to(device)).eval()
 
 
-def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> Sparse:
+def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> Installed:
     own = {key: tensors[f"{name}.{key}"] for key in facts["parts"]}
     bias = own.pop("bias", None)
     index, activation = list(facts["index"]), str(facts["activation"])
+    if index == ["dense"]:
+        dense = DenseLinear.restored(own["values"], own.get("scale"), bias, activation)
+        if activation not in ACTIVATIONS or (bias is not None and bias.shape != (dense.rows,)):
+            raise ValueError(f"layer '{name}'")
+        return dense
     packed = restore(own, facts).indexed(col="col" in index, bits="bits" in index).check()
     if activation not in ACTIVATIONS or (bias is not None and bias.shape != (packed.rows,)):
         raise ValueError(f"layer '{name}'")
@@ -156,7 +156,7 @@ def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], p
         return restored(packed, bias, activation, str(facts["form"]), place)
     if "kernel" not in facts:
         return SparseLinear(packed, bias, activation)
-    kernel, stride, padding, dilation = ([int(n) for n in facts[key]] for key in _GEOMETRY)
+    kernel, stride, padding, dilation = ([int(n) for n in facts[key]] for key in GEOMETRY)
     least = (*kernel, *stride, *dilation, *(n + 1 for n in padding))
     if len(least) != 8 or min(least) < 1 or packed.cols % (kernel[0] * kernel[1]):
         raise ValueError(f"the convolution '{name}'")
@@ -164,7 +164,7 @@ def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], p
 
 
 def _check_fit(
-    model: nn.Module, record: Mapping[str, Any], made: Mapping[str, Sparse], tensors: Mapping[str, Tensor]
+    model: nn.Module, record: Mapping[str, Any], made: Mapping[str, Installed], tensors: Mapping[str, Tensor]
 ) -> None:
     """Every tensor has a place of its shape in the model; nothing has been changed so far."""
     if {n: list(t.shape) for n, t in tensors.items()} != record["shapes"]:
@@ -176,7 +176,7 @@ def _check_fit(
             raise ValueError(f"'{name}' is {shape} in the model and {layer.rows} x {layer.cols} here")
         if isinstance(layer, SparseConv2d):
             sizes = [list(x) for x in (there.kernel_size, there.stride, there.padding, there.dilation)]
-            if sizes != [getattr(layer, key) for key in _GEOMETRY]:
+            if sizes != [getattr(layer, key) for key in GEOMETRY]:
                 raise ValueError(f"'{name}' has another kernel, stride, padding or dilation in the model")
     state = model.state_dict()
     for name in record["folded"]:
@@ -195,7 +195,7 @@ def _check_fit(
             raise ValueError(f"'{alias}' is not '{name}'")
 
 
-def _plain(model: nn.Module, packed: Mapping[str, Sparse]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _plain(model: nn.Module, packed: Mapping[str, Installed]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of all other layers, and which names share one."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -221,7 +221,7 @@ def _shares(tensor: Tensor) -> bool:
 def dense_again(model: nn.Module) -> nn.Module:
     """The same model with ordinary layers, for tools that know nothing else; changes the model in place."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, Sparse):
+        if not isinstance(module, Installed):
             continue
         weight = module.weight
         if isinstance(module, SparseConv2d):

@@ -14,7 +14,8 @@ from ..errors import ModelError, RecipeError
 #: Zeros kept behind the values: kernels load whole vectors and may read past the last one.
 PADDING = 256
 
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+#: ``int8-dynamic``: where bits are read, a token's activations become int8 too, with one scale a token.
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int8-dynamic": torch.int8}
 #: What may be packed and stored: what the kernels for the CPU read, and what those for GPUs read besides.
 _DTYPES = {**KINDS, "float16": torch.float16}
 
@@ -38,6 +39,7 @@ class Packed:
         col: ``(nonzeros,)`` uint8, each value's column within its panel; None where ``bits`` says it.
         bits: ``(runs, panel / 8)`` uint8, a bit for each column, lowest first; None where ``col`` says it.
         scale: ``(rows,)`` float32 by which int8 values are multiplied; None for floats.
+        dynamic: whether the activations of few tokens become int8 as well; of int8 values only.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Packed:
     col: Tensor | None
     bits: Tensor | None
     scale: Tensor | None = None
+    dynamic: bool = False
 
     @property
     def nonzeros(self) -> int:
@@ -120,12 +123,16 @@ class Packed:
             rising[border[(border > 0) & (border < self.nonzeros)] - 1] = True  # the next run may begin anywhere
             if not bool(rising.all()):
                 raise ModelError("the columns of a packed matrix are not in order")
-        if (self.scale is None) != (self.values.dtype != torch.int8) or (
-            self.scale is not None
-            and (
-                self.scale.dtype != torch.float32
-                or self.scale.shape != (self.rows,)
-                or not bool((self.scale.isfinite() & (self.scale > 0)).all())
+        if (
+            (self.scale is None) != (self.values.dtype != torch.int8)
+            or (self.dynamic and self.scale is None)
+            or (
+                self.scale is not None
+                and (
+                    self.scale.dtype != torch.float32
+                    or self.scale.shape != (self.rows,)
+                    or not bool((self.scale.isfinite() & (self.scale > 0)).all())
+                )
             )
         ):
             raise ModelError("the scales of a packed matrix are damaged")
@@ -142,7 +149,8 @@ class Packed:
             tensors |= {"col": _columns(mask), "counts": mask.sum(1).to(torch.int16)}
         if self.scale is not None:
             tensors["scale"] = self.scale
-        return tensors, {"rows": self.rows, "cols": self.cols, "group": self.group, "panel": self.panel}
+        facts: dict[str, Any] = {"rows": self.rows, "cols": self.cols, "group": self.group, "panel": self.panel}
+        return tensors, {**facts, "dynamic": True} if self.dynamic else facts
 
 
 def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, panel: int | None = None) -> Packed:
@@ -150,8 +158,9 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
 
     Args:
         weight: ``(rows, cols)`` of floats. What is exactly zero goes.
-        kind: of the values: ``float32``, ``bfloat16`` or ``float16`` (rounded to nearest; the latter for GPUs) or
-            ``int8`` (one scale a row, symmetric; what rounds to zero stays stored).
+        kind: of the values: ``float32``, ``bfloat16`` or ``float16`` (rounded to nearest; the latter for GPUs),
+            ``int8`` (one scale a row, symmetric; what rounds to zero stays stored) or ``int8-dynamic`` (the same, and
+            activations of few tokens become int8).
         group, panel: how it is cut, within the bounds of `Packed`; by its shape and density where not given.
 
     Raises:
@@ -179,7 +188,7 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         raise RecipeError(f"{count:,} values are more than one packed matrix holds ({_MOST:,}): split the layer")
     scale = None
     found = runs[mask]
-    if kind == "int8":
+    if _DTYPES[kind] == torch.int8:
         scale = dense.abs().amax(1).clamp(min=1e-30) / 127.0
         of_run = _order(rows, cols, group, panel) // panels
         found = (found / scale[of_run].repeat_interleave(mask.sum(1))).round().clamp(-127, 127)
@@ -189,7 +198,8 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         raise RecipeError(f"a weight is too large for {kind}: nothing is packed")
     start = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
     start[1:] = mask.sum(1).cumsum(0)
-    return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), scale)
+    dynamic = kind == "int8-dynamic"
+    return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), scale, dynamic)
 
 
 def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
@@ -222,7 +232,7 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
     start = torch.zeros(runs + 1, dtype=torch.int32)
     start[1:] = counts.cumsum(0)
     col, bits, scale = (None if t is None else t.contiguous() for t in (col, bits, tensors.get("scale")))
-    return Packed(rows, cols, group, panel, padded, start, col, bits, scale).check()
+    return Packed(rows, cols, group, panel, padded, start, col, bits, scale, bool(facts.get("dynamic"))).check()
 
 
 def _cut(group: int, panel: int) -> bool:

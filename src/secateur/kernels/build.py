@@ -18,9 +18,11 @@ BUILT = Path(__file__).parent / "built"
 
 _COMMON = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast")
 _X86 = ("-mfma", "-mbmi2", "-mpopcnt")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 #: Instruction set -> what the compiler is told, the widest first.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_X86),
+    "avx512vnni": (*_AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", *_X86),
+    "avx512": (*_AVX512, *_X86),
     "avx2": ("-mavx2", *_X86),
     "portable": (),
 }

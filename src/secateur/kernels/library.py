@@ -19,6 +19,8 @@ from .build import BUILT, targets
 SLACK = 256
 
 KINDS: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+#: Of int8 values whose activations become int8 as well.
+DYNAMIC = 3
 ACTIVATIONS: Mapping[str, int] = {"none": 0, "relu": 1}
 
 _Pointer, _Long, _Int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -109,8 +111,19 @@ def openmp() -> int | None:
 def supported() -> list[str]:
     """The instruction sets that this processor runs, the widest first."""
     found = torch.backends.cpu.get_cpu_capability()
-    missing = {"AVX512": (), "AVX2": ("avx512",)}.get(found, ("avx512", "avx2"))
+    missing = {"AVX512": [], "AVX2": ["avx512"]}.get(found, ["avx512", "avx2"])
+    if found != "AVX512" or not {"avx512_vbmi2", "avx512_vnni"} <= instructions():
+        missing.append("avx512vnni")
     return [name for name in targets() if name not in missing]
+
+
+def instructions() -> set[str]:
+    """What Linux says that the processor has beyond what torch asks for; elsewhere nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 @lru_cache(maxsize=1)

@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import SecateurError
 from ..formats.packed import PADDING, Packed
-from .library import KINDS, SLACK, Convolution, Matrix, library
+from .library import DYNAMIC, KINDS, SLACK, Convolution, Matrix, library
 
 #: Tokens up to which each weight is read once for all of them.
 FEW = 4
 
 _PARTS = (
     "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
-    "int rows, int cols, int group, int panel, int activation"
+    "int rows, int cols, int group, int panel, int activation, bool dynamic"
 )
 #: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
@@ -50,10 +50,10 @@ class _Known:
 
     def __init__(
         self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some],
-        rows: int, cols: int, group: int, panel: int, activation: int,
+        rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
     ) -> None:  # fmt: skip
         values, start, col, bits, scale, bias = parts
-        kind = KINDS.get(values.dtype)
+        kind = DYNAMIC if dynamic and values.dtype == torch.int8 else KINDS.get(values.dtype)
         indexes = start.dtype == torch.int32 and all(t is None or t.dtype == torch.uint8 for t in (col, bits))
         if kind is None or not indexes or any(t is not None and t.dtype != torch.float32 for t in (scale, bias)):
             raise SecateurError(
@@ -65,7 +65,7 @@ class _Known:
         self.parts = parts[1:]
         self.held = [t for t in parts[1:] if t is not None]
         self.addresses = [values.data_ptr(), *map(Tensor.data_ptr, self.held)]
-        self.facts = (rows, cols, group, panel, activation)
+        self.facts = (rows, cols, group, panel, activation, dynamic)
         self.matrix = Matrix(rows, cols, group, panel, kind, activation, *map(_address, parts))
         self.place = ctypes.byref(self.matrix)
         self.scratch: dict[tuple[bool, int], int] = {}
@@ -103,14 +103,15 @@ def _fits(
 
 def _matrix(
     values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
-    rows: int, cols: int, group: int, panel: int, activation: int,
+    rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
 ) -> _Known:  # fmt: skip
     """The parts as the kernels take them.
 
     Raises:
         SecateurError: a part was converted or moved after it was packed.
     """
-    parts, facts = (values, start, col, bits, scale, bias), (rows, cols, group, panel, activation)
+    parts = (values, start, col, bits, scale, bias)
+    facts = (rows, cols, group, panel, activation, dynamic)
     known: _Known | None = getattr(values, "_secateur_matrix", None)
     if known is None or not known.still(parts, facts):
         known = _Known(parts, *facts)
@@ -118,7 +119,8 @@ def _matrix(
     return known
 
 
-def _refuse(x: Tensor, cols: int, dim: int) -> None:
+def refuse(x: Tensor, cols: int, dim: int) -> None:
+    """Raise SecateurError unless x is a tensor of floats with ``cols`` entries along ``dim``."""
     if not x.is_floating_point():
         raise SecateurError(f"a sparse layer takes floats, not {x.dtype}")
     if not x.dim():
@@ -160,13 +162,13 @@ _scratch = _Scratch()
 
 def linear(
     x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
-    rows: int, cols: int, group: int, panel: int, activation: int,
+    rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
 ) -> Tensor:  # fmt: skip
     """``secateur::sparse_linear``: ``(..., cols)`` to ``(..., rows)``, in the dtype of x."""
     shape = x.shape
     if not shape or shape[-1] != cols or not x.is_floating_point():
-        _refuse(x, cols, -1)
-    known = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation)
+        refuse(x, cols, -1)
+    known = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation, dynamic)
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.contiguous().float()
     n = given.numel() // cols
     y = given.new_empty((*shape[:-1], rows))
@@ -191,7 +193,7 @@ def linear(
 
 def conv2d(
     x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
-    rows: int, cols: int, group: int, panel: int, activation: int,
+    rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """``secateur::sparse_conv2d``: ``(batch, channels, height, width)``; the weight is ``(rows, columns)``."""
@@ -201,11 +203,11 @@ def conv2d(
             f"a sparse convolution of {cols} columns and kernel {tuple(kernel)} takes (batch, channels, height, "
             f"width), not {tuple(x.shape)}"
         )
-    _refuse(x, channels, 1)
+    refuse(x, channels, 1)
     sizes = _out_sizes(x.shape[2:], kernel, stride, padding, dilation)
     if min(sizes) <= 0:
         raise SecateurError(f"a sparse convolution of kernel {tuple(kernel)} was given only {tuple(x.shape[2:])}")
-    place = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation).place
+    place = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation, dynamic).place
     found = library()
     if found is None or col is None:
         weight = Packed(rows, cols, group, panel, values, start, col, bits, scale).dense().float()
@@ -291,11 +293,12 @@ def _fake_linear(x: Tensor, *rest: object) -> Tensor:
 
 
 def _fake_conv2d(x: Tensor, *rest: object) -> Tensor:
-    rows, kernel, stride, padding, dilation = rest[6], *rest[11:]
+    rows, kernel, stride, padding, dilation = rest[6], *rest[12:]
     return x.new_empty((x.shape[0], rows, *_out_sizes(x.shape[2:], kernel, stride, padding, dilation)))  # type: ignore[arg-type]
 
 
-def _no_backward(context: object, gradient: Tensor) -> None:
+def no_backward(context: object, *gradients: Any) -> None:
+    """What every operator here says to a gradient."""
     raise SecateurError("a compressed model is for inference: train the masked one, then compress it")
 
 
@@ -303,21 +306,22 @@ _registry.impl("sparse_linear", linear, "CPU")
 _registry.impl("sparse_conv2d", conv2d, "CPU")
 torch.library.register_fake("secateur::sparse_linear", _fake_linear, lib=_registry)
 torch.library.register_fake("secateur::sparse_conv2d", _fake_conv2d, lib=_registry)
-torch.library.register_autograd("secateur::sparse_linear", _no_backward, lib=_registry)
-torch.library.register_autograd("secateur::sparse_conv2d", _no_backward, lib=_registry)
+torch.library.register_autograd("secateur::sparse_linear", no_backward, lib=_registry)
+torch.library.register_autograd("secateur::sparse_conv2d", no_backward, lib=_registry)
 
 
 def _each_linear(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    return torch.ops.secateur.sparse_linear(_first(dims, x), *rest), 0
+    return torch.ops.secateur.sparse_linear(first(dims, x), *rest), 0
 
 
 def _each_conv2d(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    given = _first(dims, x)
+    given = first(dims, x)
     found = torch.ops.secateur.sparse_conv2d(given.flatten(0, 1), *rest)
     return found.unflatten(0, given.shape[:2]), 0
 
 
-def _first(dims: Sequence[int | None], x: Tensor) -> Tensor:
+def first(dims: Sequence[int | None], x: Tensor) -> Tensor:
+    """The input of a mapped operator with the mapped dimension in front; weights are not mapped over."""
     if dims[0] is None or any(d is not None for d in tree_leaves(tuple(dims[1:]))):
         raise SecateurError("torch.vmap maps a sparse layer over its inputs, not over its weights")
     return x.movedim(dims[0], 0)

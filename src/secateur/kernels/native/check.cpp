@@ -71,7 +71,7 @@ struct Case {
         const int64_t place = c % panel;
         col[at] = uint8_t(place);
         bits[run * panel / 8 + place / 8] |= uint8_t(1 << place % 8);
-        if (kind == INT8) {
+        if (kind >= INT8) {
             const int8_t v = int8_t(int(generator() % 255) - 127);
             reinterpret_cast<int8_t*>(values.items)[at] = v, dense[r * cols + c] = v;
         } else {
@@ -112,7 +112,9 @@ void expect(float found, double right, double size, const char* what, const Case
 void multiplied(Case& c, int64_t n, int with, bool many, int32_t threads) {
     const Matrix w = c.matrix(with);
     Block<float> x(n * c.cols), y(n * c.rows), scratch(many ? scratch_linear(&w, n) : scratch_vector(&w, n));
-    for (int64_t i = 0; i < n * c.cols; i++) x[i] = uniform();
+    for (int64_t i = 0; i < n * c.cols; i++) x[i] = c.kind == INT8_DYNAMIC ? float(int(generator() % 255) - 127) : uniform();
+    if (c.kind == INT8_DYNAMIC)  // whole numbers with a scale of one lose nothing in int8
+        for (int64_t t = 0; t < n; t++) x[t * c.cols] = 127;
     (many ? sparse_linear : sparse_vector)(&w, x.items, n, y.items, scratch.items, threads);
     for (int64_t t = 0; t < n; t++)
         for (int64_t r = 0; r < c.rows; r++) {
@@ -163,7 +165,7 @@ void convolved(int64_t count, int64_t channels, int64_t high, int64_t wide, int 
 int main() {
     const int64_t shapes[][2] = {{1, 1}, {1, 300}, {67, 1}, {3, 64}, {5, 65}, {17, 127}, {66, 257}};
     for (auto& shape : shapes)
-        for (int32_t kind = FLOAT32; kind <= INT8; kind++)
+        for (int32_t kind = FLOAT32; kind <= INT8_DYNAMIC; kind++)
             for (int kept : {0, 20, 500, 1000}) {
                 const int32_t panel = 64 * (1 + int32_t(generator() % 4)), group = 1 + int32_t(generator() % 64);
                 Case c(shape[0], shape[1], group, panel, kind, kept == 500 ? RELU : NONE, kept);

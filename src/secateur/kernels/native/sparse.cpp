@@ -1,6 +1,7 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "threads.h"
 #include "vectors.h"
@@ -78,7 +79,7 @@ template <int V, class Where>
 void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
     if (w.kind == FLOAT32) multiply<V, float>(w, g, where, sums);
     if (w.kind == BFLOAT16) multiply<V, bfloat16>(w, g, where, sums);
-    if (w.kind == INT8) multiply<V, int8_t>(w, g, where, sums);
+    if (w.kind >= INT8) multiply<V, int8_t>(w, g, where, sums);
 }
 
 // The flat positions that a convolution computes; those between two rows of the output are not kept.
@@ -149,6 +150,8 @@ void unpack(const Matrix& w, const Group& g, const float* sums, int64_t n, int64
 
 int64_t padded(const Matrix& w) { return panels_of(w) * w.panel; }
 
+constexpr int AHEAD = 1536;  // bytes: what comes from memory is asked for before it is needed
+
 template <int N, class Value>
 void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride, vec (*acc)[N]) {
     const Value* values = static_cast<const Value*>(w.values);
@@ -162,6 +165,8 @@ void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride
             vec own[N][2];  // two chains of sums: one would wait for itself
             for (int t = 0; t < N; t++) own[t][0] = acc[r][t], own[t][1] = vec{};
             for (int word = 0; word < words; word++, bits += 8) {
+                __builtin_prefetch(reinterpret_cast<const char*>(value) + AHEAD);
+                if (sizeof(Value) == 4) __builtin_prefetch(reinterpret_cast<const char*>(value) + AHEAD + 64);
                 uint64_t mask;
                 memcpy(&mask, bits, 8);
                 for (int at = 0; at < 64; at += LANES) {
@@ -212,13 +217,81 @@ void vector_group(const Matrix& w, int64_t index, const float* x, float* y) {
         for (int t = 0; t < N; t++) y[t * w.rows + g.first + r] = finish(w, g.first + r, sum(acc[r][t]));
 }
 
+// Activations as int8: x[t] is about scale[t] * of[t * padded], and there is nothing finite where x is not.
+struct Quantized {
+    int8_t* of;
+    float scale[4];
+};
+
+float quantize(const float* x, int64_t cols, int8_t* out) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < cols; i++) {
+        const float size = x[i] < 0 ? -x[i] : x[i];
+        most = size > most ? size : most;
+        finite &= size <= std::numeric_limits<float>::max();
+    }
+    const bool any = finite && most > 1e-30f;
+    const float inverse = any ? 127 / most : 0;
+    for (int64_t i = 0; i < cols; i++) {
+        const float shifted = (any ? x[i] * inverse : 0.0f) + 12582912.0f;  // 1.5 * 2^23: the lowest bits are the integer
+        int32_t pattern;
+        memcpy(&pattern, &shifted, 4);
+        out[i] = int8_t(pattern);
+    }
+    return any ? most / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
+}
+
+template <int N>
+void dynamic_group(const Matrix& w, int64_t index, const Quantized& x, float* y) {
+    const Group g(w, index);
+    const int64_t stride = padded(w);
+    dots acc[64][N];
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++) acc[r][t] = dots{};
+    const uint32_t* start = w.start + g.run;
+    const uint8_t* bits = w.bits + g.run * w.panel / 8;
+    for (int64_t p = 0; p < panels_of(w); p++) {
+        const int8_t* base = x.of + p * w.panel;
+        for (int64_t r = 0; r < g.rows; r++, start++) {
+            const int8_t* value = static_cast<const int8_t*>(w.values) + *start;
+            dots own[N];
+            for (int t = 0; t < N; t++) own[t] = acc[r][t];
+            for (int at = 0; at < w.panel; at += BYTES, bits += BYTES / 8) {
+                __builtin_prefetch(value + AHEAD);
+                const bytes a = expand(value, bits);
+                for (int t = 0; t < N; t++)
+                    own[t] = dot(own[t], a, *reinterpret_cast<const bytes_any*>(base + t * stride + at));
+            }
+            for (int t = 0; t < N; t++) acc[r][t] = own[t];
+        }
+    }
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++)
+            y[t * w.rows + g.first + r] = finish(w, g.first + r, float(sum(acc[r][t])) * x.scale[t]);
+}
+
 template <int N>
 void vectors(const Matrix& w, const float* x, float* y, int32_t threads) {
     parallel(groups_of(w), threads, [&](int64_t g) {
         if (w.kind == FLOAT32) vector_group<N, float>(w, g, x, y);
         if (w.kind == BFLOAT16) vector_group<N, bfloat16>(w, g, x, y);
-        if (w.kind == INT8) vector_group<N, int8_t>(w, g, x, y);
+        if (w.kind >= INT8) vector_group<N, int8_t>(w, g, x, y);
     });
+}
+
+// Sums of a lane stay below 2^31 up to so many columns.
+bool dynamic(const Matrix& w) { return w.kind == INT8_DYNAMIC && w.bits && w.cols <= 1 << 16; }
+
+template <int N>
+void dynamic_vectors(const Matrix& w, const float* x, float* y, float* scratch, int32_t threads) {
+    Quantized quantized{reinterpret_cast<int8_t*>(scratch), {}};
+    for (int t = 0; t < N; t++) {
+        int8_t* out = quantized.of + t * padded(w);
+        quantized.scale[t] = quantize(x + t * w.cols, w.cols, out);
+        std::fill(out + w.cols, out + padded(w), int8_t(0));
+    }
+    parallel(groups_of(w), threads, [&](int64_t g) { dynamic_group<N>(w, g, quantized, y); });
 }
 
 }  // namespace
@@ -250,6 +323,13 @@ void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* 
 int64_t scratch_vector(const Matrix* w, int64_t n) { return n * padded(*w); }
 
 void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads) {
+    if (dynamic(*w)) {
+        if (n == 1) dynamic_vectors<1>(*w, x, y, scratch, threads);
+        if (n == 2) dynamic_vectors<2>(*w, x, y, scratch, threads);
+        if (n == 3) dynamic_vectors<3>(*w, x, y, scratch, threads);
+        if (n == 4) dynamic_vectors<4>(*w, x, y, scratch, threads);
+        return;
+    }
     for (int64_t t = 0; t < n; t++) {
         std::copy(x + t * w->cols, x + (t + 1) * w->cols, scratch + t * padded(*w));
         std::fill(scratch + t * padded(*w) + w->cols, scratch + (t + 1) * padded(*w), 0.0f);
@@ -308,7 +388,9 @@ void sparse_use_pool(void* pool) { gomp_parallel = reinterpret_cast<GompParallel
 int32_t sparse_lanes(void) { return LANES; }
 
 const char* sparse_isa(void) {
-#if defined(__AVX512F__)
+#if BYTES == 64 && defined(__AVX512VNNI__)
+    return "avx512vnni";
+#elif defined(__AVX512F__)
     return "avx512";
 #elif defined(__AVX2__)
     return "avx2";

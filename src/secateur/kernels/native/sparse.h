@@ -14,7 +14,8 @@
 
 extern "C" {
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+// INT8_DYNAMIC: int8 values; of a few tokens read by bits, the activations become int8 too, with one scale a token.
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT8_DYNAMIC = 3 };
 enum Activation : int32_t { NONE = 0, RELU = 1 };
 
 struct Matrix {

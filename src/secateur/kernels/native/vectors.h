@@ -1,5 +1,5 @@
-// Vectors of LANES floats, and the two things that sparse kernels need beyond arithmetic: values of any kind as
-// floats, and values expanded to the lanes that a mask names. Everything else of the kernels is plain C++.
+// Vectors of LANES floats and of BYTES small integers, and what sparse kernels need beyond arithmetic: values of any kind
+// as floats, values expanded to the lanes that a mask names, and dot products of bytes. The rest is plain C++.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,6 +11,15 @@
 #define LANES 8
 #else
 #define LANES 4
+#endif
+#endif
+#ifndef BYTES
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define BYTES 64
+#elif defined(__AVX2__)
+#define BYTES 32
+#else
+#define BYTES 16
 #endif
 #endif
 #if defined(__AVX2__)
@@ -104,6 +113,80 @@ inline vec expand(vec packed, uint32_t mask) {
     return out;
 }
 #endif
+
+#if defined(__AVX2__) && BYTES == 32
+// For each mask of eight columns, where in a register its values lie: eight places in one word, 128 for columns not kept.
+template <int FIRST>
+struct Bytes {
+    uint64_t of[256];
+    constexpr Bytes() : of() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int column = 0, next = FIRST; column < 8; column++)
+                of[mask] |= uint64_t(mask >> column & 1 ? next++ : 128) << 8 * column;
+    }
+};
+alignas(64) static constexpr Bytes<0> LOWER{};
+alignas(64) static constexpr Bytes<8> UPPER{};
+#endif
+
+typedef int8_t bytes __attribute__((vector_size(BYTES)));
+typedef int8_t bytes_any __attribute__((vector_size(BYTES), aligned(1), may_alias));
+typedef int32_t dots __attribute__((vector_size(BYTES)));
+
+// BYTES columns of a row: the values that the mask names, in their places, and zeros; `values` moves past them.
+inline bytes expand(const int8_t*& values, const uint8_t* mask) {
+#if defined(__AVX512VBMI2__) && BYTES == 64
+    uint64_t bits;
+    memcpy(&bits, mask, 8);
+    const __m512i packed = _mm512_loadu_si512(values);
+    values += __builtin_popcountll(bits);
+    return reinterpret_cast<bytes>(_mm512_maskz_expand_epi8(bits, packed));
+#elif defined(__AVX2__) && BYTES == 32
+    __m128i half[2];
+    for (int h = 0; h < 2; h++) {  // of a half, eight values each from where theirs begin; a place past 127 gives zero
+        const unsigned low = mask[2 * h], high = mask[2 * h + 1];
+        const int8_t* next = values + __builtin_popcount(low);
+        const __m128i place = _mm_set_epi64x(int64_t(UPPER.of[high]), int64_t(LOWER.of[low]));
+        int64_t first, second;
+        memcpy(&first, values, 8);
+        memcpy(&second, next, 8);
+        half[h] = _mm_shuffle_epi8(_mm_set_epi64x(second, first), place);
+        values = next + __builtin_popcount(high);
+    }
+    return reinterpret_cast<bytes>(_mm256_set_m128i(half[1], half[0]));
+#else
+    bytes out;
+    for (int column = 0; column < BYTES; column++) {
+        const bool kept = mask[column / 8] >> column % 8 & 1;
+        out[column] = kept ? *values : int8_t(0);
+        values += kept;
+    }
+    return out;
+#endif
+}
+
+// sums[i] + the four products of a and b that lie there; b holds no -128.
+inline dots dot(dots sums, bytes a, bytes b) {
+#if defined(__AVX512VNNI__) && BYTES == 64
+    const __m512i size = _mm512_abs_epi8(reinterpret_cast<__m512i>(a)), right = reinterpret_cast<__m512i>(b);
+    const __mmask64 negative = _mm512_movepi8_mask(reinterpret_cast<__m512i>(a));
+    const __m512i signed_b = _mm512_mask_sub_epi8(right, negative, _mm512_setzero_si512(), right);
+    return reinterpret_cast<dots>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), size, signed_b));
+#elif defined(__AVX2__) && BYTES == 32
+    const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(left), _mm256_sign_epi8(right, left));  // at most 32258
+    return sums + reinterpret_cast<dots>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    for (int i = 0; i < BYTES; i++) sums[i / 4] += int(a[i]) * int(b[i]);
+    return sums;
+#endif
+}
+
+inline int64_t sum(dots v) {
+    int64_t total = 0;
+    for (int lane = 0; lane < BYTES / 4; lane++) total += v[lane];
+    return total;
+}
 
 // Four floats, for transposing: every processor here has them.
 typedef float quad __attribute__((vector_size(16)));
