@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import secateur
@@ -30,11 +31,12 @@ from secateur.compression import gpu as of_gpu
 from secateur.compression import make as of_make
 from secateur.compression.candidates import Site, Table
 from secateur.compression.choose import choose
-from secateur.compression.gpu import Times, beside, compress_gpu, event_times, gpu_sites, onto_gpu
+from secateur.compression.gpu import Times, beside, compress_gpu, converted, event_times, gpu_sites, onto_gpu
 from secateur.compression.gpu_layers import gpu_for, packed_for_gpu
 from secateur.errors import ModelError, RecipeError, SecateurError
 from secateur.formats import pack
 from secateur.kernels import gpu
+from secateur.models import load_model
 from tests.kernels.test_gpu import DEVICE, needs_triton, two_of_four
 
 DTYPE = torch.float16
@@ -278,6 +280,39 @@ def test_a_model_is_compressed_saved_and_loaded(fast: Any, tmp_path: Path) -> No
         assert torch.equal(loaded(x), mlp()(x))
 
 
+def test_a_language_model_from_the_command_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, on the CPU: moved, compressed, written; loaded where there is none, it is dense in its dtype."""
+    from secateur.compression import command
+
+    out = tmp_path / "fast"
+    net = load_model(model, torch.float32)
+    secateur.prune(net, "magnitude", sparsity=0.5)
+    net.save_pretrained(tmp_path / "pruned")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "pruned")
+
+    def on_cpu(net: nn.Module, examples: list[Any], **_: Any) -> nn.Module:
+        assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+        return compress_gpu(net, [((), x) for x in examples], cache=False, device="cpu")
+
+    monkeypatch.setattr(of_gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(command, "onto_gpu", lambda net, d: converted(net, torch.device("cpu"), of_gpu.DTYPES[d]))
+    monkeypatch.setattr(command, "compress", on_cpu)
+    monkeypatch.setattr(Times, "seconds", lambda self, site, shape: row(1.0, 0.5))
+    monkeypatch.setattr(of_make, "latency", lambda models, *_: {name: 1.0 - 0.5 * (name == "fast") for name in models})
+    words = ["compress", str(tmp_path / "pruned"), "--out", str(out), "--for", "cuda", "--tokens", "9,1"]
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code == 0 and "bfloat16 by bits" in run.output, run.output
+    monkeypatch.undo()
+    record = json.loads((out / "compressed.json").read_text())
+    assert {facts["form"] for facts in record["layers"].values()} == {"bits"}
+    if DEVICE == "cpu":
+        with pytest.warns(UserWarning, match="it is for GPUs"):
+            loaded = secateur.load(out)
+        right = load_model(tmp_path / "pruned", torch.bfloat16)
+        ids = torch.arange(9)[None]
+        assert torch.equal(loaded(input_ids=ids).logits, right(input_ids=ids).logits)
+
+
 def test_files_say_what_gpus_need(fast: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU: layers come back in their form; without triton the model is dense, and says so."""
     folder = save_compressed(fast, tmp_path / "fast")
@@ -322,6 +357,21 @@ def test_sites_say_why() -> None:
     assert all("these kernels are for cuda" in s.reason for s in gpu_sites(model, "cuda"))
 
 
+def test_a_model_is_converted_as_loaders_do() -> None:
+    model = mlp(torch.float32)
+    model.register_buffer("frequencies", torch.rand(3), persistent=False)
+    model.register_buffer("mean", torch.rand(3))
+    model.register_buffer("steps", torch.tensor(7))
+    model[4].weight = nn.Parameter(torch.zeros(3, 64))
+    model.append(nn.Linear(3, 64))
+    model[5].weight = model[2].weight  # tied
+    found: Any = converted(model, torch.device(DEVICE), torch.bfloat16)
+    assert found is model and all(p.dtype == torch.bfloat16 and p.device.type == DEVICE for p in model.parameters())
+    dtypes = [found.frequencies.dtype, found.mean.dtype, found.steps.dtype]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.int64] and found[5].weight is found[2].weight
+    assert beside({"x": torch.ones(2)}, mlp())["x"].dtype == torch.float32  # on the CPU inputs stay as they are
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="keep the dtype"):
         compress_gpu(mlp(), loads(), kinds=["int8"], device=DEVICE)
@@ -337,7 +387,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         CliRunner().invoke(app, [*words, "--for", "cuda"], catch_exceptions=False)
     assert CliRunner().invoke(app, [*words, "--dtype", "float16"]).exit_code == 2
     assert CliRunner().invoke(app, [*words, "--for", "tpu"]).exit_code == 2
-    assert beside({"x": torch.ones(2)}, mlp())["x"].dtype == torch.float32  # on the CPU inputs stay as they are
 
 
 # On a GPU.

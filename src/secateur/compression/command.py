@@ -17,7 +17,7 @@ from ..measure.latency import samples
 from ..measure.size import bytes_on_disk
 from ..models import load_tokenizer, resolve
 from ..structured.plan import inputs
-from .gpu import beside, onto_gpu
+from .gpu import beside, converted, onto_gpu
 from .make import compress
 from .modules import Installed
 from .store import is_compressed, load_compressed, save_compressed
@@ -97,7 +97,7 @@ def measure_compressed(
         raise ModelError(f"{folder} is not a model that secateur compressed")
     small = load_compressed(folder, fresh)
     if (like := next(small.parameters(), None)) is not None and like.is_cuda:
-        dense = dense.to(like)
+        dense = converted(dense, like.device, like.dtype)
     models: dict[str, nn.Module] = {"dense": dense, "compressed": small}
     found: dict[str, dict[str, Any]] = {}
     text = None

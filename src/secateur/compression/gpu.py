@@ -138,7 +138,10 @@ def gpu_sites(model: nn.Module, device: str) -> list[Site]:
     for site in found:
         if site.reason:
             continue
-        if not site.linear:
+        weight: Any = site.module.weight
+        if weight.is_cuda and weight.device.index != torch.cuda.current_device():
+            site.reason = f"it is on {weight.device}, which is not the current one (torch.cuda.set_device)"
+        elif not site.linear:
             site.reason = "there are no kernels for convolutions on GPUs"
         elif site.matrix().dtype not in gpu.KINDS:
             site.reason = f"its weight is {site.matrix().dtype}: kernels for GPUs read {', '.join(DTYPES)}"
@@ -215,7 +218,21 @@ def onto_gpu(model: nn.Module, dtype: str) -> nn.Module:
     if dtype not in DTYPES:
         raise RecipeError(f"'{dtype}' is no dtype of kernels for GPUs: {', '.join(DTYPES)}")
     require_gpu()
-    return model.to("cuda", DTYPES[dtype])
+    return converted(model, torch.device("cuda"), DTYPES[dtype])
+
+
+def converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same model elsewhere, its parameters and stored buffers in another dtype.
+
+    Buffers that are not stored keep theirs, as loaders leave them: the frequencies of rotary embeddings, in half
+    precision, would be those of other positions.
+    """
+    model.to(device)
+    stored = model.state_dict(keep_vars=True).values()
+    for tensor in stored:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def require_gpu() -> None:
