@@ -89,9 +89,11 @@ def test_unpacked_is_what_was_packed(
 
 @needs_triton
 def test_nothing_behind_the_values_is_read() -> None:
-    """Values behind the last, and outputs behind the last row, are none of theirs."""
+    """Values and inputs behind the last, and outputs behind the last row, are none of theirs."""
     weight = sparse(torch.Generator().manual_seed(0), 5, 70, 1.0)
-    p, x = packed(weight), torch.randn(2, 70, device=DEVICE)
+    p, line = packed(weight), torch.randn(3 * 70, device=DEVICE)
+    line[2 * 70 :] = float("nan")
+    x = line[: 2 * 70].view(2, 70)
     assert p.bits is not None
     p.values[-PADDING:] = float("nan")
     held = torch.full((3, 5), 7.0, device=DEVICE)
