@@ -197,7 +197,7 @@ def convolution(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[
             dense.weight.data = zeroed(*dense.weight.shape, share=share)
             sparse = {}
             for kind in ALLOWED:
-                packed = pack(dense.weight.flatten(1), kind, group=64, panel=256 if kernel > 1 else None)
+                packed = pack(dense.weight.flatten(1), kind, group=64)
                 shape = dense.kernel_size, dense.stride, dense.padding, dense.dilation
                 sparse[f"sparse.{kind}"] = [SparseConv2d(packed.indexed(col=True, bits=False), None, *shape)]
             case = f"{kernel}x{kernel} of {inputs} to {out}, stride {stride}, {size}x{size}"

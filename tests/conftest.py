@@ -19,7 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from secateur import cli
+from secateur import cli, figures
+from secateur.peak import PeakMemory
 from tests import tiny
 
 if not torch.cuda.is_available():
@@ -84,6 +85,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return status, out, err
 
     return go
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory without the seconds that a process of its own takes to start."""
+    monkeypatch.setattr(figures, "peak", lambda *_: PeakMemory(host=7 * 2**20))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def prune(run: Run, model: Path, text: Path, out: Path, *more: str | Path) -> tu
     return run("prune", model, "--data", f"text:{text}", "--windows", "8", "--length", "32", "--out", out, *more)
 
 
-def test_prune_then_measure(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+def test_prune_then_measure(no_process: None, run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, printed, _ = prune(
         run, model, text, out, "--method", "wanda", "--sparsity", "0.5", "--eval", f"text:{text}"

@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from .data import EVALUATION
 from .options import Example, Json, Length, Model, Tokens, numbers
-from .printing import measured, packed, structured
-from .terminal import bar, fail, interruptible, out_console
+from .printing import measured
+from .terminal import bar, fail, interruptible, out_console, steps
 
 
 def compress(
@@ -68,41 +68,31 @@ def measure(
     tokens: Tokens = "128,1",
     alone: Annotated[bool, typer.Option("--alone", help="Measure no baseline.")] = False,
     example: Example = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, parameters stored and non-zero, bytes on disk, time, peak memory.
+    """Size, FLOPs, latency, throughput, time per token, peak memory, energy, perplexity.
 
-    A pruned model is measured beside the dense one that it was made of, under the same loader.
+    A pruned model is measured beside the dense one that it was made of, or beside --against, and they take turns.
+
+    A language model is timed on one pass for each of --tokens; the first of these is also the prompt for the time to
+    the first token and per token.
     """
-    from .compression import is_compressed
-    from .coupled import is_structured, measure_compressed, measure_structured
-    from .quality import dense_source
-    from .quality import measure as run
+    from .figures import figures
+    from .sources import sources
 
-    if is_structured(model):
-        rows = measure_structured(model, against, example, data, windows, length)
-        if as_json:
-            print(json.dumps(rows))
-        else:
-            out_console.print(structured(rows))
-        return
-    if is_compressed(model):
-        rows = measure_compressed(model, against, example, data, windows, length, numbers(tokens))
-        if as_json:
-            print(json.dumps(rows))
-        else:
-            out_console.print(packed(rows))
-        return
-    baseline = None if alone else against or dense_source(model)
-    found = {}
-    for name in (model, baseline):
-        if name is not None:
-            with bar(f"measuring {name}", None, not as_json) as show:
-                found[name] = run(name, data, windows_count=windows, length=length, tick=show)
+    if device not in ("cpu", "cuda"):
+        fail(f"--device {device} is not known: write cpu or cuda", 2)
+    lengths = numbers(tokens)
+    asked = sources(model, against, alone, device)
+    with interruptible("stopped"), steps("measuring", not as_json) as say:
+        found = figures(
+            asked, example=example, data=data, count=windows, length=length, tokens=lengths, progress=say
+        )  # fmt: skip
     if as_json:
-        print(json.dumps({**found[model], "baseline": found[baseline] if baseline else None}))
-        return
-    out_console.print(measured(found))
+        print(json.dumps(found))
+    else:
+        out_console.print(measured(found))
 
 
 def register(app: typer.Typer) -> None:

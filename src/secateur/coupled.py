@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .compression import command as compression
 from .data import windows
 from .errors import DataError, ModelError, OutputError, RecipeError
-from .measure import count_parameters, machine, perplexity, versions
-from .measure.flops import flops
+from .measure import machine, versions
 from .measure.latency import latency
 from .models import load_model, load_tokenizer, next_token_loss, resolve
 from .recipe import Recipe
 from .record import dumps
-from .structured import StructuredPlan, WholePlan, load, save
-from .structured.plan import inputs
+from .structured import StructuredPlan, WholePlan, save
 from .units import plan_coupled
 
 
-def load_module(source: str, weights: bool = True) -> nn.Module:
+def load_module(source: str, weights: bool = True, dtype: torch.dtype | None = torch.float32) -> nn.Module:
     """A model from what a user writes.
 
     Args:
         source: ``timm:NAME`` (``timm-config:NAME`` with random weights), ``FILE.py:callable``, or what
             `models.resolve` accepts. A file is run only because the user named it.
         weights: False where a plan alone is wanted: timm models are then not fetched.
+        dtype: of what `models.resolve` finds; None for the one that it is stored in.
 
     Raises:
         ModelError: nothing is there, or it is not a module.
@@ -46,7 +42,7 @@ def load_module(source: str, weights: bool = True) -> nn.Module:
     path, colon, name = source.rpartition(":")
     if colon and path.endswith(".py"):
         return _from_file(Path(path), name)
-    found: nn.Module = load_model(resolve(source), torch.float32)
+    found: nn.Module = load_model(resolve(source), dtype)
     return found
 
 
@@ -101,7 +97,7 @@ def batches_of(source: str, data: str | None, net: nn.Module, count: int, length
             raise DataError(f"{path} has nothing named '{name}' that gives batches")
         labelled = isinstance(batches[0], (tuple, list)) and len(batches[0]) == 2
         return batches, _cross_entropy if labelled else None
-    if data is None or not _vocabulary(net):
+    if data is None or not vocabulary(net):
         return [], None
     return list(
         windows(data, load_tokenizer(resolve(source)), count=count, length=length).ids.split(1)
@@ -126,18 +122,19 @@ def example_inputs(text: str | None, model: nn.Module) -> Any:
             raise RecipeError(f"--example '{text}' is not understood: write a shape, e.g. 1x3x224x224") from None
         if not shape or min(shape) < 1:
             raise RecipeError(f"--example '{text}' has a size below 1")
-        if _vocabulary(model):
-            return {"input_ids": torch.randint(0, _vocabulary(model), shape, generator=generator)}
+        if vocabulary(model):
+            return {"input_ids": torch.randint(0, vocabulary(model), shape, generator=generator)}
         return torch.randn(shape, generator=generator)
-    if _vocabulary(model):
-        return {"input_ids": torch.randint(0, _vocabulary(model), (1, 16), generator=generator)}
+    if vocabulary(model):
+        return {"input_ids": torch.randint(0, vocabulary(model), (1, 16), generator=generator)}
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
         raise RecipeError("this model does not say what it takes: give a shape, e.g. --example 1x3x224x224")
     return torch.randn(1, *size, generator=generator)
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary(model: nn.Module) -> int:
+    """How many tokens a language model knows; 0 for any other model."""
     return int(getattr(getattr(model, "config", None), "vocab_size", None) or 0)
 
 
@@ -236,89 +233,10 @@ def prune_source(
     surgery: Any = small.secateur_surgery
     surgery["source"] = source
     save(small, part)
-    if hasattr(small, "save_pretrained") and _vocabulary(small):
+    if hasattr(small, "save_pretrained") and vocabulary(small):
         load_tokenizer(resolve(source)).save_pretrained(part)
     (part / "run.json").write_text(dumps(run), encoding="utf-8")
     if out.exists():
         shutil.rmtree(out) if out.is_dir() else out.unlink()
     part.rename(out)
     return plan, run
-
-
-def is_structured(path: str | Path) -> bool:
-    """Whether a directory holds a smaller model that only a fresh model of its factory can load."""
-    try:
-        record = json.loads((Path(path) / "surgery.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("format") == "secateur"
-
-
-def measure_structured(
-    path: str | Path,
-    factory: str | None,
-    example: str | None,
-    data: Any = None,
-    count: int | None = None,
-    length: int = 512,
-) -> dict[str, dict[str, Any]]:
-    """Parameters, FLOPs, bytes and latency of a saved smaller model beside the original; of language models perplexity.
-
-    Args:
-        factory: how to make the original (as for `load_module`). Where the surgery plan names a timm model or a
-            model directory it is not needed; a Python file is run only when the user names it here.
-        data, count, length: held-out text and how it is cut; of no use to other models.
-    """
-    folder = Path(path)
-    record: Mapping[str, Any] = json.loads((folder / "surgery.json").read_text(encoding="utf-8"))
-    source = factory or str(record.get("source", ""))
-    if factory is None and (not source or source.rpartition(":")[0].endswith(".py")):
-        raise ModelError(f"{folder} was made of {source or 'a module in memory'}: name its factory with --against")
-    dense = load_module(source, weights=False)
-    small = load(folder, load_module(source, weights=False)).eval()
-    args, kwargs = inputs(example_inputs(example or _shape_of(record), dense))
-    text = None
-    if _vocabulary(dense) and (folder / "tokenizer_config.json").exists():
-        text = windows(data, load_tokenizer(folder), count=count, length=length)
-    speed = latency({"dense": dense, "small": small}, args, kwargs)
-    found = {}
-    for name, key, model in ((str(path), "small", small), (source, "dense", dense)):
-        total, nonzero = count_parameters(model)
-        found[name] = {
-            "parameters": total,
-            "nonzero": nonzero,
-            "flops": flops(model, *args, **kwargs).total,
-            "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) if key == "small" else None,
-            "latency": speed[key],
-            "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
-        }
-    return found
-
-
-def measure_compressed(
-    path: str | Path,
-    factory: str | None,
-    example: str | None,
-    data: Any,
-    count: int | None,
-    length: int,
-    tokens: Sequence[int],
-) -> dict[str, dict[str, Any]]:
-    """A compressed model beside the one that it was made of; arguments as for `measure_structured`."""
-    folder = Path(path)
-    record: Mapping[str, Any] = json.loads((folder / "compressed.json").read_text(encoding="utf-8"))
-    source = factory or str(record.get("source", ""))
-    if factory is None and (not source or source.rpartition(":")[0].endswith(".py")):
-        raise ModelError(f"{folder} was made of {source or 'a module in memory'}: name its factory with --against")
-    dense = load_module(source)
-    fresh = None if record.get("format") == "transformers" else load_module(source, weights=False)
-    given = example_inputs(example, dense) if example else None
-    return compression.measure_compressed(
-        folder, dense, fresh, source=source, example=given, data=data, count=count, length=length, tokens=tokens
-    )
-
-
-def _shape_of(record: Mapping[str, Any]) -> str | None:
-    given = record.get("example") or []
-    shapes = [x["shape"] for x in given if isinstance(x, dict)]
-    return "x".join(str(int(n)) for n in shapes[0]) if len(shapes) == 1 else None

@@ -38,7 +38,7 @@ Exported = Annotated[bool, typer.Option("--exported", help="For coupled units: c
 Multiple = Annotated[int, typer.Option("--multiple", min=1, help="For coupled units: sizes are multiples of it.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
-Tokens = Annotated[str, typer.Option("--tokens", help="Tokens that a language model is timed on, separated by commas.")]
+Tokens = Annotated[str, typer.Option("--tokens", help="Tokens of each pass that a language model is timed on.")]
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
 
 

@@ -29,6 +29,16 @@ def bar(title: str, total: int | None, show: bool) -> AbstractContextManager[Cal
     return printing.bar(err_console, title, total, show)
 
 
+@contextmanager
+def steps(title: str, show: bool) -> Iterator[Callable[[str], None]]:
+    """What is being done, on standard error; silent where that is not a terminal."""
+    if not (show and err_console.is_terminal):
+        yield lambda _: None
+        return
+    with err_console.status(title) as status:
+        yield lambda doing: status.update(escape(doing))
+
+
 def command() -> str:
     """What the user typed."""
     return shlex.join(["secateur", *sys.argv[1:]])

@@ -360,8 +360,12 @@ def test_a_language_model_from_the_command_line(sparse_wins: None, tmp_path: Pat
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
     found = CliRunner().invoke(app, ["measure", str(tmp_path / "fast"), "--tokens", "9,1", "--json"])
     rows = json.loads(found.output)
-    assert found.exit_code == 0 and set(rows[str(tmp_path / "fast")]["latency"]) == {"9 tokens", "1 tokens"}
-    small, dense = rows.values()
+    small, dense = rows, rows["baseline"]
+    assert found.exit_code == 0
+    assert set(small["latency"]) == {"9 tokens", "1 tokens", "first token", "per token"} == set(dense["latency"])
+    assert small["flops"] == dense["flops"] and small["flops_unknown"] == {}
+    assert small["effective_flops"] == dense["effective_flops"] < small["flops"]
+    assert small["nonzero"] == dense["nonzero"] and small["peak_memory"] > 0 and dense["peak_memory"] > 0
     assert small["parameters"] < dense["parameters"] and small["bytes"] < dense["bytes"]
     with pytest.raises(secateur.SecateurError, match="exists"):
         CliRunner().invoke(

@@ -19,6 +19,8 @@ from secateur.compression.candidates import Site, Table
 from secateur.compression.dense import DENSE
 from secateur.errors import ModelError, SecateurError
 from secateur.kernels import library, quantized
+from secateur.measure.flops import effective_flops, flops
+from secateur.measure.size import bytes_in_memory
 
 needs_int8 = pytest.mark.skipif(not quantized.available(), reason="torch has no int8 kernels here")
 
@@ -115,6 +117,9 @@ def test_a_model_without_zeros_is_chosen_saved_and_loaded(dense_wins: None, kind
     assert [(c.kind, c.index) for c in fast.compression.choices] == [(kind, "dense")] * 2
     assert isinstance(fast[0], DenseLinear) and fast[0].activation == "relu"
     assert f"dense {kind}" in str(fast.compression) and 0 < fast.compression.error < 0.05
+    kept = sum(int(m.values.count_nonzero()) for m in (fast[0], fast[2]))  # int8 rounds a few to zero
+    assert effective_flops(fast, x).total == 2 * 6 * kept and flops(fast, x).total == 2 * 6 * (600 + 120)
+    assert bytes_in_memory(fast) == 720 * 2 + 34 * 4 * (1 if kind == "bfloat16" else 2)
     size = {"bfloat16": 2, "int8-dynamic": 1}[kind]
     assert fast[0].values.element_size() == size and fast[0].stored == 20 * 30 + 30
     folder = secateur.save(fast, tmp_path / "fast")

@@ -86,10 +86,7 @@ class Site:
         Positions of an image keep the threads busy, so that groups of rows may be large.
         """
         weight = self.matrix() if weight is None else weight
-        if self.linear:
-            return pack(weight, kind)
-        positions = self.module.kernel_size  # of a kernel read the same pixels: more columns fit into a cache
-        return pack(weight, kind, group=64, panel=None if tuple(positions) == (1, 1) else 256)  # type: ignore[arg-type]
+        return pack(weight, kind, group=None if self.linear else 64)
 
     def sparse(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> Sparse:
         """The same layer with such a weight and bias."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import windows
-from ..errors import ModelError, OutputError, RecipeError
-from ..measure import count_parameters, perplexity
-from ..measure.latency import samples
-from ..measure.size import bytes_on_disk
+from ..errors import OutputError, RecipeError
 from ..models import load_tokenizer, resolve
-from ..structured.plan import inputs
-from .gpu import beside, converted, onto_gpu
+from .gpu import beside, onto_gpu
 from .make import compress
 from .modules import Installed
-from .store import is_compressed, load_compressed, save_compressed
+from .store import save_compressed
 
 #: Tokens of a prompt and of one step of an answer: what a language model is timed on.
 TOKENS = (128, 1)
@@ -72,66 +66,3 @@ def compress_source(
         tokenizer = load_tokenizer(resolve(source)) if hasattr(model, "save_pretrained") else None
         save_compressed(fast, out, source=source, tokenizer=tokenizer, force=force)
     return fast
-
-
-def measure_compressed(
-    path: str | Path,
-    dense: nn.Module,
-    fresh: nn.Module | None,
-    *,
-    source: str = "dense",
-    example: Any = None,
-    data: Any = None,
-    count: int | None = None,
-    length: int = 512,
-    tokens: Sequence[int] = TOKENS,
-) -> dict[str, dict[str, Any]]:
-    """A compressed model beside the dense one: times (median and interval), bytes, parameters, perplexity.
-
-    Args:
-        dense: the model that it was made of, and ``source``, what that is called.
-        fresh: for models that are not of transformers, one from the same factory.
-    """
-    folder = Path(path)
-    if not is_compressed(folder):
-        raise ModelError(f"{folder} is not a model that secateur compressed")
-    small = load_compressed(folder, fresh)
-    if (like := next(small.parameters(), None)) is not None and like.is_cuda:
-        dense = converted(dense, like.device, like.dtype)
-    models: dict[str, nn.Module] = {"dense": dense, "compressed": small}
-    found: dict[str, dict[str, Any]] = {}
-    text = None
-    if (folder / "tokenizer_config.json").exists() and data is not None:
-        text = windows(data, load_tokenizer(folder), count=count, length=length)
-    timed: dict[str, dict[str, list[float]]] = {}
-    done: dict[str, int] = {}  # tokens, or images
-    for load in workloads(small, example, tokens):
-        args, kwargs = inputs(beside(load, small))
-        language = isinstance(load, dict)
-        label = f"{load['input_ids'].shape[1]} tokens" if language else "x".join(map(str, load.shape))
-        timed[label] = samples(models, args, kwargs, repeats=15)
-        done[label] = load["input_ids"].numel() if language else load.shape[0]
-    for title, key in ((str(path), "compressed"), (source, "dense")):
-        model = models[key]
-        parameters, nonzero = count_parameters(model)
-        if key == "compressed":  # packed weights are buffers, and hold no zeros
-            own = [m for m in model.modules() if isinstance(m, Installed)]
-            parameters, nonzero = parameters + sum(m.stored for m in own), nonzero + sum(m.nonzeros for m in own)
-        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-        place = folder if key == "compressed" else Path(source)
-        found[title] = {
-            "parameters": parameters,
-            "nonzero": nonzero,
-            "memory": sum(t.numel() * t.element_size() for t in tensors),
-            "bytes": bytes_on_disk(place) if place.is_dir() else None,
-            "latency": {name: _summary(rows[key], done[name]) for name, rows in timed.items()},
-            "perplexity": perplexity(model, text.ids, text=text.source, sha256=text.sha256).to_dict() if text else None,
-            "threads": torch.get_num_threads(),
-        }
-    return found
-
-
-def _summary(seconds: Sequence[float], done: int) -> dict[str, float]:
-    """Median seconds, the quartiles around it, and tokens or images a second."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return {"median": middle, "low": low, "high": high, "rate": done / middle}

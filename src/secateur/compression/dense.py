@@ -82,7 +82,7 @@ class DenseLinear(Installed):
         return int(self.values.count_nonzero()) + (0 if self.bias is None else int(self.bias.count_nonzero()))
 
     @property
-    def hidden(self) -> int:
+    def unseen_bytes(self) -> int:
         """Bytes that are held beside the buffers: torch's kernels read int8 values in an order of their own."""
         return 0 if self.scale is None else self.values.numel()
 

@@ -14,11 +14,12 @@ from ..errors import ModelError, RecipeError, SecateurError
 from ..kernels import gpu
 from ..kernels.ops import FEW
 from ..measure import machine
+from ..measure.size import bytes_in_memory
 from ..models import cache_directory
 from .candidates import Site, Table, sites, watch, zeros
 from .choose import Choice, _Option, choose
 from .gpu_layers import GpuLinear, SemiLinear, packed_for_gpu
-from .make import Compression, _bytes, _with, judged
+from .make import Compression, _with, judged
 
 #: Name of a dtype on the command line -> it.
 DTYPES = {name: dtype for dtype, name in gpu.KINDS.items()}
@@ -172,7 +173,7 @@ def compress_gpu(
     if tuple(kinds) != ("float32",):
         raise RecipeError("on a GPU values keep the dtype of their layer: convert the model, and give no kinds")
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    report = Compression([], {}, (_bytes(model), _bytes(model)), 0.0, {**machine(), "gpu": name})
+    report = Compression([], {}, (bytes_in_memory(model), bytes_in_memory(model)), 0.0, {**machine(), "gpu": name})
     found = gpu_sites(model, device)
     try:
         watch(model, [s for s in found if not s.reason], loads)

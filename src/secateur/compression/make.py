@@ -17,12 +17,12 @@ from ..kernels.library import BUILD, library
 from ..layers import evaluating
 from ..measure import machine
 from ..measure.latency import latency
+from ..measure.size import bytes_in_memory
 from ..models import cache_directory
 from ..structured.plan import inputs
 from .candidates import Site, Table, is_cold, sites, watch
 from .choose import Choice, choose
 from .fuse import Tail, folded, tails
-from .modules import Installed
 
 #: Difference of outputs that rounding explains, and by how much a workload may seem slower by chance.
 _EXACT, _NOISE = 1e-3, 1.1
@@ -121,7 +121,7 @@ def compress(
 
         return compress_gpu(model, loads, kinds=kinds, fresh=fresh, cache=cache, progress=progress)
     found = list(sites(model, kinds))
-    report = Compression([], {}, (_bytes(model), _bytes(model)), 0.0, machine())
+    report = Compression([], {}, (bytes_in_memory(model), bytes_in_memory(model)), 0.0, machine())
     if library() is None:
         report.note = f"nothing is packed: the sparse kernels are not built for this machine ({BUILD})"
         return _with(model, report)
@@ -170,7 +170,7 @@ def judged(
         for choice in report.packed:
             choice.kind, choice.index, choice.reason = "dense", "", f"alone {choice.reason}"
         return _with(model, report)
-    report.bytes = (report.bytes[0], _bytes(fast))
+    report.bytes = (report.bytes[0], bytes_in_memory(fast))
     return _with(fast, report)
 
 
@@ -204,12 +204,6 @@ def _replacements(
 def _label(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     shapes = [f"{tuple(t.shape)}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return "input " + ", ".join(shapes[:2])
-
-
-def _bytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    hidden = sum(m.hidden for m in model.modules() if isinstance(m, Installed))
-    return hidden + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _difference(model: nn.Module, fast: nn.Module, loads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> float:

@@ -51,7 +51,7 @@ class Installed(nn.Module):
         return self.stored
 
     @property
-    def hidden(self) -> int:
+    def unseen_bytes(self) -> int:
         """Bytes that are held beside the buffers."""
         return 0
 

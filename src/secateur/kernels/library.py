@@ -57,6 +57,15 @@ class Convolution(ctypes.Structure):
         ("out_h", _Long),
         ("out_w", _Long),
         ("pitch", _Long),
+        ("laid", _Int),
+        ("in_h", _Int),
+        ("in_w", _Int),
+        ("stride_h", _Int),
+        ("stride_w", _Int),
+        ("phase_h", _Int),
+        ("phase_w", _Int),
+        ("pad_h", _Int),
+        ("pad_w", _Int),
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import SecateurError
 from ..formats.packed import PADDING, Packed
-from .library import DYNAMIC, KINDS, SLACK, Convolution, Matrix, library
+from .library import DYNAMIC, KINDS, SLACK, Convolution, Library, Matrix, library
 
 #: Tokens up to which each weight is read once for all of them.
 FEW = 4
@@ -217,58 +217,84 @@ def conv2d(
     y = x.new_empty((x.shape[0], rows, *sizes), dtype=torch.float32)
     if not y.numel():
         return y.to(x.dtype)
-    strided = (stride[0], stride[1]) if tuple(kernel) != (1, 1) or any(padding) else (1, 1)
-    room = max(1, x[0].numel()) * kernel[0]  # about what one image takes when it is laid out
+    room = 2 * max(1, x[0].numel()) * kernel[0]  # about what one image takes when it is laid out and copied together
+    how: Any = [tuple(pair) for pair in (kernel, stride, padding, dilation)]
+    nonzeros = values.numel() - PADDING
     for part, target in zip(x.split(max(1, _FLOATS // room)), y.split(max(1, _FLOATS // room)), strict=True):
-        given, pitch, height = _laid_out(part.float(), kernel, stride, padding)
-        phases = strided[0] * strided[1]
-        about = Convolution(None, len(part), channels * phases, height * pitch, 0, *sizes, pitch)
-        where = ctypes.byref(about)
-        reach = (kernel[0] - 1) * dilation[0] // strided[0] * pitch + (kernel[1] - 1) * dilation[1] // strided[1]
-        block = found.block_convolution(where)
-        copied, work = about.lines * (block + reach), block * (values.numel() - PADDING)
-        if copied <= _COPIED * work or (sizes[0] - 1) * pitch + sizes[1] < block:
-            about.extent = block + reach
-        line = about.extent or about.length
-        offsets = _offsets(channels, *kernel, *strided, *dilation, line, pitch, phases)
-        about.offset = offsets.data_ptr()
-        scratch = _scratch.address(found.scratch_convolution(where) + SLACK)
-        found.convolution(place, where, given.data_ptr(), target.data_ptr(), scratch, torch.get_num_threads())
+        given = part.float().contiguous()
+        about = _geometry(found, tuple(given.shape), nonzeros, tuple(sizes), *how, _COPIED)
+        scratch = _scratch.address(about.room)
+        found.convolution(place, about.place, given.data_ptr(), target.data_ptr(), scratch, torch.get_num_threads())
     return y.to(x.dtype)
 
 
-def _laid_out(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[Tensor, int, int]:
-    """The input as one flat line for each channel and phase of the stride: (it, width, height).
+class _Geometry:
+    """A convolution of images of one size as the kernels take it."""
 
-    Position ``(h, w)`` of every kernel position then lies at a fixed distance from output ``(h, w)``. An input that
-    needs neither padding nor phases is taken as it is.
-    """
-    batch, channels = x.shape[:2]
-    high, wide = stride
-    if not any(padding) and (tuple(kernel) == (1, 1) or (high, wide) == (1, 1)):
-        given = x if (high, wide) == (1, 1) else x[:, :, ::high, ::wide]  # a stride alone leaves positions out
-        return given.contiguous(), given.shape[3], given.shape[2]
-    height = -(-(x.shape[2] + 2 * padding[0]) // high)
-    width = -(-(x.shape[3] + 2 * padding[1]) // wide)
-    bottom, right = height * high - x.shape[2] - padding[0], width * wide - x.shape[3] - padding[1]
-    padded = F.pad(x, (padding[1], right, padding[0], bottom))
-    laid = padded.view(batch, channels, height, high, width, wide).permute(0, 1, 3, 5, 2, 4)
-    return laid.contiguous(), width, height
+    def __init__(self, about: Convolution, offsets: Tensor, room: int) -> None:
+        self.about, self.offsets, self.room = about, offsets, room
+        self.about.offset = offsets.data_ptr()
+        self.place = ctypes.byref(self.about)
+
+
+_Pair = tuple[int, int]
 
 
 @lru_cache(maxsize=256)
-def _offsets(
-    channels: int, kh: int, kw: int, sh: int, sw: int, dh: int, dw: int, extent: int, width: int, phases: int
-) -> Tensor:
+def _geometry(
+    found: Library, shape: Sequence[int], nonzeros: int, sizes: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair,
+    dilation: _Pair, copied: float,
+) -> _Geometry:  # fmt: skip
+    """How images are read: as they are, or laid out as one flat line for each channel and phase of the stride.
+
+    Position ``(h, w)`` of every kernel position lies at a fixed distance from output ``(h, w)`` then.
+    """
+    batch, channels, high, wide = shape
+    phases = (1 if kernel[0] == 1 else stride[0], 1 if kernel[1] == 1 else stride[1])  # others are never read
+    rows = (kernel[0] - 1) * dilation[0] // phases[0] + sizes[0]
+    columns = (kernel[1] - 1) * dilation[1] // phases[1] + sizes[1]
+
+    def blocks(pitch: int) -> tuple[int, int]:
+        about = Convolution(None, batch, 1, 0, 0, *sizes, pitch)
+        block = found.block_convolution(ctypes.byref(about))
+        return -(-((sizes[0] - 1) * pitch + sizes[1]) // block) * block, block
+
+    plain = not any(padding) and stride == (1, 1)
+    pitch = wide if plain else columns
+    even = -(-pitch // found.lanes) * found.lanes
+    cheap = channels * high * wide <= copied * blocks(pitch)[0] * nonzeros
+    if blocks(even)[0] <= blocks(pitch)[0] and (not plain or (cheap and high * wide % found.lanes)):
+        plain, pitch = False, even  # whole vectors begin where a cache line does
+    block = blocks(pitch)[1]
+    about = Convolution(None, batch, channels * phases[0] * phases[1], high * wide, 0, *sizes, pitch)
+    if not plain:
+        about.length = _spread(rows * pitch)
+        about.laid, about.in_h, about.in_w = 1, high, wide
+        about.stride_h, about.stride_w = stride
+        about.phase_h, about.phase_w = phases
+        about.pad_h, about.pad_w = padding
+    reach = (kernel[0] - 1) * dilation[0] // phases[0] * pitch + (kernel[1] - 1) * dilation[1] // phases[1]
+    if about.lines * (block + reach) <= copied * block * nonzeros or (sizes[0] - 1) * pitch + sizes[1] < block:
+        about.extent = _spread(block + reach)
+    offsets = _offsets(channels, kernel, phases, dilation, about.extent or about.length, pitch)
+    return _Geometry(about, offsets, found.scratch_convolution(ctypes.byref(about)) + SLACK)
+
+
+def _spread(floats: int) -> int:
+    """So many floats or a few more: an odd number of cache lines, for even ones would fall on few places of a cache."""
+    return (-(-floats // 16) | 1) * 16
+
+
+def _offsets(channels: int, kernel: _Pair, phases: _Pair, dilation: _Pair, line: int, pitch: int) -> Tensor:
     """``(columns,)``: where each column of the weight, a channel at a kernel position, finds its input."""
-    c, i, j = (torch.arange(n, device="cpu") * step for n, step in ((channels, 1), (kh, dh), (kw, dw)))
-    line = c[:, None, None] * phases + (i % sh * sw)[None, :, None] + (j % sw)[None, None]
-    found = line * extent + (i // sh * width)[None, :, None] + (j // sw)[None, None]
+    c = torch.arange(channels, device="cpu")[:, None, None] * (phases[0] * phases[1])
+    i, j = (torch.arange(n, device="cpu") * step for n, step in zip(kernel, dilation, strict=True))
+    i, j = i[None, :, None], j[None, None]
+    lines = c + i % phases[0] * phases[1] + j % phases[1]
+    found = lines * line + i // phases[0] * pitch + j // phases[1]
     if int(found.max()) >= 1 << 31:
         raise SecateurError(
-            f"an image of {channels} channels and width {width} is more than a sparse convolution takes"
+            f"an image of {channels} channels and {line} positions is more than a sparse convolution takes"
         )
     return found.reshape(-1).to(torch.int32).contiguous()
 

@@ -7,7 +7,8 @@ Conventions, which are those of the papers that report a model's FLOPs:
 - A multiply-add is two operations; a bias is none.
 - Shapes decide, not values: a zero weight, a masked or causal position and a padded border count like any other.
   Attention is its two products over all pairs of positions. A sparse tensor counts as the dense one of its shape,
-  so what a mask saves does not show here; what is cut out of the shapes does.
+  and so does a packed weight. What a mask saves does not show in `flops`; what is cut out of the shapes does.
+  `effective_flops` leaves out the multiply-adds with weights that are zero.
 - What runs is what counts: an expert that no token is sent to costs nothing, and a kernel that is given padded
   tensors (flash attention on CUDA rounds the head size up to a multiple of 8) counts the padding.
 """
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,26 @@ def flops(model: nn.Module, *args: Any, **kwargs: Any) -> Flops:
     >>> flops(nn.Linear(3, 4), torch.zeros(2, 3)).total  # 2 rows x 4 outputs x 3 inputs, twice
     48
     """
-    counter = _Counter()
+    return _count(_Counter(), model, args, kwargs)
+
+
+def effective_flops(model: nn.Module, *args: Any, **kwargs: Any) -> Flops:
+    """The floating-point operations of ``model(*args, **kwargs)`` that no zero weight takes part in.
+
+    As `flops`, but each product and convolution with a parameter counts for the share of its elements that are not
+    zero: of a linear layer ``2 x rows x non-zero weights``. Products of activations, attention among them, count in
+    full. So do weights on the meta device, which have no values, and weights that are computed or converted anew in
+    each pass. It says what a kernel that skipped every zero would have to do, not what any kernel saves.
+
+    >>> layer = nn.Linear(3, 4)
+    >>> _ = nn.init.zeros_(layer.weight[1:])
+    >>> effective_flops(layer, torch.zeros(2, 3)).total  # one of the four rows is left
+    12
+    """
+    return _count(_Counter(_Kept(model)), model, args, kwargs)
+
+
+def _count(counter: _Counter, model: nn.Module, args: Any, kwargs: Any) -> Flops:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             # Set without train(): a model may override it, to merge weights for instance, and that need not undo.
@@ -108,14 +129,43 @@ def _visible_attention() -> Iterator[None]:
             setattr(flex, switch, direct)
 
 
+class _Kept:
+    """How much of the parameters and buffers that an operator multiplies with is not zero."""
+
+    def __init__(self, model: nn.Module) -> None:
+        real = [t for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
+        self._held = {p.untyped_storage().data_ptr() for p in real}
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def __call__(self, name: str, args: Sequence[Any]) -> tuple[int, int]:
+        """Elements that are not zero, and all: both 1 where nothing is known to be a weight."""
+        if name in _PACKED:
+            return int(args[2][-1]), args[7] * args[8]  # where the last run ends; rows and columns
+        operands = args[1:] if _ADDS.match(name) else args
+        weights = [x for x in tree_iter(operands) if isinstance(x, Tensor) and x.dim() > 1 and self._is_weight(x)]
+        found = [self._nonzero(w) for w in weights], [w.numel() for w in weights]
+        return (sum(found[0]), sum(found[1])) if any(found[1]) else (1, 1)
+
+    def _is_weight(self, x: Tensor) -> bool:
+        plain = x.layout == torch.strided and x.device.type != "meta" and type(x) in (Tensor, nn.Parameter)
+        return plain and x.untyped_storage().data_ptr() in self._held
+
+    def _nonzero(self, x: Tensor) -> int:
+        key = (x.data_ptr(), x.dtype, x.shape, x.stride())
+        if key not in self._known:
+            self._known[key] = int(torch.count_nonzero(x))
+        return self._known[key]
+
+
 class _Counter(TorchDispatchMode):
     """Counts the operators that run inside it, for each module on the stack."""
 
     # Flex attention and control flow: torch refuses to run them under a mode that does not say so.
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, kept: _Kept | None = None) -> None:
         TorchDispatchMode.__init__(self)
+        self.kept = kept
         self.stack = [""]
         self.by_module: dict[str, int] = {"": 0}
         self.by_op: Counter[str] = Counter()
@@ -144,6 +194,9 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)  # the mode is off in here: what a kernel calls is not counted again
         if formula is not None:
             count = 2 * int(formula(args, out))
+            if self.kept is not None:
+                nonzero, all_of_them = self.kept(name, args)
+                count = count * nonzero // all_of_them  # exact: every element takes part equally often
             self.by_op[name] += count
             for module in set(self.stack):  # a set: a module that calls itself counts once
                 self.by_module[module] += count
@@ -217,6 +270,16 @@ def _recurrent(args: Sequence[Any], out: Any, *, weights: Callable[[Sequence[Any
     return prod(positions.shape[:-1]) * sum(w.numel() for w in weights(args) if w.dim() == 2)
 
 
+def _packed(args: Sequence[Any], out: Tensor) -> int:
+    """A layer whose weight is packed without its zeros: the columns stand behind the rows and the six parts."""
+    return out.numel() * int(args[8])
+
+
+#: The operators of packed layers.
+_PACKED = frozenset(("secateur.sparse_linear", "secateur.sparse_conv2d"))
+#: Operators whose first operand is added to the product of the others.
+_ADDS = re.compile(r"aten\._?(sparse_)?b?add(b?mm|mv)")
+
 _FORMULAS: Mapping[str, _Formula] = {
     f"aten.{name}": formula
     for formula, names in (
@@ -240,7 +303,12 @@ _FORMULAS: Mapping[str, _Formula] = {
         (partial(_recurrent, weights=itemgetter(1, 2)), ("mkldnn_rnn_layer",)),
     )
     for name in names
-} | {"flex_attention": _attention, "torch_attn._varlen_attn": partial(_packed_attention, first=3)}
+} | {
+    "flex_attention": _attention,
+    "secateur.dense_int8": _product,
+    "torch_attn._varlen_attn": partial(_packed_attention, first=3),
+    **dict.fromkeys(_PACKED, _packed),
+}
 
 #: Bookkeeping, and communication between devices.
 _FREE_NAMESPACES = frozenset(("prim", "profiler", "c10d", "_c10d_functional"))

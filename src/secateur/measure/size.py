@@ -40,6 +40,28 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def high_water() -> int:
+    """The most resident memory that this process has had, in bytes; `forget_high_water` starts anew."""
+    with suppress(OSError):
+        # Not ru_maxrss: what the parent had when it made this process is in that as well.
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_high_water() -> None:
+    """Let `high_water` start at what is resident now, where the system can do that (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def bytes_in_memory(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones once, and what layers say that they hold besides."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    unseen = sum(getattr(m, "unseen_bytes", 0) for m in model.modules())
+    return unseen + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 class Peak:
     """Peak resident memory of this process inside a ``with`` block, sampled every 20 ms."""
 

@@ -134,7 +134,7 @@ void convolved(int64_t count, int64_t channels, int64_t high, int64_t wide, int 
     const int64_t area = side * side;
     Case c(13, channels * area, 5, 64, copied ? FLOAT32 : BFLOAT16, RELU, 300);
     const Matrix w = c.matrix(1 | 4);
-    Convolution about{nullptr, count, channels, high * wide, 0, high - side + 1, wide - side + 1, wide};
+    Convolution about{nullptr, count, channels, high * wide, 0, high - side + 1, wide - side + 1, wide, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const int64_t block = block_convolution(&about);
     if (!copied && (about.out_h - 1) * wide + about.out_w < block) return;
     if (copied) about.extent = block + (side - 1) * (wide + 1);

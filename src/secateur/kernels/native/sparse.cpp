@@ -85,6 +85,37 @@ void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) 
 // The flat positions that a convolution computes; those between two rows of the output are not kept.
 int64_t positions_of(const Convolution& c) { return (c.out_h - 1) * c.pitch + c.out_w; }
 
+// One line of an image, of `channels` as they come.
+void lay_out(const Convolution& c, const float* channels, int64_t line, float* out) {
+    const int64_t phases = c.phase_h * c.phase_w, phase = line % phases;
+    const int64_t down = phase / c.phase_w - c.pad_h, right = phase % c.phase_w - c.pad_w;
+    const float* channel = channels + line / phases * c.in_h * c.in_w;
+    // Of a row, the places whose input is inside: from the first to before the last.
+    const int64_t first = right < 0 ? std::min((c.stride_w - 1 - right) / c.stride_w, c.pitch) : 0;
+    const int64_t inside = (c.in_w - right + c.stride_w - 1) / c.stride_w;
+    const int64_t last = std::max(first, std::min(inside, c.pitch)), height = c.length / c.pitch;
+    for (int64_t h = 0; h < height; h++, out += c.pitch) {
+        const int64_t from = h * c.stride_h + down;
+        if (from < 0 || from >= c.in_h) {
+            std::fill(out, out + c.pitch, 0.0f);
+            continue;
+        }
+        const float* row = channel + from * c.in_w + right;
+        std::fill(out, out + first, 0.0f);
+        if (c.stride_w == 1)
+            std::copy(row + first, row + last, out + first);
+        else if (c.stride_w == 2)
+            for (int64_t w = first; w < last; w++) out[w] = row[2 * w];
+        else
+            for (int64_t w = first; w < last; w++) out[w] = row[c.stride_w * w];
+        std::fill(out + last, out + c.pitch, 0.0f);
+    }
+    std::fill(out, out + c.length - height * c.pitch, 0.0f);
+}
+
+// Floats of all lines, where they are made.
+int64_t laid_of(const Convolution& c) { return c.laid ? c.count * c.lines * c.length : 0; }
+
 // All positions of one row.
 void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
     const float scale = w.scale ? w.scale[row] : 1.0f, bias = w.bias ? w.bias[row] : 0.0f;
@@ -344,13 +375,21 @@ int64_t block_convolution(const Convolution* c) { return block_of(positions_of(*
 
 int64_t scratch_convolution(const Convolution* c) {
     const int64_t width = block_convolution(c);
-    return c->count * ((positions_of(*c) + width - 1) / width) * c->lines * c->extent;
+    return laid_of(*c) + c->count * ((positions_of(*c) + width - 1) / width) * c->lines * c->extent;
 }
 
 void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, float* y, float* scratch,
                         int32_t threads) {
     const int64_t positions = positions_of(*c), width = block_of(positions), blocks = (positions + width - 1) / width;
     const int64_t groups = groups_of(*w), strip = c->lines * c->extent;
+    if (c->laid) {
+        const int64_t channels = c->lines / (c->phase_h * c->phase_w) * c->in_h * c->in_w;
+        parallel(c->count * c->lines, threads, [&](int64_t i) {
+            lay_out(*c, x + i / c->lines * channels, i % c->lines, scratch + i * c->length);
+        });
+        x = scratch;
+        scratch += laid_of(*c);
+    }
     if (c->extent) parallel(c->count * blocks, threads, [&](int64_t i) {
         const float* image = x + i / blocks * c->lines * c->length;
         const int64_t first = i % blocks * width, there = std::min(c->extent, c->length - first);
