@@ -23,6 +23,9 @@ from secateur import cli, figures
 from secateur.peak import PeakMemory
 from tests import tiny
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on the CPU
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 hypothesis.settings.register_profile(

@@ -18,11 +18,14 @@ from .terminal import bar, fail, interruptible, out_console, steps
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
-    target: Annotated[str, typer.Option("--for", help="What it is to run on; cpu is all there is so far.")] = "cpu",
+    target: Annotated[str, typer.Option("--for", help="What it is to run on: cpu or cuda.")] = "cpu",
     values: Annotated[
         str,
         typer.Option("--values", help="Kinds allowed, by commas: float32, bfloat16, int8, int8-dynamic."),
     ] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="On a GPU: bfloat16 (default), float16 or float32.")
+    ] = None,
     tokens: Tokens = "128,1",
     example: Example = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
@@ -32,10 +35,15 @@ def compress(
     """Install the kernels for zeros that are faster than dense ones on this machine, and say which and why."""
     from .compression import is_compressed
     from .compression.command import compress_source
+    from .compression.gpu import require_gpu
     from .coupled import example_inputs, load_module
 
-    if target != "cpu":
-        fail(f"--for {target} is not there yet: write --for cpu", 2)
+    if target not in ("cpu", "cuda"):
+        fail(f"--for {target} is not there: write --for cpu or --for cuda", 2)
+    if target == "cpu" and dtype is not None:
+        fail("--dtype is for GPUs (--for cuda); on the CPU --values says what the packed values may be", 2)
+    if target == "cuda":
+        require_gpu()
     if is_compressed(model):
         fail(f"{model} is compressed already: compress the model that it was made of", 2)
     net = load_module(model)
@@ -43,7 +51,7 @@ def compress(
     with interruptible(f"stopped: {out} was not written"), bar("timing layers", None, not as_json) as show:
         fast = compress_source(
             net, model, out, example=given, tokens=numbers(tokens), kinds=[k.strip() for k in values.split(",")],
-            fresh=fresh, force=force, progress=show,
+            fresh=fresh, force=force, progress=show, dtype=(dtype or "bfloat16") if target == "cuda" else "",
         )  # fmt: skip
     report: Any = fast.compression
     print(json.dumps(report.to_dict()) if as_json else report)

@@ -2,6 +2,7 @@
 
 from .choose import Choice
 from .dense import DenseLinear
+from .gpu_layers import GpuLinear, SemiLinear
 from .make import Compression, compress
 from .modules import Installed, Sparse, SparseConv2d, SparseLinear
 from .store import dense_again, is_compressed, load_compressed, save_compressed
@@ -10,7 +11,9 @@ __all__ = [
     "Choice",
     "Compression",
     "DenseLinear",
+    "GpuLinear",
     "Installed",
+    "SemiLinear",
     "Sparse",
     "SparseConv2d",
     "SparseLinear",

@@ -107,8 +107,8 @@ def _conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def sites(model: nn.Module, kinds: Sequence[str] = ()) -> Iterator[Site]:
-    """Every linear layer and convolution, with the reason where it cannot be replaced.
+def sites(model: nn.Module, kinds: Sequence[str] = (), device: str = "cpu") -> Iterator[Site]:
+    """Every linear layer and convolution, with the reason where it cannot be replaced on this kind of device.
 
     One with few zeros can be where one of the ``kinds`` of values has a dense form.
     """
@@ -132,8 +132,8 @@ def sites(model: nn.Module, kinds: Sequence[str] = ()) -> Iterator[Site]:
                 site.reason = f"{type(module).__name__} computes more than a convolution"
         if not site.reason and (module._forward_hooks or module._forward_pre_hooks):
             site.reason = "hooks are attached to it"
-        if not site.reason and module.weight.device.type != "cpu":
-            site.reason = f"it is on {module.weight.device}: these kernels are for the CPU"
+        if not site.reason and module.weight.device.type != device:
+            site.reason = f"it is on {module.weight.device}: these kernels are for {device.replace('cpu', 'the CPU')}"
         dense = any(has_dense(kind, module) for kind in kinds)
         if not site.reason and not dense and (share := zeros(site.matrix())) < _LEAST:
             site.reason = f"{share:.0%} zeros"

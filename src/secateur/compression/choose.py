@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .candidates import Site, Table, zeros
 
@@ -43,20 +44,21 @@ class _Option:
 
 def choose(
     found: Sequence[Site],
-    table: Table,
+    table: Any,
     kinds: Sequence[str],
     cold: bool,
     workloads: int,
     progress: Callable[[int, int], None] | None = None,
+    ways_of: Callable[..., tuple[Choice, list[_Option]]] | None = None,
 ) -> list[Choice]:
-    """A choice for each site.
+    """A choice for each site; ``ways_of`` says what there is to choose from, and reads the ``table``.
 
     Workloads count the same, however long they take: a prompt takes long, but each of its answer's tokens is waited
     for. A layer may lose in one workload what it wins in another, as long as the workload as a whole does not lose.
     """
     choices, options = [], []
     for done, site in enumerate(found):
-        choice, ways = _options(site, table, kinds, cold, workloads)
+        choice, ways = (ways_of or _options)(site, table, kinds, cold, workloads)
         choices.append(choice)
         options.append(ways)
         if progress is not None:

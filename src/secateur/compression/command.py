@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import OutputError, RecipeError
 from ..models import load_tokenizer, resolve
+from .gpu import beside, onto_gpu
 from .make import compress
 from .modules import Installed
 from .store import save_compressed
@@ -47,14 +48,20 @@ def compress_source(
     fresh: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    dtype: str = "",
 ) -> nn.Module:
     """Compress a model that was loaded from ``source`` and write it; returns it, with its report.
+
+    With a ``dtype`` (float16, bfloat16 or float32) it is moved to the GPU first, and compressed for that.
 
     Nothing is written where nothing is faster.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise OutputError(f"{out} exists: choose another directory or --force")
-    fast = compress(model, workloads(model, example, tokens), kinds=kinds, fresh=fresh, progress=progress)
+    if dtype:
+        model = onto_gpu(model, dtype)
+    loads = [beside(load, model) for load in workloads(model, example, tokens)]
+    fast = compress(model, loads, kinds=kinds, fresh=fresh, progress=progress)
     if any(isinstance(m, Installed) for m in fast.modules()):
         tokenizer = load_tokenizer(resolve(source)) if hasattr(model, "save_pretrained") else None
         save_compressed(fast, out, source=source, tokenizer=tokenizer, force=force)

@@ -74,7 +74,8 @@ class Compression:
             before, after = self.bytes
             lines.append(f"{'weights in memory':<24} {before / 2**20:9.1f} MiB -> {after / 2**20:7.1f} MiB")
             lines.append(f"{'difference of outputs':<24} {self.error:9.1e}")
-        lines.append(f"measured on {self.machine['cpu']}, {self.machine['threads']} threads")
+        where = self.machine.get("gpu") or f"{self.machine['cpu']}, {self.machine['threads']} threads"
+        lines.append(f"measured on {where}")
         return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
@@ -93,7 +94,7 @@ def compress(
     the whole model is timed beside the dense one, and given back as it was where nothing is won.
 
     Args:
-        model: with zeros in its weights, on the CPU; it is not changed.
+        model: with zeros in its weights, on the CPU or on a GPU; it is not changed.
         example: inputs of a forward pass: a tensor, a tuple or a dict; a list of them where the model has several
             workloads, such as a prompt and a single token.
         kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``,
@@ -115,6 +116,10 @@ def compress(
     if unknown := set(kinds) - set(KINDS):
         raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(KINDS)}")
     loads = [inputs(x) for x in (example if isinstance(example, list) else [example])]
+    if any(p.is_cuda for p in model.parameters()):
+        from .gpu import compress_gpu
+
+        return compress_gpu(model, loads, kinds=kinds, fresh=fresh, cache=cache, progress=progress)
     found = list(sites(model, kinds))
     report = Compression([], {}, (bytes_in_memory(model), bytes_in_memory(model)), 0.0, machine())
     if library() is None:
@@ -132,14 +137,30 @@ def compress(
     if not replaced:
         report.note = "nothing is packed: no layer of this model is faster without its zeros on this machine"
         return _with(model, report)
+    exact = all(c.kind in ("dense", "float32") for c in report.choices)
+    return judged(model, replaced, report, loads, _EXACT if exact else None)
+
+
+def judged(
+    model: nn.Module,
+    replaced: dict[int, Any],
+    report: Compression,
+    loads: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    tolerance: float | None,
+) -> nn.Module:
+    """A copy with other layers if its outputs are the same and it is faster as a whole; the model itself if not.
+
+    Args:
+        replaced: by the identity of a module, what takes its place.
+        tolerance: the largest difference of outputs; None where smaller values are wanted, whatever they change.
+    """
     fast = copy.deepcopy(model, dict(replaced))
     report.error = _difference(model, fast, loads)
     for args, kwargs in loads:
         times = latency({"dense": model, "fast": fast}, args, kwargs)
         report.workloads[_label(args, kwargs)] = (times["dense"], times["fast"])
     ratios = [small / dense for dense, small in report.workloads.values()]
-    exact = all(c.kind in ("dense", "float32") for c in report.choices)
-    if exact and not report.error <= _EXACT:
+    if tolerance is not None and not report.error <= tolerance:
         report.note = (
             f"the model stays dense: packed, its outputs would differ by {report.error:.1e}; please report this"
         )

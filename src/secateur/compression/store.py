@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..kernels.library import ACTIVATIONS, BUILD, library
 from ..models import blank
 from .candidates import Site
 from .dense import DenseLinear
+from .gpu_layers import gpu_for, restored
 from .make import Compression
 from .modules import GEOMETRY, Installed, SparseConv2d, SparseLinear
 
@@ -114,7 +116,9 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Modu
             raise ModelError(f"{folder} needs a fresh model from the factory of the original: load(path, model)")
         model = blank(folder)
     try:
-        made = {name: _layer(name, facts, tensors) for name, facts in record["layers"].items()}
+        device, problem = gpu_for(record["layers"])
+        place = "cpu" if problem or device is None else device
+        made = {name: _layer(name, facts, tensors, place) for name, facts in record["layers"].items()}
         _check_fit(model, record, made, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / _RECORD} is damaged or belongs to another model: {error}") from None
@@ -128,13 +132,15 @@ def load_compressed(path: str | Path, model: nn.Module | None = None) -> nn.Modu
         model.get_submodule(owner).register_parameter(key, model.get_parameter(name))
     if lost := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
         raise ModelError(f"{folder} lacks {lost[0]}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}")
-    if library() is None:
-        warnings.warn(f"{folder} was made dense: the sparse kernels are not built here ({BUILD})", stacklevel=2)
+    if device is None and library() is None:
+        problem = f"the sparse kernels are not built here ({BUILD})"
+    if problem:
+        warnings.warn(f"{folder} was made dense: {problem}", stacklevel=2)
         dense_again(model)
-    return model.eval()
+    return (model if device is None else model.to(device)).eval()
 
 
-def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Installed:
+def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], place: str) -> Installed:
     own = {key: tensors[f"{name}.{key}"] for key in facts["parts"]}
     bias = own.pop("bias", None)
     index, activation = list(facts["index"]), str(facts["activation"])
@@ -146,6 +152,8 @@ def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     packed = restore(own, facts).indexed(col="col" in index, bits="bits" in index).check()
     if activation not in ACTIVATIONS or (bias is not None and bias.shape != (packed.rows,)):
         raise ValueError(f"layer '{name}'")
+    if "form" in facts:
+        return restored(packed, bias, activation, str(facts["form"]), place)
     if "kernel" not in facts:
         return SparseLinear(packed, bias, activation)
     kernel, stride, padding, dilation = ([int(n) for n in facts[key]] for key in GEOMETRY)
@@ -223,7 +231,7 @@ def dense_again(model: nn.Module) -> nn.Module:
             )  # fmt: skip
         else:
             made = nn.Linear(module.cols, module.rows, bias=module.bias is not None, device="meta")
-        made.weight = nn.Parameter(weight.float(), requires_grad=False)
+        made.weight = nn.Parameter(weight.to(getattr(module, "dtype", torch.float32)), requires_grad=False)
         if module.bias is not None:
             made.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
         if module.activation != "none":

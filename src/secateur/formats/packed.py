@@ -16,6 +16,8 @@ PADDING = 256
 
 #: ``int8-dynamic``: where bits are read, a token's activations become int8 too, with one scale a token.
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int8-dynamic": torch.int8}
+#: What may be packed and stored: what the kernels for the CPU read, and what those for GPUs read besides.
+_DTYPES = {**KINDS, "float16": torch.float16}
 
 _MOST = (1 << 31) - 1
 
@@ -32,7 +34,7 @@ class Packed:
         rows, cols: the shape.
         group: rows in a group, at most 64.
         panel: columns in a panel: a multiple of 64, at most 256.
-        values: ``(nonzeros + PADDING,)`` of float32, bfloat16 or int8, in the order of the runs.
+        values: ``(nonzeros + PADDING,)`` of float32, bfloat16, float16 (for GPUs) or int8, in the order of the runs.
         start: ``(runs + 1,)`` int32, where each run begins.
         col: ``(nonzeros,)`` uint8, each value's column within its panel; None where ``bits`` says it.
         bits: ``(runs, panel / 8)`` uint8, a bit for each column, lowest first; None where ``col`` says it.
@@ -91,8 +93,8 @@ class Packed:
         if self.rows < 1 or self.cols < 1 or not _cut(self.group, self.panel):
             raise ModelError(f"a packed matrix of {self.rows} x {self.cols} in groups of {self.group} rows is damaged")
         runs = self.rows * -(-self.cols // self.panel)
-        if self.values.dtype not in KINDS.values():
-            raise ModelError(f"packed values are {self.values.dtype}: kernels read {', '.join(KINDS)}")
+        if self.values.dtype not in _DTYPES.values():
+            raise ModelError(f"packed values are {self.values.dtype}: kernels read {', '.join(_DTYPES)}")
         whole = self.start.dtype == torch.int32 and self.start.shape == (runs + 1,) and self.values.dim() == 1
         if not whole or self.nonzeros < 0 or int(self.start[0]) != 0 or int(self.start[-1]) != self.nonzeros:
             raise ModelError(f"the runs of a packed matrix of {self.rows} x {self.cols} are damaged")
@@ -156,15 +158,16 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
 
     Args:
         weight: ``(rows, cols)`` of floats. What is exactly zero goes.
-        kind: of the values: ``float32``, ``bfloat16`` (rounded to nearest), ``int8`` (one scale a row, symmetric; what
-            rounds to zero stays stored) or ``int8-dynamic`` (the same, and activations of few tokens become int8).
+        kind: of the values: ``float32``, ``bfloat16`` or ``float16`` (rounded to nearest; the latter for GPUs),
+            ``int8`` (one scale a row, symmetric; what rounds to zero stays stored) or ``int8-dynamic`` (the same, and
+            activations of few tokens become int8).
         group, panel: how it is cut, within the bounds of `Packed`; by its shape and density where not given.
 
     Raises:
         RecipeError: it is no matrix, is not finite, or the kind or the cut is not known.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"values of kind '{kind}' are not known: {', '.join(KINDS)}")
+    if kind not in _DTYPES:
+        raise RecipeError(f"values of kind '{kind}' are not known: {', '.join(_DTYPES)}")
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise RecipeError(f"only matrices of floats can be packed, not {tuple(weight.shape)} of {weight.dtype}")
     dense = weight.detach().to("cpu", torch.float32)
@@ -185,12 +188,12 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         raise RecipeError(f"{count:,} values are more than one packed matrix holds ({_MOST:,}): split the layer")
     scale = None
     found = runs[mask]
-    if KINDS[kind] == torch.int8:
+    if _DTYPES[kind] == torch.int8:
         scale = dense.abs().amax(1).clamp(min=1e-30) / 127.0
         of_run = _order(rows, cols, group, panel) // panels
         found = (found / scale[of_run].repeat_interleave(mask.sum(1))).round().clamp(-127, 127)
-    values = torch.zeros(count + PADDING, dtype=KINDS[kind])
-    values[:count] = found.to(KINDS[kind])
+    values = torch.zeros(count + PADDING, dtype=_DTYPES[kind])
+    values[:count] = found.to(_DTYPES[kind])
     if not bool(values.isfinite().all()):
         raise RecipeError(f"a weight is too large for {kind}: nothing is packed")
     start = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
