@@ -36,6 +36,7 @@ from secateur.compression.gpu_layers import gpu_for, packed_for_gpu
 from secateur.errors import ModelError, RecipeError, SecateurError
 from secateur.formats import pack
 from secateur.kernels import gpu
+from secateur.measure.flops import effective_flops, flops
 from secateur.models import load_model
 from tests.kernels.test_gpu import DEVICE, needs_triton, two_of_four
 
@@ -442,3 +443,12 @@ def test_the_benchmark_without_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--out", str(tmp_path / "gpu.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "no GPU here: nothing is measured\n") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form, kept", [("bits", None), ("bits+dense", None), ("2:4", 64 * 128 // 2)])
+def test_operations_are_counted(form: str, kept: int | None) -> None:
+    """Dense ones by the shape; effective ones by what is kept, which for 2:4 is two of four."""
+    made, dense = layer(form)
+    x = torch.randn(3, dense.in_features, dtype=DTYPE, device=DEVICE)
+    assert flops(made, x).total == 2 * 3 * dense.weight.numel() and not flops(made, x).unknown
+    assert effective_flops(made, x).total == 2 * 3 * (kept or int(dense.weight.count_nonzero()))

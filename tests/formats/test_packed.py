@@ -103,9 +103,9 @@ def test_a_file_keeps_the_smaller_index(weight: Tensor, kind: str, cut: dict[str
     by_bits, by_columns = runs * packed.panel // 8, nonzeros + 2 * runs
     index = sum(tensors[n].numel() * tensors[n].element_size() for n in tensors.keys() - {"values", "scale"})
     assert index == min(by_bits, by_columns)
-    size = {"float32": 4, "bfloat16": 2, "int8": 1}[kind]
+    size = KINDS[kind].itemsize
     assert tensors["values"].numel() * tensors["values"].element_size() == size * nonzeros
-    scales = 4 * weight.shape[0] if kind == "int8" else 0
+    scales = 4 * weight.shape[0] if size == 1 else 0
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == size * nonzeros + index + scales
     assert packed.bytes() == size * (nonzeros + PADDING) + 4 * (runs + 1) + nonzeros + by_bits + scales
 

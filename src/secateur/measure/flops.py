@@ -140,7 +140,10 @@ class _Kept:
     def __call__(self, name: str, args: Sequence[Any]) -> tuple[int, int]:
         """Elements that are not zero, and all: both 1 where nothing is known to be a weight."""
         if name in _PACKED:
-            return int(args[2][-1]), args[7] * args[8]  # where the last run ends; rows and columns
+            rows, cols = args[_PACKED[name] : _PACKED[name] + 2]
+            if name == "secateur.semi_linear":
+                return 1, 2  # two of four, whatever they hold
+            return int(args[2][-1]), rows * cols  # where the last run ends
         operands = args[1:] if _ADDS.match(name) else args
         weights = [x for x in tree_iter(operands) if isinstance(x, Tensor) and x.dim() > 1 and self._is_weight(x)]
         found = [self._nonzero(w) for w in weights], [w.numel() for w in weights]
@@ -270,13 +273,15 @@ def _recurrent(args: Sequence[Any], out: Any, *, weights: Callable[[Sequence[Any
     return prod(positions.shape[:-1]) * sum(w.numel() for w in weights(args) if w.dim() == 2)
 
 
-def _packed(args: Sequence[Any], out: Tensor) -> int:
-    """A layer whose weight is packed without its zeros: the columns stand behind the rows and the six parts."""
-    return out.numel() * int(args[8])
+def _packed(args: Sequence[Any], out: Tensor, *, rows: int) -> int:
+    """A layer whose weight is packed without its zeros: the columns stand behind the rows."""
+    return out.numel() * int(args[rows + 1])
 
 
-#: The operators of packed layers.
-_PACKED = frozenset(("secateur.sparse_linear", "secateur.sparse_conv2d"))
+#: The operators of packed layers: where the rows stand among their arguments.
+_PACKED = {
+    "secateur.sparse_linear": 7, "secateur.sparse_conv2d": 7, "secateur.bits_linear": 6, "secateur.semi_linear": 4,
+}  # fmt: skip
 #: Operators whose first operand is added to the product of the others.
 _ADDS = re.compile(r"aten\._?(sparse_)?b?add(b?mm|mv)")
 
@@ -307,7 +312,7 @@ _FORMULAS: Mapping[str, _Formula] = {
     "flex_attention": _attention,
     "secateur.dense_int8": _product,
     "torch_attn._varlen_attn": partial(_packed_attention, first=3),
-    **dict.fromkeys(_PACKED, _packed),
+    **{name: partial(_packed, rows=at) for name, at in _PACKED.items()},
 }
 
 #: Bookkeeping, and communication between devices.
