@@ -122,7 +122,7 @@ def kind_of(name: str) -> str:
     """The precision of a candidate."""
     if name in PEERS:
         return PEERS[name][0]
-    return name.split(".")[1] if name.startswith("sparse.") else "float32"
+    return name.split(".")[1].removesuffix("-dynamic") if name.startswith("sparse.") else "float32"
 
 
 def best(seconds: dict[str, float], kind: str, own: bool = False) -> str:
@@ -172,6 +172,7 @@ def token(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, A
                 for kind in ALLOWED
                 for index in ("bits", "col")
             }
+            sparse["sparse.int8-dynamic.bits"] = sparse_linear(weights, "int8-dynamic", False, True)
             row = beside(args, stack, x, sparse, {"case": f"{count} x {out} x {inputs}, 1 token", "zeros": share})
             seconds = row["seconds"]
             fast = best(seconds, "float32", own=True)
@@ -304,7 +305,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--models", nargs="+", default=["smollm2", "bert-base", "resnet50"])
     parser.add_argument(
-        "--kinds", nargs="+", default=["float32", "float32,bfloat16,int8"], help="allowed in whole models"
+        "--kinds", nargs="+", default=["float32", "float32,bfloat16,int8,int8-dynamic"], help="allowed in whole models"
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
