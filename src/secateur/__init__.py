@@ -14,6 +14,7 @@ from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
 from .structured import StructuredPlan
+from .when import Session, attach
 
 _register()
 
@@ -24,7 +25,9 @@ __all__ = [
     "Pruned",
     "Recipe",
     "SecateurError",
+    "Session",
     "StructuredPlan",
+    "attach",
     "compress",
     "explain",
     "list_methods",

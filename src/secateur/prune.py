@@ -201,6 +201,11 @@ def recipe_of(
     """
     given = dict(axes)
     recipe = method.override(**given) if isinstance(method, Recipe) else Recipe.of(method, **given)
+    if recipe.driver != "once":
+        raise RecipeError(
+            f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
+            f"'{recipe.method}', ...)"
+        )
     if not granularity.parse(recipe.granularity).coupled and (target is not None or example is not None):
         if "granularity" in given:
             raise RecipeError(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from . import drivers  # noqa: F401  registers them
 from . import granularity as granularity_module
 from .errors import RecipeError
 from .facts import FACTS, of_source
@@ -68,6 +69,7 @@ class Recipe:
         allocation: how the sparsity is spread over layers.
         schedule: share of the target reached after each of ``steps`` rounds.
         steps: rounds of score and cut.
+        driver: when the mask changes: ``once``, or while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
@@ -84,6 +86,7 @@ class Recipe:
     allocation: str = "uniform"
     schedule: str = "one-shot"
     steps: int = 1
+    driver: str = "once"
     solver: str = "rank"
     recovery: str = "none"
     sparsity: float = 0.5
@@ -207,6 +210,7 @@ class Recipe:
         found = {
             "allocation": get("allocation", self.allocation),
             "schedule": get("schedule", self.schedule),
+            "driver": get("driver", self.driver),
             "solver": get("solver", self.solver),
             "recovery": get("recovery", self.recovery),
         }

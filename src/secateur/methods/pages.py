@@ -22,6 +22,7 @@ KINDS = {
     "granularity": ("Granularities", "What goes together, and what competes?"),
     "allocation": ("Allocations", "How much of each pool stays?"),
     "schedule": ("Schedules", "How fast is the target approached?"),
+    "driver": ("Drivers", "When does the mask change?"),
     "solver": ("Solvers", "Do the survivors move?"),
     "recovery": ("Recovery", "How does the model heal?"),
 }

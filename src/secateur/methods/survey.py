@@ -152,6 +152,9 @@ _GRANULARITIES = {
 #: Single parts whose place their kind and family do not tell.
 _PARTS = {
     ("allocation", "owl"): ("E4",),
+    ("driver", "gradual"): ("B2.3",),
+    ("driver", "regrow"): ("B2.2",),
+    ("driver", "gradual-regrow"): ("B2.2", "B2.3"),
     ("solver", "sparsegpt"): ("B3.5", "C1.4"),
     ("solver", "obc"): ("B3.5", "C1.4"),
     ("solver", "dsnot"): ("B3.5",),
@@ -192,7 +195,7 @@ def nodes_of(part: Part) -> tuple[str, ...]:
     elif part.kind == "method":
         found += _MODELS.get(part.facts.get("family", ""), ())
         for used in parts_of(part).values():
-            if used.kind in ("criterion", "granularity", "solver"):
+            if used.kind in ("criterion", "granularity", "solver", "driver"):
                 found += nodes_of(used)
         found += _moment(part.facts.get("when", ""), part.facts.get("family", ""), found)
     return _ordered(found, what)
