@@ -144,8 +144,20 @@ def test_what_belongs_together(tmp_path: Path, file: Path) -> None:
     assert of(packed, small)[1] == (small, "structured", "timm:resnet18")  # the only one that may be made
     with pytest.raises(ModelError, match="a module in memory"):
         sources(directory("memory", "compressed.json", format="module", source=""))
-    assert [s.wide for s in sources(fast)] == [False, True] and [s.wide for s in sources(masked)] == [False, False]
+    assert [s.dtype for s in sources(fast)] == ["", "float32"] and [s.dtype for s in sources(masked)] == ["", ""]
     assert sources(small, net)[0].example == "1x3x8x8"
+
+
+def test_what_was_compressed_for_gpus_is_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"format": "transformers", "source": "dense", "dtype": "bfloat16", "layers": {"a": {"form": "bits"}}}
+    (tmp_path / "compressed.json").write_text(json.dumps(record))
+    found = sources(str(tmp_path), device="cuda")
+    assert [(s.dtype, s.device) for s in found] == [("", "cuda"), ("bfloat16", "cuda")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ModelError, match="--device cuda"):
+        sources(str(tmp_path))
+    (tmp_path / "compressed.json").write_text(json.dumps({**record, "dtype": "__import__"}))
+    assert sources(str(tmp_path), device="cuda")[1].dtype == "float32"
 
 
 def test_workloads_of_language_models(model: Path) -> None:

@@ -31,7 +31,7 @@ class Source:
             or ``compressed``.
         factory: of these two, what makes a fresh model of the original; empty where none is needed.
         example: shape of an input of its own, where the directory tells.
-        wide: load a plain directory in float32, not in the type that it is stored in.
+        dtype: that a plain directory is loaded in; empty for the one that it is stored in.
         weights: False for timm models with random weights, which are not fetched.
         device: ``cpu`` or ``cuda``.
     """
@@ -40,7 +40,7 @@ class Source:
     kind: str = "plain"
     factory: str = ""
     example: str | None = None
-    wide: bool = False
+    dtype: str = ""
     weights: bool = True
     device: str = "cpu"
 
@@ -58,7 +58,7 @@ class Source:
         elif self.kind == "compressed":
             model = load_compressed(self.name, fresh)
         else:
-            model = load_module(self.name, self.weights, torch.float32 if self.wide else None)
+            model = load_module(self.name, self.weights, getattr(torch, self.dtype) if self.dtype else None)
         return model.eval() if self.device == "cpu" else model.to(self.device).eval()
 
     @property
@@ -85,10 +85,27 @@ def sources(model: str, against: str | None = None, alone: bool = False, device:
     if not alone and kind != "plain" and not baseline:
         raise _unknown(model, record)
     if not alone and baseline:
-        # Packed and smaller models are float32; to time the original of a smaller one, no weights are fetched.
+        # Packed and smaller models have a type of their own; to time the original of a smaller one, no weights are
+        # fetched.
         its_own = _origin(_recorded(baseline)[1])
-        found.append(replace(_source(baseline, its_own or factory), wide=kind != "plain", weights=kind != "structured"))
+        dtype = "" if kind == "plain" else _dtype(record)
+        found.append(replace(_source(baseline, its_own or factory), dtype=dtype, weights=kind != "structured"))
+    for source in found:
+        if device == "cpu" and _for_gpus(source.name) and torch.cuda.is_available():
+            raise ModelError(f"{source.name} was compressed for GPUs: measure it with --device cuda")
     return [replace(source, device=device) for source in found]
+
+
+def _dtype(record: dict[str, Any]) -> str:
+    """The type of the floats that a record describes; only types that are known are taken from a file."""
+    found = str(record.get("dtype", "float32"))
+    return found if found in ("float32", "float16", "bfloat16") else "float32"
+
+
+def _for_gpus(name: str) -> bool:
+    kind, record = _recorded(name)
+    layers = record.get("layers")
+    return kind == "compressed" and isinstance(layers, dict) and any("form" in facts for facts in layers.values())
 
 
 def _source(name: str, factory: str) -> Source:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import nn
 import secateur
 from secateur.compression import DenseLinear, compress, dense_again
 from secateur.compression import make as of_make
-from secateur.compression.candidates import Site, Table
+from secateur.compression.candidates import Site, Table, _measure
 from secateur.compression.dense import DENSE
 from secateur.errors import ModelError, SecateurError
 from secateur.kernels import library, quantized
@@ -137,3 +139,30 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match="dense values"):
             DenseLinear.restored(values, scales, None, "none")
+
+
+def test_candidates_without_hope_are_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is far slower runs twice; what cannot hold the weight takes for ever."""
+    calls = {"slow": 0, "fast": 0}
+
+    class Fake(nn.Module):
+        def __init__(self, name: str, pause: float) -> None:
+            super().__init__()
+            self.name, self.pause = name, pause
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls[self.name] += 1
+            time.sleep(self.pause)
+            return x
+
+    def made(self: Site, kind: str, index: str, *_: object) -> nn.Module:
+        if kind == "bfloat16":
+            raise ModelError("too large")
+        return Fake("slow", 0.1) if kind == "int8" else Fake("fast", 0.001)
+
+    monkeypatch.setattr(Site, "made", made)
+    layer = nn.Linear(8, 8)
+    layer.forward = Fake("fast", 0.01).forward  # type: ignore[method-assign]
+    found = _measure(Site("a", layer), (3,), ["int8.col", "float32.col", "bfloat16.col"], cold=False, repeats=5)
+    assert calls == {"slow": 2, "fast": 14} and found["bfloat16.col"] == math.inf
+    assert found["float32.col"] < found["dense"] < found["int8.col"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError, RecipeError
 from ..formats import Packed, pack
 from ..kernels.library import library
 from ..kernels.ops import FEW
@@ -27,6 +28,8 @@ _LEAST = 0.3
 #: Weights of this many bytes do not stay in a processor's caches from one token to the next; twice as many are
 #: written between measurements of such a model.
 _CACHES = 32 << 20
+#: Times as slow as the dense layer in the first turns, from which on a candidate is not looked at any more.
+_HOPELESS = 4.0
 
 
 @dataclasses.dataclass
@@ -226,12 +229,20 @@ def _key(site: Site, shape: tuple[int, ...], cold: bool) -> str:
 
 
 def _measure(site: Site, shape: tuple[int, ...], ways: Sequence[str], cold: bool, repeats: int) -> dict[str, float]:
-    """Candidates take turns, so that whatever else the machine does falls on all of them alike."""
+    """Candidates take turns, so that whatever else the machine does falls on all of them alike.
+
+    One that is far slower than the dense layer is given up after the first turns, and one that does not hold the
+    weight (bfloat16 ends earlier than float32) is not there: it takes for ever.
+    """
     runs: dict[str, nn.Module] = {"dense": site.module}
     bias: Any = site.module.bias
+    impossible = {}
     for way in ways:
         kind, index = way.split(".")
-        runs[way] = site.made(kind, index, site.matrix(), bias)
+        try:
+            runs[way] = site.made(kind, index, site.matrix(), bias)
+        except (RecipeError, ModelError):
+            impossible[way] = float("inf")
     x = site.sample(shape).to(site.matrix().dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
     flush = torch.zeros(2 * _CACHES // 4 if cold else 0)
@@ -241,9 +252,12 @@ def _measure(site: Site, shape: tuple[int, ...], ways: Sequence[str], cold: bool
                 flush.add_(1.0)
                 begun = time.perf_counter()
                 module(x)
-                if turn >= 2:
-                    times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(found) for name, found in times.items()}
+                times[name].append(time.perf_counter() - begun)
+            if turn == 1:
+                most = _HOPELESS * min(times["dense"])
+                runs = {name: module for name, module in runs.items() if min(times[name]) <= most}
+    # The first turns allocate, and choose kernels.
+    return impossible | {name: statistics.median(found[2:] or found) for name, found in times.items()}
 
 
 def is_cold(model: nn.Module) -> bool:

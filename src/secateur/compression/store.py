@@ -70,6 +70,7 @@ def save_compressed(
             "version": 1,
             "format": "transformers" if stock else "module",
             "class": type(model).__name__,
+            "dtype": _dtype(model),
             "source": source,
             "layers": layers,
             "folded": sorted(n for n, m in model.named_modules() if type(m) is nn.Identity),
@@ -81,6 +82,12 @@ def save_compressed(
         record["record"] = _of_record(record)
         (part / _RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return Path(out)
+
+
+def _dtype(model: nn.Module) -> str:
+    """Of its floats that are not packed, or of the packed ones where there are no others."""
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    return str(floats[0].dtype)[6:] if floats else "float32"
 
 
 def _of_record(record: Mapping[str, Any]) -> str:
