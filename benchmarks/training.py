@@ -1,0 +1,144 @@
+"""Sparse training on Fashion-MNIST through `secateur.attach`: accuracy by method, and what `session.step()` costs.
+
+Every run trains the same network from the same initial weights on the same batches; what differs is the method. The
+cost is measured apart, dense and masked steps in turns, averaged over the updates of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, environment, table, write_json
+from fashion import accuracy, network, read
+
+METHODS = ["random-erk", "set", "rigl", "gmp", "granet"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="*-ubyte.gz files")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95])
+    parser.add_argument("--images", type=int, default=20000, help="of the training set")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--every", type=int, default=20, help="steps between two updates of the masks")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cost-steps", type=int, default=100, help="steps over which the cost is averaged")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=RESULTS / "training.json")
+    return parser.parse_args()
+
+
+def masked(net: Any, method: str, optimizer: Any, sparsity: float, steps: int, every: int, seed: int = 0) -> Any:
+    import secateur
+
+    knobs = {} if method in ("random-erk", "snip") else {"knobs": {"driver": {"every": every}}}
+    return secateur.attach(net, method, optimizer=optimizer, sparsity=sparsity, steps=steps, seed=seed, **knobs)
+
+
+def one_step(net: Any, optimizer: Any, x: Any, y: Any) -> None:
+    import torch
+
+    loss = torch.nn.functional.cross_entropy(net(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def sgd(net: Any) -> Any:
+    import torch
+
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def trained(args: argparse.Namespace, method: str, sparsity: float, images: Any, labels: Any, seed: int) -> Any:
+    import torch
+
+    torch.manual_seed(seed)
+    net = network()
+    optimizer = sgd(net)
+    steps = args.epochs * -(-len(images) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps)
+    session = None if method == "dense" else masked(net, method, optimizer, sparsity, steps, args.every, seed)
+    generator = torch.Generator().manual_seed(seed)
+    net.train()
+    for _ in range(args.epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(128):
+            one_step(net, optimizer, images[rows], labels[rows])
+            if session is not None:
+                session.step()
+            schedule.step()
+    if session is not None:
+        kept = session.finish()
+        assert abs(kept.sparsity - sparsity) < 1e-3, kept.sparsity
+    return net.eval()
+
+
+def cost(args: argparse.Namespace, method: str, images: Any, labels: Any) -> float:
+    """Time of a step with the session over one without: two networks take turns, step by step."""
+    import torch
+
+    torch.manual_seed(0)
+    plain, other = network(), network()
+    optimizers = sgd(plain), sgd(other)
+    session = masked(other, method, optimizers[1], 0.95, args.cost_steps, args.every)
+    spent = [0.0, 0.0]
+    for k in range(args.cost_steps):
+        part = slice(128 * k % 12800, 128 * k % 12800 + 128)
+        order = (0, 1) if k % 2 else (1, 0)
+        for which in order:
+            begun = time.perf_counter()
+            one_step((plain, other)[which], optimizers[which], images[part], labels[part])
+            if which:
+                session.step()
+            spent[which] += time.perf_counter() - begun
+    return spent[1] / spent[0]
+
+
+def main() -> None:
+    args = arguments()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    images, labels = read(args.data, "train")
+    test_images, test_labels = read(args.data, "t10k")
+    images, labels = images[: args.images], labels[: args.images]
+    result: dict[str, Any] = {
+        "environment": environment(args.threads),
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "cost of a step": {m: cost(args, m, images, labels) for m in args.methods},
+        "accuracy": {},
+    }
+    print(result["cost of a step"], flush=True)
+    runs = [("dense", 0.0), *((m, s) for s in args.sparsity for m in args.methods)]
+    for seed in range(args.seeds):
+        for method, sparsity in runs:
+            begun = time.perf_counter()
+            value = accuracy(trained(args, method, sparsity, images, labels, seed), test_images, test_labels)
+            result["accuracy"].setdefault(f"{method}|{sparsity:g}", []).append(value)
+            print(
+                f"seed {seed}: {method} at {sparsity:g}: {value:.2f} %, {time.perf_counter() - begun:.0f} s", flush=True
+            )
+        write_json(args.out, result)
+    print(show(result, runs))
+
+
+def show(result: dict[str, Any], runs: list[tuple[str, float]]) -> str:
+    """Mean, and the smallest and largest of the seeds."""
+    lines = []
+    for method, sparsity in runs:
+        values = result["accuracy"][f"{method}|{sparsity:g}"]
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        step = result["cost of a step"].get(method)
+        cells = [method, f"{sparsity:.0%}", f"{statistics.mean(values):.2f}", spread, f"{step:.3f}x" if step else ""]
+        lines.append(cells)
+    return table(["method", "zeros", "accuracy, %", "seeds", "time of a step"], lines)
+
+
+if __name__ == "__main__":
+    main()
