@@ -401,7 +401,7 @@ def test_from_the_command_line(run: Run, tmp_path: Path) -> None:
     assert record["proof"]["proven"] and record["model"]["class"] == "Vision"
     status, printed, err = run("measure", out, "--against", f"{file}:vision", "--json")
     assert status == 0, err
-    assert json.loads(printed)[str(out)]["parameters"] == record["after"]["params"]
+    assert json.loads(printed)["parameters"] == record["after"]["params"]
 
 
 def test_sizes_know_their_axes() -> None:
