@@ -36,7 +36,8 @@ PARTS = ["idle", "linear", "token", "convolution", "models"]
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, pause: float = 0) -> dict[str, float]:
     """Median seconds of each, with a pause of so many milliseconds after each run.
 
-    What needs 30 times as long as the first takes one turn only.
+    After a pause threads are asleep, and waking them takes longer than small layers do: each turn has a run that does
+    not count before the one that does. What needs 30 times as long as the first takes one turn only.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     slow: set[str] = set()
@@ -45,6 +46,8 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, pause: float =
         for name, run in runs.items():
             if name in slow:
                 continue
+            if pause:
+                run()
             begun = time.perf_counter()
             own = run()
             took = own if isinstance(own, float) else time.perf_counter() - begun  # a process of its own says it itself

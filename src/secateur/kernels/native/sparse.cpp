@@ -138,41 +138,40 @@ void multiply_width(const Matrix& w, const Group& g, const Where& where, float* 
 
 // packed[column][token] of one block; columns past the end and tokens past the last are zero.
 void pack(const float* x, int64_t n, int64_t cols, int64_t first, int64_t last, int64_t width, float* packed) {
-    constexpr int64_t TILE = 16;  // columns: a cache line of each token is read once
-    for (int64_t c = first; c < last; c += TILE) {
+    for (int64_t c = first; c < last; c += LANES) {
         int64_t t = 0;
-        if (c + TILE <= cols)
-            for (; t + 4 <= n && t < width; t += 4)
-                for (int64_t i = c; i < c + TILE; i += 4) {
-                    quad q[4];
-                    for (int k = 0; k < 4; k++) q[k] = load4(x + (t + k) * cols + i);
-                    transpose(q);
-                    for (int k = 0; k < 4; k++) store4(packed + (i + k) * width + t, q[k]);
-                }
+        if (c + LANES <= cols)
+            for (; t + LANES <= n && t < width; t += LANES) {
+                vec tile[LANES];
+                for (int k = 0; k < LANES; k++) tile[k] = *reinterpret_cast<const vec_any*>(x + (t + k) * cols + c);
+                transpose(tile);
+                for (int k = 0; k < LANES; k++) *reinterpret_cast<vec*>(packed + (c + k) * width + t) = tile[k];
+            }
         for (; t < width; t++)
-            for (int64_t i = c; i < std::min(c + TILE, last); i++)
+            for (int64_t i = c; i < c + LANES; i++)
                 packed[i * width + t] = t < n && i < cols ? x[t * cols + i] : 0.0f;
     }
 }
 
-quad finish(const Matrix& w, int64_t row, quad sums) {
-    if (w.scale) sums *= load4(w.scale + row);
-    if (w.bias) sums += load4(w.bias + row);
-    if (w.activation == RELU) sums = reinterpret_cast<quad>(reinterpret_cast<iquad>(sums) & ~(sums <= 0));
+vec finish(const Matrix& w, int64_t row, vec sums) {
+    if (w.scale) sums *= *reinterpret_cast<const vec_any*>(w.scale + row);
+    if (w.bias) sums += *reinterpret_cast<const vec_any*>(w.bias + row);
+    if (w.activation == RELU) sums = reinterpret_cast<vec>(reinterpret_cast<ivec>(sums) & ~(sums <= 0));
     return sums;
 }
 
 // y[token][row] of one block from sums[row][token].
 void unpack(const Matrix& w, const Group& g, const float* sums, int64_t n, int64_t width, float* y) {
     y += g.first;
-    for (int64_t t = 0; t < n; t += 4) {
-        const int64_t tokens = std::min<int64_t>(4, n - t);
+    for (int64_t t = 0; t < n; t += LANES) {
+        const int64_t tokens = std::min<int64_t>(LANES, n - t);
         int64_t r = 0;
-        for (; r + 4 <= g.rows; r += 4) {
-            quad q[4];
-            for (int k = 0; k < 4; k++) q[k] = load4(sums + (r + k) * width + t);
-            transpose(q);
-            for (int k = 0; k < tokens; k++) store4(y + (t + k) * w.rows + r, finish(w, g.first + r, q[k]));
+        for (; r + LANES <= g.rows; r += LANES) {
+            vec tile[LANES];
+            for (int k = 0; k < LANES; k++) tile[k] = *reinterpret_cast<const vec*>(sums + (r + k) * width + t);
+            transpose(tile);
+            for (int k = 0; k < tokens; k++)
+                *reinterpret_cast<vec_any*>(y + (t + k) * w.rows + r) = finish(w, g.first + r, tile[k]);
         }
         for (; r < g.rows; r++)
             for (int k = 0; k < tokens; k++) y[(t + k) * w.rows + r] = finish(w, g.first + r, sums[r * width + t + k]);
@@ -184,11 +183,14 @@ int64_t padded(const Matrix& w) { return panels_of(w) * w.panel; }
 constexpr int AHEAD = 1536;  // bytes: what comes from memory is asked for before it is needed
 
 template <int N, class Value>
-void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride, vec (*acc)[N]) {
+void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride, float (*out)[N]) {
     const Value* values = static_cast<const Value*>(w.values);
     const int words = w.panel / 64;
     const uint32_t* start = w.start + g.run;
     const uint8_t* bits = w.bits + g.run * words * 8;
+    vec acc[64][N];
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++) acc[r][t] = vec{};
     for (int64_t p = 0; p < panels_of(w); p++) {
         const float* base = x + p * w.panel;
         for (int64_t r = 0; r < g.rows; r++, start++) {
@@ -200,20 +202,21 @@ void vector_bits(const Matrix& w, const Group& g, const float* x, int64_t stride
                 if (sizeof(Value) == 4) __builtin_prefetch(reinterpret_cast<const char*>(value) + AHEAD + 64);
                 uint64_t mask;
                 memcpy(&mask, bits, 8);
-                for (int at = 0; at < 64; at += LANES) {
-                    const uint32_t part = uint32_t(mask >> at) & ((1u << LANES) - 1);
-                    const vec a = expand(numbers(value), part);
-                    value += __builtin_popcount(part);
-                    for (int t = 0; t < N; t++) own[t][at / LANES & 1] += a * numbers(base + t * stride + word * 64 + at);
-                }
+                vec a[64 / LANES];
+                spread(value, mask, a);
+                for (int i = 0; i < 64 / LANES; i++)
+                    for (int t = 0; t < N; t++)
+                        own[t][i & 1] += a[i] * numbers(base + t * stride + word * 64 + i * LANES);
             }
             for (int t = 0; t < N; t++) acc[r][t] = own[t][0] + own[t][1];
         }
     }
+    for (int64_t r = 0; r < g.rows; r++)
+        for (int t = 0; t < N; t++) out[r][t] = sum(acc[r][t]);
 }
 
 template <int N, class Value>
-void vector_columns(const Matrix& w, const Group& g, const float* x, int64_t stride, vec (*acc)[N]) {
+void vector_columns(const Matrix& w, const Group& g, const float* x, int64_t stride, float (*out)[N]) {
     const Value* values = static_cast<const Value*>(w.values);
     const uint32_t* start = w.start + g.run;
     for (int64_t p = 0; p < panels_of(w); p++) {
@@ -229,7 +232,7 @@ void vector_columns(const Matrix& w, const Group& g, const float* x, int64_t str
                 }
             for (; k < end; k++)
                 for (int t = 0; t < N; t++) own[t][0] += number(values[k]) * base[t * stride + w.col[k]];
-            for (int t = 0; t < N; t++) acc[r][t][0] += own[t][0] + own[t][1] + own[t][2] + own[t][3];
+            for (int t = 0; t < N; t++) out[r][t] = (p ? out[r][t] : 0) + own[t][0] + own[t][1] + own[t][2] + own[t][3];
         }
     }
 }
@@ -237,15 +240,13 @@ void vector_columns(const Matrix& w, const Group& g, const float* x, int64_t str
 template <int N, class Value>
 void vector_group(const Matrix& w, int64_t index, const float* x, float* y) {
     const Group g(w, index);
-    vec acc[64][N];
-    for (int64_t r = 0; r < g.rows; r++)
-        for (int t = 0; t < N; t++) acc[r][t] = vec{};
-    if (w.bits)
-        vector_bits<N, Value>(w, g, x, padded(w), acc);
+    float sums[64][N];
+    if (!w.bits)
+        vector_columns<N, Value>(w, g, x, padded(w), sums);
     else
-        vector_columns<N, Value>(w, g, x, padded(w), acc);
+        vector_bits<N, Value>(w, g, x, padded(w), sums);
     for (int64_t r = 0; r < g.rows; r++)
-        for (int t = 0; t < N; t++) y[t * w.rows + g.first + r] = finish(w, g.first + r, sum(acc[r][t]));
+        for (int t = 0; t < N; t++) y[t * w.rows + g.first + r] = finish(w, g.first + r, sums[r][t]);
 }
 
 // Activations as int8: x[t] is about scale[t] * of[t * padded], and there is nothing finite where x is not.
@@ -268,7 +269,7 @@ float quantize(const float* x, int64_t cols, int8_t* out) {
         const float shifted = (any ? x[i] * inverse : 0.0f) + 12582912.0f;  // 1.5 * 2^23: the lowest bits are the integer
         int32_t pattern;
         memcpy(&pattern, &shifted, 4);
-        out[i] = int8_t(pattern);
+        out[i] = int8_t(pattern + OFFSET);
     }
     return any ? most / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
 }
@@ -277,29 +278,36 @@ template <int N>
 void dynamic_group(const Matrix& w, int64_t index, const Quantized& x, float* y) {
     const Group g(w, index);
     const int64_t stride = padded(w);
-    dots acc[64][N];
-    for (int64_t r = 0; r < g.rows; r++)
+    const bytes one = bytes{} + int8_t(1);
+    dots acc[64][N], weights[64];  // and the sum of a row's weights, where OFFSET has to be taken back
+    for (int64_t r = 0; r < g.rows; r++) {
+        weights[r] = dots{};
         for (int t = 0; t < N; t++) acc[r][t] = dots{};
+    }
     const uint32_t* start = w.start + g.run;
     const uint8_t* bits = w.bits + g.run * w.panel / 8;
     for (int64_t p = 0; p < panels_of(w); p++) {
         const int8_t* base = x.of + p * w.panel;
         for (int64_t r = 0; r < g.rows; r++, start++) {
             const int8_t* value = static_cast<const int8_t*>(w.values) + *start;
-            dots own[N];
+            dots own[N], own_weights = weights[r];
             for (int t = 0; t < N; t++) own[t] = acc[r][t];
             for (int at = 0; at < w.panel; at += BYTES, bits += BYTES / 8) {
                 __builtin_prefetch(value + AHEAD);
                 const bytes a = expand(value, bits);
+                if (OFFSET) own_weights = dot(own_weights, a, one);
                 for (int t = 0; t < N; t++)
                     own[t] = dot(own[t], a, *reinterpret_cast<const bytes_any*>(base + t * stride + at));
             }
             for (int t = 0; t < N; t++) acc[r][t] = own[t];
+            weights[r] = own_weights;
         }
     }
     for (int64_t r = 0; r < g.rows; r++)
-        for (int t = 0; t < N; t++)
-            y[t * w.rows + g.first + r] = finish(w, g.first + r, float(sum(acc[r][t])) * x.scale[t]);
+        for (int t = 0; t < N; t++) {
+            const int64_t found = total(acc[r][t]) - OFFSET * total(weights[r]);
+            y[t * w.rows + g.first + r] = finish(w, g.first + r, float(found) * x.scale[t]);
+        }
 }
 
 template <int N>

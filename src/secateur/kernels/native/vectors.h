@@ -46,6 +46,17 @@ inline float number(bfloat16 v) {
     return f;
 }
 
+// Lane l takes number place[l] of the two vectors one after the other.
+inline vec chosen(vec a, vec b, ivec place) {
+#if defined(__clang__)
+    vec found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = place[lane] & LANES ? b[place[lane] & (LANES - 1)] : a[place[lane] & (LANES - 1)];
+    return found;
+#else
+    return __builtin_shuffle(a, b, place);
+#endif
+}
+
 // Small integers to lanes of 32 bits: compilers make single moves of the general form.
 inline ivec widened(const int8_t* p) {
 #if defined(__AVX512F__) && LANES == 16
@@ -81,7 +92,7 @@ inline vec expand(vec packed, uint32_t mask) {
     return reinterpret_cast<vec>(_mm512_maskz_expand_ps(__mmask16(mask), reinterpret_cast<__m512>(packed)));
 }
 #elif LANES <= 8
-// Lane l takes packed[ones below l]; 128 marks lanes that the mask does not name.
+// Lane l takes packed[ones below l]; -128 marks lanes that the mask does not name.
 struct Places {
     int8_t of[1 << LANES][LANES];
     constexpr Places() : of() {
@@ -113,6 +124,16 @@ inline vec expand(vec packed, uint32_t mask) {
     return out;
 }
 #endif
+
+// 64 columns of a row as floats: the values that the mask names, in their places, and zeros; `values` moves past them.
+template <class Value>
+inline void spread(const Value*& values, uint64_t mask, vec (&out)[64 / LANES]) {
+    for (int i = 0; i < 64 / LANES; i++) {
+        const uint32_t part = uint32_t(mask >> i * LANES) & ((1u << LANES) - 1);
+        out[i] = expand(numbers(values), part);
+        values += __builtin_popcount(part);
+    }
+}
 
 #if defined(__AVX2__) && BYTES == 32
 // For each mask of eight columns, where in a register its values lie: eight places in one word, 128 for columns not kept.
@@ -165,13 +186,19 @@ inline bytes expand(const int8_t*& values, const uint8_t* mask) {
 #endif
 }
 
-// sums[i] + the four products of a and b that lie there; b holds no -128.
-inline dots dot(dots sums, bytes a, bytes b) {
+// Activations are stored with so much added, for instructions that take one factor without a sign.
 #if defined(__AVX512VNNI__) && BYTES == 64
-    const __m512i size = _mm512_abs_epi8(reinterpret_cast<__m512i>(a)), right = reinterpret_cast<__m512i>(b);
-    const __mmask64 negative = _mm512_movepi8_mask(reinterpret_cast<__m512i>(a));
-    const __m512i signed_b = _mm512_mask_sub_epi8(right, negative, _mm512_setzero_si512(), right);
-    return reinterpret_cast<dots>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), size, signed_b));
+constexpr int OFFSET = 128;
+#else
+constexpr int OFFSET = 0;
+#endif
+
+// sums[i] + the four products of weights and activations that lie there; neither holds -128, before OFFSET is added.
+inline dots dot(dots sums, bytes weights, bytes activations) {
+    const bytes &a = weights, &b = activations;
+#if defined(__AVX512VNNI__) && BYTES == 64
+    return reinterpret_cast<dots>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a)));
 #elif defined(__AVX2__) && BYTES == 32
     const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(left), _mm256_sign_epi8(right, left));  // at most 32258
@@ -182,37 +209,28 @@ inline dots dot(dots sums, bytes a, bytes b) {
 #endif
 }
 
-inline int64_t sum(dots v) {
-    int64_t total = 0;
-    for (int lane = 0; lane < BYTES / 4; lane++) total += v[lane];
-    return total;
+inline int64_t total(dots v) {
+    int64_t found = 0;
+    for (int lane = 0; lane < BYTES / 4; lane++) found += v[lane];
+    return found;
 }
 
-// Four floats, for transposing: every processor here has them.
-typedef float quad __attribute__((vector_size(16)));
-typedef int32_t iquad __attribute__((vector_size(16)));
-inline quad load4(const float* p) {
-    quad q;
-    memcpy(&q, p, sizeof q);
-    return q;
-}
-inline void store4(float* p, quad q) { memcpy(p, &q, sizeof q); }
-
-inline void transpose(quad (&q)[4]) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SPARSE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#endif
-#endif
-#ifndef SPARSE_SHUFFLE
-#define SPARSE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, iquad{i, j, k, l})
-#endif
-    const quad a = SPARSE_SHUFFLE(q[0], q[1], 0, 4, 1, 5), b = SPARSE_SHUFFLE(q[0], q[1], 2, 6, 3, 7);
-    const quad c = SPARSE_SHUFFLE(q[2], q[3], 0, 4, 1, 5), d = SPARSE_SHUFFLE(q[2], q[3], 2, 6, 3, 7);
-    q[0] = SPARSE_SHUFFLE(a, c, 0, 1, 4, 5);
-    q[1] = SPARSE_SHUFFLE(a, c, 2, 3, 6, 7);
-    q[2] = SPARSE_SHUFFLE(b, d, 0, 1, 4, 5);
-    q[3] = SPARSE_SHUFFLE(b, d, 2, 3, 6, 7);
+// A tile of LANES vectors, turned: lane j of vector i goes to lane i of vector j. Blocks of H x H change places, from
+// half of the tile down to single numbers.
+template <int H = LANES / 2>
+inline void transpose(vec (&tile)[LANES]) {
+    ivec low, high;  // of two vectors one after the other: what the first keeps and takes, and the second
+    for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane & H ? LANES + lane - H : lane;
+        high[lane] = lane & H ? LANES + lane : lane + H;
+    }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & H)) {
+            const vec a = tile[i], b = tile[i + H];
+            tile[i] = chosen(a, b, low);
+            tile[i + H] = chosen(a, b, high);
+        }
+    if constexpr (H > 1) transpose<H / 2>(tile);
 }
 
 inline float sum(vec v) {
