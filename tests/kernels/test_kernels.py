@@ -156,7 +156,7 @@ PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 @given(
     SEEDS, st.integers(1, 40), st.integers(1, 9), DENSITIES, st.integers(0, 3), PAIRS, PAIRS,
     st.tuples(st.integers(0, 3), st.integers(0, 3)), PAIRS, st.tuples(st.integers(1, 20), st.integers(1, 20)), KIND,
-    st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([0.0, 0.03, 1e9]),
+    st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([0.0, 2.0, 1e9]),
 )  # fmt: skip
 def test_convolution(
     kernels: Kernels, seed: int, rows: int, channels: int, density: float, batch: int, kernel: tuple[int, int],

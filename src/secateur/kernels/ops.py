@@ -31,8 +31,10 @@ _PARTS = (
 )
 #: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
-#: Inputs that are copied together for each multiplication, above which a convolution reads them where they are.
-_COPIED = 0.03
+#: Multiplications for each input that is copied together, below which a convolution reads inputs where they are.
+_COPIED = 2.0
+#: Rows that a task of a convolution computes at a time, at most (``Piece`` of the kernels).
+_ROWS = 256
 
 _registry = torch.library.Library("secateur", "DEF")
 _registry.define(f"sparse_linear({_PARTS}) -> Tensor")
@@ -217,12 +219,12 @@ def conv2d(
     y = x.new_empty((x.shape[0], rows, *sizes), dtype=torch.float32)
     if not y.numel():
         return y.to(x.dtype)
-    room = 2 * max(1, x[0].numel()) * kernel[0]  # about what one image takes when it is laid out and copied together
+    room = 2 * max(1, x[0].numel())  # about what one image takes when it is laid out
     how: Any = [tuple(pair) for pair in (kernel, stride, padding, dilation)]
     nonzeros = values.numel() - PADDING
     for part, target in zip(x.split(max(1, _FLOATS // room)), y.split(max(1, _FLOATS // room)), strict=True):
         given = part.float().contiguous()
-        about = _geometry(found, tuple(given.shape), nonzeros, tuple(sizes), *how, _COPIED)
+        about = _geometry(found, tuple(given.shape), rows, nonzeros, tuple(sizes), *how, _COPIED)
         scratch = _scratch.address(about.room)
         found.convolution(place, about.place, given.data_ptr(), target.data_ptr(), scratch, torch.get_num_threads())
     return y.to(x.dtype)
@@ -242,7 +244,7 @@ _Pair = tuple[int, int]
 
 @lru_cache(maxsize=256)
 def _geometry(
-    found: Library, shape: Sequence[int], nonzeros: int, sizes: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair,
+    found: Library, shape: Sequence[int], weight_rows: int, nonzeros: int, sizes: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair,
     dilation: _Pair, copied: float,
 ) -> _Geometry:  # fmt: skip
     """How images are read: as they are, or laid out as one flat line for each channel and phase of the stride.
@@ -253,30 +255,20 @@ def _geometry(
     phases = (1 if kernel[0] == 1 else stride[0], 1 if kernel[1] == 1 else stride[1])  # others are never read
     rows = (kernel[0] - 1) * dilation[0] // phases[0] + sizes[0]
     columns = (kernel[1] - 1) * dilation[1] // phases[1] + sizes[1]
-
-    def blocks(pitch: int) -> tuple[int, int]:
-        about = Convolution(None, batch, 1, 0, 0, *sizes, pitch)
-        block = found.block_convolution(ctypes.byref(about))
-        return -(-((sizes[0] - 1) * pitch + sizes[1]) // block) * block, block
-
     plain = not any(padding) and stride == (1, 1)
     pitch = wide if plain else columns
-    even = -(-pitch // found.lanes) * found.lanes
-    cheap = channels * high * wide <= copied * blocks(pitch)[0] * nonzeros
-    if blocks(even)[0] <= blocks(pitch)[0] and (not plain or (cheap and high * wide % found.lanes)):
-        plain, pitch = False, even  # whole vectors begin where a cache line does
-    block = blocks(pitch)[1]
-    about = Convolution(None, batch, channels * phases[0] * phases[1], high * wide, 0, *sizes, pitch)
+    about = Convolution(None, batch, channels * phases[0] * phases[1], high * wide, *sizes, pitch)
     if not plain:
         about.length = _spread(rows * pitch)
         about.laid, about.in_h, about.in_w = 1, high, wide
         about.stride_h, about.stride_w = stride
         about.phase_h, about.phase_w = phases
         about.pad_h, about.pad_w = padding
-    reach = (kernel[0] - 1) * dilation[0] // phases[0] * pitch + (kernel[1] - 1) * dilation[1] // phases[1]
-    if about.lines * (block + reach) <= copied * block * nonzeros or (sizes[0] - 1) * pitch + sizes[1] < block:
-        about.extent = _spread(block + reach)
-    offsets = _offsets(channels, kernel, phases, dilation, about.extent or about.length, pitch)
+    offsets = _offsets(channels, kernel, phases, dilation, about.length, pitch)
+    aligned = not bool((offsets % found.lanes).any())
+    pays = nonzeros >= copied * offsets.numel() * -(-weight_rows // _ROWS)
+    small = (sizes[0] - 1) * pitch + sizes[1] < found.block_convolution(ctypes.byref(about))
+    about.copied = small or (pays and not aligned)
     return _Geometry(about, offsets, found.scratch_convolution(ctypes.byref(about)) + SLACK)
 
 

@@ -134,13 +134,11 @@ void convolved(int64_t count, int64_t channels, int64_t high, int64_t wide, int 
     const int64_t area = side * side;
     Case c(13, channels * area, 5, 64, copied ? FLOAT32 : BFLOAT16, RELU, 300);
     const Matrix w = c.matrix(1 | 4);
-    Convolution about{nullptr, count, channels, high * wide, 0, high - side + 1, wide - side + 1, wide, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    Convolution about{nullptr, count, channels, high * wide, high - side + 1, wide - side + 1, wide, copied, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const int64_t block = block_convolution(&about);
     if (!copied && (about.out_h - 1) * wide + about.out_w < block) return;
-    if (copied) about.extent = block + (side - 1) * (wide + 1);
-    const int64_t line = copied ? about.extent : about.length;
     Block<uint32_t> offset(c.cols);
-    for (int64_t k = 0; k < c.cols; k++) offset[k] = uint32_t(k / area * line + k / side % side * wide + k % side);
+    for (int64_t k = 0; k < c.cols; k++) offset[k] = uint32_t(k / area * about.length + k / side % side * wide + k % side);
     about.offset = offset.items;
     Block<float> x(count * channels * high * wide), y(count * c.rows * about.out_h * about.out_w);
     Block<float> scratch(scratch_convolution(&about));

@@ -26,60 +26,51 @@ struct alignas(64) Sums {
 
 // Where a panel's columns lie: one after the other, or anywhere.
 struct Packed {
-    const float* x;
-    int64_t width;
-    const float* panel(int64_t first) const { return x + first * width; }
     template <int V>
     static const float* column(const float* base, const uint32_t*, uint8_t c) {
         return base + size_t(c) * (V * LANES);
     }
-    const uint32_t* table(int64_t) const { return nullptr; }
 };
 struct Scattered {
-    const float* x;
-    const uint32_t* offset;
-    const float* panel(int64_t) const { return x; }
     template <int V>
     static const float* column(const float* base, const uint32_t* table, uint8_t c) {
         return base + table[c];
     }
-    const uint32_t* table(int64_t first) const { return offset + first; }
 };
 
-// sums[row][V * LANES] of one group for one block of activations.
-template <int V, class Value, class Where>
-void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
+// One panel of a group for one block of activations, added to sums[row][V * LANES]; the first panel begins them.
+template <class Where, int V, class Value>
+void multiply(const Matrix& w, const Group& g, int64_t p, const float* base, const uint32_t* table, float* sums) {
     const Value* values = static_cast<const Value*>(w.values);
-    const int64_t panels = panels_of(w);
-    const uint32_t* start = w.start + g.run;
-    for (int64_t p = 0; p < panels; p++) {
-        const float* base = where.panel(p * w.panel);
-        const uint32_t* table = where.table(p * w.panel);
-        for (int64_t r = 0; r < g.rows; r++, start++) {
-            vec acc[V];
-            float* sum_r = sums + r * (V * LANES);
-            for (int v = 0; v < V; v++) acc[v] = p ? *reinterpret_cast<vec*>(sum_r + v * LANES) : vec{};
-            for (uint32_t k = start[0], end = start[1]; k < end; k++) {
-                const float* x = Where::template column<V>(base, table, w.col[k]);
-                const float a = number(values[k]);
-                for (int v = 0; v < V; v++) acc[v] += a * *reinterpret_cast<const vec_any*>(x + v * LANES);
-            }
-            for (int v = 0; v < V; v++) *reinterpret_cast<vec*>(sum_r + v * LANES) = acc[v];
+    const uint32_t* start = w.start + g.run + p * g.rows;
+    for (int64_t r = 0; r < g.rows; r++, start++) {
+        vec acc[V];
+        float* sum_r = sums + r * (V * LANES);
+        for (int v = 0; v < V; v++) acc[v] = p ? *reinterpret_cast<vec*>(sum_r + v * LANES) : vec{};
+        for (uint32_t k = start[0], end = start[1]; k < end; k++) {
+            const float* x = Where::template column<V>(base, table, w.col[k]);
+            const float a = number(values[k]);
+            for (int v = 0; v < V; v++) acc[v] += a * *reinterpret_cast<const vec_any*>(x + v * LANES);
         }
+        for (int v = 0; v < V; v++) *reinterpret_cast<vec*>(sum_r + v * LANES) = acc[v];
     }
+}
+
+// The same for any number of tokens in a block, and any kind of values.
+template <class Where, int V = 1>
+void multiply(const Matrix& w, const Group& g, int64_t p, const float* base, const uint32_t* table, float* sums,
+              int64_t width) {
+    if constexpr (V * LANES < TOKENS)
+        if (width != V * LANES) return multiply<Where, V + 1>(w, g, p, base, table, sums, width);
+    if (w.kind == FLOAT32) multiply<Where, V, float>(w, g, p, base, table, sums);
+    if (w.kind == BFLOAT16) multiply<Where, V, bfloat16>(w, g, p, base, table, sums);
+    if (w.kind >= INT8) multiply<Where, V, int8_t>(w, g, p, base, table, sums);
 }
 
 inline float finish(const Matrix& w, int64_t row, float sum) {
     if (w.scale) sum *= w.scale[row];
     if (w.bias) sum += w.bias[row];
     return w.activation == RELU ? (sum > 0 || sum != sum ? sum : 0.0f) : sum;
-}
-
-template <int V, class Where>
-void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
-    if (w.kind == FLOAT32) multiply<V, float>(w, g, where, sums);
-    if (w.kind == BFLOAT16) multiply<V, bfloat16>(w, g, where, sums);
-    if (w.kind >= INT8) multiply<V, int8_t>(w, g, where, sums);
 }
 
 // The flat positions that a convolution computes; those between two rows of the output are not kept.
@@ -116,6 +107,24 @@ void lay_out(const Convolution& c, const float* channels, int64_t line, float* o
 // Floats of all lines, where they are made.
 int64_t laid_of(const Convolution& c) { return c.laid ? c.count * c.lines * c.length : 0; }
 
+// What a task of a convolution holds: the sums of its rows, and a panel of its inputs.
+struct alignas(64) Piece {
+    static constexpr int ROWS = 256;
+    float sums[ROWS * TOKENS], panel[256 * TOKENS];
+};
+
+// panel[column][position]: what each column reads for a block of positions, one after the other; zero past the end.
+void gather(const float* from, const float* end, const uint32_t* offset, int64_t columns, int64_t width, float* panel) {
+    for (int64_t c = 0; c < columns; c++, panel += width) {
+        const float* in = from + offset[c];
+        if (end - in >= width)
+            for (int64_t t = 0; t < width; t += LANES)
+                *reinterpret_cast<vec*>(panel + t) = *reinterpret_cast<const vec_any*>(in + t);
+        else
+            std::fill(std::copy(in, end, panel), panel + width, 0.0f);
+    }
+}
+
 // All positions of one row.
 void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
     const float scale = w.scale ? w.scale[row] : 1.0f, bias = w.bias ? w.bias[row] : 0.0f;
@@ -128,12 +137,6 @@ void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
 int64_t block_of(int64_t n) {
     const int64_t blocks = std::max<int64_t>(1, (n + TOKENS - 1) / TOKENS);
     return std::max<int64_t>(1, ((n + blocks - 1) / blocks + LANES - 1) / LANES) * LANES;
-}
-
-template <int V, class Where>
-void multiply_width(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
-    if (width == V * LANES) return multiply<V>(w, g, where, sums);
-    if constexpr (V * LANES < TOKENS) multiply_width<V + 1>(w, g, where, sums, width);
 }
 
 // packed[column][token] of one block; columns past the end and tokens past the last are zero.
@@ -354,7 +357,8 @@ void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* 
         const int64_t b = i / groups;
         const Group g(*w, i % groups);
         Sums sums;
-        multiply_width<1>(*w, g, Packed{scratch + b * width * padded(*w), width}, sums.of, width);
+        const float* x = scratch + b * width * padded(*w);
+        for (int64_t p = 0; p < panels; p++) multiply<Packed>(*w, g, p, x + p * w->panel * width, nullptr, sums.of, width);
         unpack(*w, g, sums.of, std::min(width, n - b * width), width, y + b * width * w->rows);
     });
 }
@@ -381,50 +385,51 @@ void sparse_vector(const Matrix* w, const float* x, int64_t n, float* y, float* 
 
 int64_t block_convolution(const Convolution* c) { return block_of(positions_of(*c)); }
 
-int64_t scratch_convolution(const Convolution* c) {
-    const int64_t width = block_convolution(c);
-    return laid_of(*c) + c->count * ((positions_of(*c) + width - 1) / width) * c->lines * c->extent;
-}
+int64_t scratch_convolution(const Convolution* c) { return laid_of(*c); }
 
 void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, float* y, float* scratch,
                         int32_t threads) {
     const int64_t positions = positions_of(*c), width = block_of(positions), blocks = (positions + width - 1) / width;
-    const int64_t groups = groups_of(*w), strip = c->lines * c->extent;
+    const int64_t groups = groups_of(*w), panels = panels_of(*w);
     if (c->laid) {
         const int64_t channels = c->lines / (c->phase_h * c->phase_w) * c->in_h * c->in_w;
         parallel(c->count * c->lines, threads, [&](int64_t i) {
             lay_out(*c, x + i / c->lines * channels, i % c->lines, scratch + i * c->length);
         });
         x = scratch;
-        scratch += laid_of(*c);
     }
-    if (c->extent) parallel(c->count * blocks, threads, [&](int64_t i) {
-        const float* image = x + i / blocks * c->lines * c->length;
-        const int64_t first = i % blocks * width, there = std::min(c->extent, c->length - first);
-        for (int64_t line = 0; line < c->lines; line++) {
-            float* out = scratch + i * strip + line * c->extent;
-            std::copy_n(image + line * c->length + first, there, out);
-            std::fill(out + there, out + c->extent, 0.0f);
+    const float* end = x + c->count * c->lines * c->length;
+    // A task has one block of positions and as many groups of rows as it has room for the sums of.
+    const int64_t share = (c->count * blocks * groups + threads - 1) / std::max(threads, 1);
+    const int64_t most = std::max<int64_t>(1, std::min(int64_t(Piece::ROWS / w->group), share));
+    const int64_t pieces = (groups + most - 1) / most;
+    parallel(c->count * blocks * pieces, threads, [&](int64_t i) {
+        const int64_t image = i / pieces / blocks, due = i / pieces % blocks * width;
+        // Where it can, the last block starts early and leaves those positions to their own block.
+        const int64_t first = std::max<int64_t>(0, std::min(due, positions - width));
+        const float* from = x + image * c->lines * c->length + first;
+        const int64_t begin = i % pieces * most, last = std::min(begin + most, groups);
+        Piece piece;
+        for (int64_t p = 0; p < panels; p++) {
+            const uint32_t* table = c->offset + p * w->panel;
+            if (c->copied) gather(from, end, table, std::min<int64_t>(w->panel, w->cols - p * w->panel), width, piece.panel);
+            for (int64_t g = begin; g < last; g++) {
+                float* sums = piece.sums + (g - begin) * w->group * width;
+                if (c->copied)
+                    multiply<Packed>(*w, Group(*w, g), p, piece.panel, nullptr, sums, width);
+                else
+                    multiply<Scattered>(*w, Group(*w, g), p, from, table, sums, width);
+            }
         }
-    });
-    parallel(c->count * blocks * groups, threads, [&](int64_t i) {
-        const int64_t image = i / groups / blocks;
-        const int64_t due = i / groups % blocks * width;
-        // The last block starts early instead of reading past the input, and leaves those positions to their own block.
-        const int64_t first = c->extent ? due : std::min(due, positions - width);
-        const float* from = c->extent ? scratch + i / groups * strip : x + image * c->lines * c->length + first;
-        const Group g(*w, i % groups);
-        Sums sums;
-        multiply_width<1>(*w, g, Scattered{from, c->offset}, sums.of, width);
-        for (int64_t r = 0; r < g.rows; r++) {
-            float* sum = sums.of + r * width;
-            finish(*w, g.first + r, sum, width);
-            float* out = y + (image * w->rows + g.first + r) * c->out_h * c->out_w;
+        for (int64_t r = begin * w->group; r < std::min(last * w->group, w->rows); r++) {
+            float* sum = piece.sums + (r - begin * w->group) * width;
+            finish(*w, r, sum, width);
+            float* out = y + (image * w->rows + r) * c->out_h * c->out_w;
             for (int64_t at = due; at < std::min(first + width, positions);) {
-                const int64_t h = at / c->pitch, end = std::min(first + width, (h + 1) * c->pitch);
-                const int64_t last = std::min(end, h * c->pitch + c->out_w);
-                if (at < last) std::copy(sum + at - first, sum + last - first, out + h * c->out_w + at - h * c->pitch);
-                at = end;
+                const int64_t h = at / c->pitch, row = std::min(first + width, (h + 1) * c->pitch);
+                const int64_t inside = std::min(row, h * c->pitch + c->out_w);
+                if (at < inside) std::copy(sum + at - first, sum + inside - first, out + h * c->out_w + at - h * c->pitch);
+                at = row;
             }
         }
     });

@@ -46,14 +46,14 @@ EXPORT int64_t scratch_vector(const Matrix* w, int64_t n);
 // Where `laid` is set they are made here, of channels of in_h x in_w: line (channel, a, b), with a < phase_h and
 // b < phase_w, holds at h * pitch + w the input at (h * stride_h + a - pad_h, w * stride_w + b - pad_w), and zero where
 // that is outside. Otherwise x is lines.
-// A block of output positions reads `extent` floats of each line, which are copied together first: column c finds its
-// own at offset[c] = line * extent + shift, with shift + positions of a block <= extent. With extent 0 nothing is
-// copied, and offset[c] = line * length + shift; the output then has at least as many positions as a block.
+// Column c finds the input of position 0 at offset[c] = line * length + shift. Where `copied` is set, the inputs of a
+// panel's columns are copied together for each block of positions, so that vectors begin where cache lines do; without
+// it the output has at least as many positions as a block.
 struct Convolution {
     const uint32_t* offset;  // [cols]
-    int64_t count, lines, length, extent;
+    int64_t count, lines, length;
     int64_t out_h, out_w, pitch;
-    int32_t laid, in_h, in_w, stride_h, stride_w, phase_h, phase_w, pad_h, pad_w;
+    int32_t copied, laid, in_h, in_w, stride_h, stride_w, phase_h, phase_w, pad_h, pad_w;
 };
 EXPORT void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, float* y, float* scratch,
                                int32_t threads);
