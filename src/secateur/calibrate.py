@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import granularity
 from .data import Windows
 from .errors import DataError, RecipeError
 from .evidence import gather_flow, gather_gradients, gather_inputs, gather_meta, gather_products, gather_tangent
@@ -15,6 +17,7 @@ from .evidence.inputs import INPUT_FACTS
 from .evidence.maps import gather_maps
 from .facts import of_source
 from .layers import Layer, evaluating, settling
+from .models import eager_experts
 from .recipe import Recipe
 from .solve import layer_generator
 
@@ -44,11 +47,13 @@ def evidence_of(
         if maps := needs & set(of_source("maps")):
             found.append(gather_maps(model, layers, maps, batches, run_model))
         if "flow" in needs:
+            eager_experts(model)  # fused products do not know float64
             found.append(gather_flow(model, layers, batches[0], run_model))
         if "tangent" in needs:
             options = _knobs(knobs, "draws", "epsilon", "samples")
             found.append(gather_tangent(model, layers, batches, run_model, generator=generator, **options))
-        with settling(model):
+        # A gate on a whole filter does nothing in front of a norm by the batch, so units are scored by what is there.
+        with nullcontext() if granularity.parse(recipe.granularity).coupled else settling(model):
             if gradients := needs & set(of_source("gradients")):
                 assert loss is not None
                 options = {"generator": generator, "directions": directions, **_knobs(knobs, "probes")}

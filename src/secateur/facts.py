@@ -58,8 +58,8 @@ FACTS: dict[str, Fact] = {
         "gradient of the loss after a few steps of SGD, by the weight before them, (o, i)", "unrolled", loss=True
     ),
     "flow": Fact(
-        "share of the flow per unit of |w|: the gradient of log R by |w|, where R sums the outputs of the linear network "
-        "of absolute weights on an input of ones, (o, i), float64",
+        "gradient of log R by |w|, where R sums the outputs of the linear network of absolute weights on an input of "
+        "ones, (o, i), float64",
         "shape",
     ),
     "tangent": Fact(

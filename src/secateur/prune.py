@@ -144,8 +144,6 @@ def prune(
     0.5
     """
     recipe = recipe_of(method, axes, target, example, exported)
-    if data is None and recipe.needs_shape:
-        data = as_batch(example)
     if granularity.parse(recipe.granularity).coupled:
         plan = plan_coupled(
             model, recipe, target=target, example=example, data=data, loss=loss, exported=exported, multiple=multiple
@@ -157,6 +155,8 @@ def prune(
         else:
             plan.mask()
         return plan
+    if data is None and recipe.needs_shape:
+        data = as_batch(example)
     start = time.perf_counter()
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())

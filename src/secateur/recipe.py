@@ -155,8 +155,10 @@ class Recipe:
             )
         if self.steps > 1 and self.solver != "rank":
             raise RecipeError(f"solver '{self.solver}' works in one step: leave steps at 1, or use solver rank")
-        if self.control != "none" and (self.solver != "rank" or pattern.coupled):
-            raise RecipeError(f"control '{self.control}' is for masks of weights that solver rank chooses")
+        if self.control != "none" and (self.solver != "rank" or self.driver != "once" or pattern.coupled):
+            raise RecipeError(
+                f"control '{self.control}' is for one mask of weights (driver once) that solver rank makes"
+            )
         if not self.nested and pattern.coupled:
             raise RecipeError("units that an earlier round cut do not come back: leave nested at true")
         if self.steps > 1 and self.schedule == "one-shot":

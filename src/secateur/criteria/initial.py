@@ -51,7 +51,10 @@ def synflow(weight: Tensor, flow: Tensor) -> Tensor:
     return (weight * flow).abs()
 
 
-@register("criterion", family="saliency", paper="2202.08132", scales={"weight": 1, "meta_gradient": 1})
+@register(
+    "criterion", family="saliency", paper="2202.08132", survey=("C1.3", "C2.2"),
+    scales={"weight": 1, "meta_gradient": 1},
+)  # fmt: skip
 def prospr(
     weight: Tensor, meta_gradient: Tensor, *, unroll: int = 3, rate: float = 0.1, momentum: float = 0.0
 ) -> Tensor:  # fmt: skip

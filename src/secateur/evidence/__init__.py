@@ -9,4 +9,15 @@ from .tangent import gather_tangent
 from .unrolled import gather_meta, gather_products
 from .watch import Stop, watch
 
-__all__ = ["GradientEvidence", "InputEvidence", "Stop", "gather_flow", "gather_gradients", "gather_inputs", "gather_meta", "gather_products", "gather_tangent", "watch"]
+__all__ = [
+    "GradientEvidence",
+    "InputEvidence",
+    "Stop",
+    "gather_flow",
+    "gather_gradients",
+    "gather_inputs",
+    "gather_meta",
+    "gather_products",
+    "gather_tangent",
+    "watch",
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, NumericalError
-from ..layers import Layer
+from ..layers import Layer, evaluating
 from .stand_ins import Run, call_with, names_of, part_of, reshaped, total
 from .watch import _undispatched
 
@@ -54,7 +54,7 @@ def gather_flow(model: nn.Module, layers: Sequence[Layer], batch: Any, run: Run)
         values[name] = wide.requires_grad_(name in wanted)
     hooks = [m.register_forward_hook(_scaled) for m in model.modules() if _own_norm(m)]
     try:
-        with torch.enable_grad(), _Linear({id(values[n]) for n in wanted}):
+        with evaluating(model), torch.enable_grad(), _Linear({id(values[n]) for n in wanted}):
             flow = total(call_with(model, values, run, reshaped(batch, _ones))).sum()
     finally:
         for hook in hooks:
@@ -146,7 +146,8 @@ def _batch_norm(
 def _shares(x: Tensor, dim: int) -> Tensor:
     """Positive parts over their sum, which is a constant to derivatives."""
     positive = x.clamp(min=0)
-    return positive / positive.detach().sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    whole = positive.detach().sum(dim, keepdim=True)
+    return positive / torch.where(whole > 0, whole, 1.0)
 
 
 def _attention(

@@ -84,7 +84,9 @@ def gather_meta(
         wanted = {n: start[n] for n in dict.fromkeys(names.values())}
         found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
     by_name = dict(zip(wanted, found, strict=True))
-    return _by_layer("meta_gradient", layers, {id(getattr(x.module, x.parameter)): by_name[names[x.name]] for x in layers})
+    return _by_layer(
+        "meta_gradient", layers, {id(getattr(x.module, x.parameter)): by_name[names[x.name]] for x in layers}
+    )
 
 
 def _one(value: Any) -> Tensor:

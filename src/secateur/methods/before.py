@@ -1,4 +1,4 @@
-"""Methods before training: each a line of data. ``snip`` is with the one-shot methods, ``random-erk`` with training's."""
+"""Methods before training: each a line of data. ``snip`` is among the one-shot ones, ``random-erk`` in training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ initial(
     "synflow",
     "Remove the weights through which the least of the flow from input to output passes; no data, 100 rounds.",
     choose="Choose it before training at 99 % and more: it empties no layer while another choice exists.",
-    beware="it looks at the shape of an input and at no data; give one as example or data.",
+    beware="it looks at the shape of an input and at no data; give one as example or data. Branches beside residual "
+    "connections may go as a whole.",
     source="Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, "
     "arXiv 2006.05467, and its official code.",
     paper="2006.05467",
