@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import granularity
 from .data import Windows
-from .errors import DataError, RecipeError
+from .errors import DataError, NumericalError, RecipeError
 from .evidence import gather_flow, gather_gradients, gather_inputs, gather_meta, gather_products, gather_tangent
 from .evidence.gradients import Directions
 from .evidence.inputs import INPUT_FACTS
@@ -58,6 +58,11 @@ def evidence_of(
                 assert loss is not None
                 options = {"generator": generator, "directions": directions, **_knobs(knobs, "probes")}
                 found.append(gather_gradients(model, layers, gradients, batches, loss, **options))
+                if "gradient" in needs and not any(bool(g["gradient"].any()) for g in found[-1].values()):
+                    raise NumericalError(
+                        "the gradient of the loss is zero in every layer: what is left connects the input with the "
+                        "output no more; ask for less sparsity"
+                    )
             if "hessian_gradient" in needs:
                 assert loss is not None
                 options = _knobs(knobs, "temperature")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibrate import evidence_of, run_model
-from secateur.errors import DataError, ModelError, RecipeError
+from secateur.errors import DataError, ModelError, NumericalError, RecipeError
 from secateur.evidence import gather_meta, gather_products, gather_tangent
 from secateur.layers import find_layers
 from secateur.recipe import Recipe
@@ -225,6 +225,16 @@ def test_fresh_batch_norms_normalize_by_the_batch_and_others_do_not() -> None:
     single = images(1, size=8)  # three pools leave one position
     with pytest.raises(DataError, match="two examples or more"):
         secateur.prune(made(lambda: vgg(4)), "snip", sparsity=0.5, data=[single], loss=loss)
+
+
+def test_a_network_that_rounds_have_cut_through_is_an_error() -> None:
+    """Without a path there is no gradient, and ties would be broken by order alone."""
+    net = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(3, 3, bias=False), nn.ReLU())])
+    data = [torch.randn(4, 3)]
+    with pytest.raises(NumericalError, match="connects the input with the output no more"):
+        secateur.prune(
+            net, "iterative-snip", sparsity=0.95, steps=8, data=data, loss=lambda m, b: m(b).square().mean()
+        )  # fmt: skip
 
 
 def test_bad_input_is_one_sentence() -> None:

@@ -27,8 +27,10 @@ initial(
 initial(
     "force",
     "SNIP in rounds that rank all weights by what the pruned network's gradient says: weights may come back.",
-    choose="Choose it in place of snip from 95 % on.",
-    beware="the official code draws new batches for each round; here all rounds see the same ones.",
+    choose="Choose it in place of snip from 95 % on, for networks that are initialized to keep the scale (Kaiming).",
+    beware="with torch's default initialization, biases included, and batch norms the masks can swing from round to "
+    "round and empty a layer: look at them, or take iterative-snip. The official code draws new batches for each "
+    "round; here all rounds see the same ones.",
     source="de Jorge et al., Progressive skeletonization (FORCE), arXiv 2006.09081, and its official code.",
     paper="2006.09081",
     criterion="saliency",
