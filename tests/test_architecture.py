@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: its own, and from itself; never from its own row or a later one.
 ORDER = (
     ("errors",),
-    ("registry", "facts", "disk"),
+    ("registry", "facts", "disk", "frozen"),
     ("select", "schedule", "drivers", "symmetric", "lanes"),
     ("layers", "graph", "formats", "data", "printing"),
     ("masks", "evidence", "surgery", "measure", "kernels"),
@@ -23,12 +23,12 @@ ORDER = (
     ("allocation", "solvers"),
     ("recipe",),
     ("solve", "models"),
-    ("record",),
+    ("record", "control"),
     ("recover", "stream", "store", "quality", "structured", "calibrate"),
     ("report", "units", "compression"),
     ("prune", "files"),
     ("directory", "coupled"),
-    ("sources",),
+    ("sources", "modules"),
     ("peak",),
     ("figures",),
     ("when", "learned", "fuse", "families"),

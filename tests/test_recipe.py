@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from torch import nn
 from secateur import Recipe
 from secateur.errors import RecipeError, UnknownName
 from secateur.layers import find_layers
+from secateur.recipe import Control
 from secateur.registry import parts
 
 GLOBS = st.lists(
@@ -35,7 +37,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
     allocation = draw(st.sampled_from([*parts("allocation")]))
     solver = draw(st.sampled_from([*parts("solver")]))
-    if parts("solver")[solver].facts.get("chooses") and allocation not in ("global", "standardized", "isomorphic"):
+    if parts("solver")[solver].facts.get("chooses") and allocation not in (
+        "global",
+        "raw",
+        "standardized",
+        "isomorphic",
+    ):
         criterion = None
     steps = draw(st.integers(1, 20)) if solver == "rank" else 1
     knobs: dict[str, dict[str, object]] = {}
@@ -53,6 +60,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         allocation=allocation,
         schedule=draw(st.sampled_from(["linear", "cubic", "geometric"])) if steps > 1 else "one-shot",
         steps=steps,
+        nested=granularity in whole or draw(st.booleans()),
+        control=draw(st.sampled_from(get_args(Control))) if solver == "rank" and granularity not in whole else "none",
         solver=solver,
         recovery=draw(
             st.sampled_from(

@@ -95,6 +95,7 @@ def prune(
     Interrupted at any moment, the same command goes on at the block it was in.
     """
     from .directory import prune_directory, works_on_the_whole
+    from .modules import is_module, prune_module
 
     axes = {
         "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
@@ -108,6 +109,13 @@ def prune(
             return _prune_coupled(
                 model, recipe, out, target, example, exported, multiple, data, windows, length, force, as_json
             )
+    if is_module(model):
+        with interruptible(f"stopped: {out} was not written"):
+            made = prune_module(
+                model, recipe, out, example=example, data=data, count=windows, length=length, force=force,
+                command=command(),
+            )  # fmt: skip
+        return print(json.dumps(made.run) if as_json else f"{made}\nmodel  {out}")
     if not as_json:
         err_console.print(f"[bold]{recipe.method}[/] {recipe.granularity} on {escape(model)}, recipe {recipe.digest}")
     again = (

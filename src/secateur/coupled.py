@@ -86,8 +86,8 @@ def _named(path: Path, name: str) -> Any:
 def batches_of(source: str, data: str | None, net: nn.Module, count: int, length: int) -> tuple[list[Any], Any]:
     """Calibration batches and a loss for them: text for a language model, or ``FILE.py:callable``.
 
-    The callable returns batches: tensors, or pairs of inputs and class indices, which have a loss. A model that is
-    no language model has no data where none is named.
+    The callable returns batches. The loss is the file's ``loss(model, batch)``, where it has one; else pairs of inputs
+    and class indices have cross-entropy. A model that is no language model has no data where none is named.
     """
     path, colon, name = (data or "").rpartition(":")
     if colon and path.endswith(".py"):
@@ -96,7 +96,8 @@ def batches_of(source: str, data: str | None, net: nn.Module, count: int, length
         if not batches:
             raise DataError(f"{path} has nothing named '{name}' that gives batches")
         labelled = isinstance(batches[0], (tuple, list)) and len(batches[0]) == 2
-        return batches, _cross_entropy if labelled else None
+        own = _named(Path(path), "loss")
+        return batches, own if callable(own) else _cross_entropy if labelled else None
     if data is None or not vocabulary(net):
         return [], None
     return list(
@@ -164,7 +165,7 @@ def plan_source(
         recipe = recipe.override(recovery="none")
     if recipe.needs_data or recipe.recovery != "none":
         batches, loss = batches_of(source, data, net, count, length)
-    if recipe.needs_data and not batches and not weights:
+    if recipe.needs_data and not recipe.needs_shape and not batches and not weights:
         note = f"method '{recipe.method}' ranks by data: which units go is shown for magnitude, until data is given"
         recipe = recipe.override(criterion="magnitude")
     plan = plan_coupled(

@@ -212,7 +212,7 @@ def prune_directory(
 
 def works_on_the_whole(recipe: Recipe) -> bool:
     """Whether the whole model must be in memory: gradients go through all of it, and rounds come back to it."""
-    return recipe.needs_loss or recipe.steps > 1
+    return recipe.needs_whole
 
 
 def _refuse_overlap(path: Path, target: Path, force: bool) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
-#: ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole pieces of the model.
-Source = Literal["engine", "inputs", "gradients", "maps", "blocks", "experts"]
+#: ``unrolled``: gradients of each weight that take all batches together. ``shape``: of each weight, for which the shape
+#: of an input is enough. ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole
+#: pieces of the model.
+Source = Literal["engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ FACTS: dict[str, Fact] = {
     "block_free": Fact("which blocks of a list may go, bool, (blocks,)", "engine"),
     "unit_square": Fact("sum of the squares of a unit's weights that the granularity counts, (units,)", "engine"),
     "unit_size": Fact("how many of a unit's weights the granularity counts, (units,)", "engine"),
+    "unit_flops": Fact("operations of one forward pass that go with a unit, (units,)", "engine"),
     "scale": Fact("the scales of one normalization, (units,)", "engine"),
     "input_norm": Fact("l2 norm of each input feature over all tokens, (i,)", "inputs"),
     "input_mean": Fact("mean of each input feature, (i,)", "inputs"),
@@ -48,6 +51,22 @@ FACTS: dict[str, Fact] = {
         "diagonal of the inverse of the damped, block-wise empirical Fisher, (o, i)", "gradients", loss=True
     ),
     "hessian": Fact("diagonal of the Hessian of the loss, estimated with random signs, (o, i)", "gradients", loss=True),
+    "hessian_gradient": Fact(
+        "the Hessian of the loss times its gradient, both summed over batches, (o, i)", "unrolled", loss=True
+    ),
+    "meta_gradient": Fact(
+        "gradient of the loss after a few steps of SGD, by the weight before them, (o, i)", "unrolled", loss=True
+    ),
+    "flow": Fact(
+        "gradient of log R by |w|, where R sums the outputs of the linear network of absolute weights on an input of "
+        "ones, (o, i), float64",
+        "shape",
+    ),
+    "tangent": Fact(
+        "gradient, by a gate on the weight, of how far outputs move when weights drawn anew are perturbed: the nuclear "
+        "norm of the neural tangent kernel, (o, i)",
+        "shape",
+    ),
     "unit_change": Fact(
         "weight times gradient in each batch, summed over those of a unit's weights that the granularity counts, "
         "(batches, units)",

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError, NumericalError, RecipeError
+from .errors import DataError, ModelError, NumericalError, RecipeError
 from .select import is_finite
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,6 +87,14 @@ class Layer:
     def write(self, weight_oi: Tensor) -> None:
         """Store ``weight_oi`` in place, in the parameter's dtype."""
         self.stored.copy_(self.from_oi(weight_oi.to(self.stored.dtype)))
+
+    @torch.no_grad()
+    def redraw(self, generator: torch.Generator) -> None:
+        """New weights, normal with the root mean square of those that are there and not zero."""
+        stored = self.stored
+        spread = (stored.float().square().sum() / stored.count_nonzero().clamp_min(1)).sqrt()
+        drawn = torch.randn(stored.shape, generator=generator, device=generator.device)
+        stored.copy_(drawn.to(spread) * spread)
 
     def gradient(self) -> Tensor:
         """The parameter's gradient as ``(o, i)``, in float32 or better."""
@@ -238,6 +246,45 @@ def _tied(model: nn.Module) -> dict[int, str]:
         for key, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
     return {k: " and ".join(v) for k, v in places.items() if len(v) > 1}
+
+
+@contextmanager
+def settling(model: nn.Module) -> Iterator[None]:
+    """Batch norms that have seen no batch yet normalize by the batch inside; those that have, as they do outside.
+
+    The statistics of a fresh batch norm, mean 0 and variance 1, are of nothing: an evaluation by them would be of
+    another network than the one that is trained. What the batches do to them is for the caller to undo.
+
+    Raises:
+        DataError: a batch has one value for each channel.
+    """
+    fresh = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and _is_fresh(m)]
+    modes = [(m, m.training) for m in fresh]
+    hooks = [m.register_forward_pre_hook(_refuse_single) for m in fresh]
+    for m in fresh:
+        m.training = True
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_fresh(norm: nn.Module) -> bool:
+    mean, var, seen = (getattr(norm, n, None) for n in ("running_mean", "running_var", "num_batches_tracked"))
+    if mean is None or var is None:
+        return False
+    return not (seen is not None and bool(seen)) and not bool(mean.any()) and bool((var == 1).all())
+
+
+def _refuse_single(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if args and args[0].dim() > 1 and args[0].numel() == args[0].shape[1]:
+        raise DataError(
+            "a batch norm that has seen no batch yet normalizes by this one, which has a single value for each "
+            "channel: give batches of two examples or more"
+        )
 
 
 @contextmanager

@@ -33,7 +33,7 @@ Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers t
 Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A knob, e.g. --set solver.damp=0.02; may be repeated.")]
 Goal = Annotated[str | None, typer.Option("--target", help="For coupled units: 'flops 50%' or 'params to 2M'.")]
-Example = Annotated[str | None, typer.Option("--example", help="Shape of one input, e.g. 1x3x224x224.")]
+Example = Annotated[str | None, typer.Option("--example", help="Shape of an input, e.g. 1x3x224x224.")]
 Exported = Annotated[bool, typer.Option("--exported", help="For coupled units: cut the program torch.export makes.")]
 Multiple = Annotated[int, typer.Option("--multiple", min=1, help="For coupled units: sizes are multiples of it.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import granularity
-from .calibrate import Loss, batches_of, evidence_of
+from .calibrate import Loss, as_batch, batches_of, evidence_of
+from .control import controlled, restore
 from .data import Windows, windows
 from .errors import OutputError, RecipeError
 from .evidence.inputs import INPUT_FACTS
@@ -122,7 +123,8 @@ def prune(
         memory: bytes of activations that one pass through a block may hold.
         target: for coupled units, e.g. ``"flops 50%"`` (what goes) or ``"params to 2M"`` (what remains);
             see `structured.Target`. Without it ``sparsity`` is the share of the parameters that goes.
-        example: for coupled units, inputs of one forward pass: a tensor, a tuple or a dict.
+        example: for coupled units, inputs of one forward pass: a tensor, a tuple or a dict. For methods that need no
+            more than the shape of an input (synflow, ntk-sap), one in place of data.
         exported: cut the program that ``torch.export`` makes of the model, where more can go, such as heads whose
             width ``forward`` derives from shapes; ``shrink()`` returns a smaller program then.
         multiple: for coupled units, sizes that remain are multiples of it where the units are single positions
@@ -153,6 +155,8 @@ def prune(
         else:
             plan.mask()
         return plan
+    if data is None and recipe.needs_shape:
+        data = as_batch(example)
     start = time.perf_counter()
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
@@ -206,7 +210,8 @@ def recipe_of(
             f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
             f"'{recipe.method}', ...)"
         )
-    if not granularity.parse(recipe.granularity).coupled and (target is not None or example is not None):
+    shape = recipe.needs_shape and target is None
+    if not granularity.parse(recipe.granularity).coupled and not shape and (target is not None or example is not None):
         if "granularity" in given:
             raise RecipeError(
                 f"target and example are for units of the whole model: granularity '{recipe.granularity}' takes a "
@@ -217,7 +222,8 @@ def recipe_of(
     units = pattern.coupled and not pattern.whole
     if exported and not units:
         raise RecipeError(f"exported is for units of the whole model (coupled), not granularity '{recipe.granularity}'")
-    asked = "recovery" in given if isinstance(method, Recipe) else True
+    own = isinstance(method, Recipe) or granularity.parse(Recipe.of(method).granularity).coupled
+    asked = "recovery" in given if own else True  # a method over units says itself what heals
     if units and asked and recipe.recovery == "none" and given.get("recovery") is None:
         recipe = recipe.override(recovery="refit")
     return recipe
@@ -225,7 +231,7 @@ def recipe_of(
 
 def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:
     """Whether the model is pruned block by block: it has blocks, all layers are in them, and inputs matter."""
-    if blocks is None or recipe.needs_loss or recipe.steps > 1 or not recipe.needs_data:
+    if blocks is None or recipe.needs_whole or not recipe.needs_data:
         return False
     inside = tuple(f"{p}." for p in blocks.paths())
     if not all(layer.name.startswith(inside) for layer in layers) or not hasattr(model, "config"):
@@ -307,13 +313,18 @@ def block_keeps(
 def _whole(
     model: nn.Module, recipe: Recipe, layers: list[Layer], data: Any, loss: Loss | None
 ) -> tuple[list[LayerRecord], Masks]:
-    """All layers at once, in as many rounds as the recipe has steps; every round scores what is left."""
+    """All layers at once, in as many rounds as the recipe has steps; every round scores what is left.
+
+    Where masks need not be nested, what is measured is of the weights that are left, and all weights are ranked by it.
+    """
     if get("recovery", recipe.recovery).facts.get("data") == "block":
         raise RecipeError(
             f"recovery '{recipe.recovery}' works on repeated blocks in one step, from inputs alone: "
             "this model or recipe does not (choose --recovery none)"
         )
     batches = batches_of(data) if recipe.needs_data else []
+    again = not recipe.nested and recipe.steps > 1
+    dense = {x.name: x.stored.detach().clone() for x in layers} if again or recipe.control != "none" else {}
     records: dict[str, LayerRecord] = {}
     masks: dict[str, Tensor] = {}
     blocks = find_blocks(model)
@@ -322,6 +333,9 @@ def _whole(
     for step in range(1, recipe.steps + 1):
         sparsity = sparsity_at(recipe.schedule, step / recipe.steps, recipe.sparsity)
         evidence = evidence_of(model, recipe, layers, batches, loss)
+        if again:
+            restore(layers, dense)
+            masks, keeps = {}, {}
         facts = {}
         for x in layers:
             block = next((p for p in paths if x.name.startswith(f"{p}.")), None)
@@ -334,4 +348,4 @@ def _whole(
             records[x.name], masks[x.name] = solve_layer(
                 x, recipe, keeps[x.name], evidence=found, block=number, mask=masks.get(x.name)
             )
-    return list(records.values()), Masks(masks)
+    return list(records.values()), Masks(controlled(recipe, layers, masks, dense))

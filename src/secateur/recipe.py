@@ -11,26 +11,29 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from . import drivers  # noqa: F401  registers them
 from . import granularity as granularity_module
-from .errors import RecipeError
+from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
+from .frozen import frozen, plain, thawed
 from .registry import Part, get
 
 _PUBLISHED = re.compile(r"arXiv|\b(19|20)\d\d\b")  # a source with a number or a year can be cited
 
 Propagate = Literal["layer", "block", "off"]
+Control = Literal["none", "shuffle", "reinitialize", "invert"]
 
 #: Facts that the engine makes itself; every other fact that a part names is evidence from data.
 DERIVED = frozenset(of_source("engine"))
 #: Evidence of single weights that needs a loss and labels, or targets.
-GRADIENTS = frozenset(of_source("gradients"))
+GRADIENTS = frozenset(of_source("gradients", "unrolled"))
+#: Evidence for which an input of the right shape is enough: no data.
+SHAPES = frozenset(of_source("shape"))
 _LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
 
 
@@ -40,22 +43,6 @@ _OF_UNITS = {
     "map": "by the feature maps that they are",
     "unit": "by what the loss does without them",
 }
-
-
-def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return MappingProxyType({k: _frozen_value(v) for k, v in (mapping or {}).items()})
-
-
-def _frozen_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _frozen(value)
-    return tuple(_frozen_value(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _thawed(v) for k, v in value.items()}
-    return [_thawed(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,9 @@ class Recipe:
         allocation: how the sparsity is spread over layers.
         schedule: share of the target reached after each of ``steps`` rounds.
         steps: rounds of score and cut.
+        nested: a weight that an earlier round took stays away; False lets it come back, with the value that it had.
+        control: what a mask before training is checked against: ``shuffle`` it within each layer, ``reinitialize`` the
+            weights that stay, or ``invert`` the scores (arXiv 2009.08576).
         driver: when the mask changes: ``once``, or while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
@@ -86,6 +76,8 @@ class Recipe:
     allocation: str = "uniform"
     schedule: str = "one-shot"
     steps: int = 1
+    nested: bool = True
+    control: Control = "none"
     driver: str = "once"
     solver: str = "rank"
     recovery: str = "none"
@@ -101,7 +93,7 @@ class Recipe:
         object.__setattr__(self, "skip", _globs(self.skip))
         if not _is_knobs(self.knobs):
             raise RecipeError("knobs must be written axis -> knob -> value, e.g. {criterion: {p: 2}}")
-        object.__setattr__(self, "knobs", _frozen(self.knobs))
+        object.__setattr__(self, "knobs", frozen(self.knobs))
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
             raise RecipeError(f"sparsity must be a number in [0, 1), not {self.sparsity!r}")
         if not 0.0 <= self.sparsity < 1.0:
@@ -111,6 +103,10 @@ class Recipe:
             raise RecipeError(f"propagate must be layer, block or off, not '{self.propagate}'")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise RecipeError(f"steps must be a whole number of at least 1, not {self.steps!r}")
+        if not isinstance(self.nested, bool):
+            raise RecipeError(f"nested is true or false, not {self.nested!r}")
+        if self.control not in (known := get_args(Control)):
+            raise UnknownName("control", self.control, known, ", ".join(known))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise RecipeError(f"seed must be a whole number, not {self.seed!r}")
         self._check_parts()
@@ -159,6 +155,12 @@ class Recipe:
             )
         if self.steps > 1 and self.solver != "rank":
             raise RecipeError(f"solver '{self.solver}' works in one step: leave steps at 1, or use solver rank")
+        if self.control != "none" and (self.solver != "rank" or self.driver != "once" or pattern.coupled):
+            raise RecipeError(
+                f"control '{self.control}' is for one mask of weights (driver once) that solver rank makes"
+            )
+        if not self.nested and pattern.coupled:
+            raise RecipeError("units that an earlier round cut do not come back: leave nested at true")
         if self.steps > 1 and self.schedule == "one-shot":
             raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
 
@@ -220,7 +222,7 @@ class Recipe:
 
     def knobs_of(self, axis: str) -> dict[str, Any]:
         """All knobs of the part on an axis, with this recipe's values."""
-        return self.parts()[axis].knobs_with(_thawed(self.knobs.get(axis, {})))
+        return self.parts()[axis].knobs_with(thawed(self.knobs.get(axis, {})))
 
     @property
     def uses_score(self) -> bool:
@@ -245,6 +247,16 @@ class Recipe:
         return bool(self.needs())
 
     @property
+    def needs_shape(self) -> bool:
+        """Whether an input of the right shape is all that it needs."""
+        return bool(self.needs()) and self.needs() <= SHAPES
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether the whole model must be at hand at once, for what is measured or done with it."""
+        return self.needs_loss or self.steps > 1 or bool(self.needs() & SHAPES) or self.control != "none"
+
+    @property
     def needs_loss(self) -> bool:
         return bool(self.needs() & _LOSS)
 
@@ -262,7 +274,10 @@ class Recipe:
         needs = sorted(self.needs())
         if needs and not data:
             part = self._who_needs(needs[0])
-            raise RecipeError(f"{part} needs {needs[0]}, which is measured on data: pass --data")
+            how = "on data: pass --data"
+            if needs[0] in SHAPES:
+                how = "on the shape of an input: pass example= (--example 1x3x32x32), or data"
+            raise RecipeError(f"{part} needs {needs[0]}, which is measured {how}")
         if self.needs_loss and not loss:
             name = sorted(self.needs() & _LOSS)[0]
             raise RecipeError(f"{self._who_needs(name)} needs {name}, which is measured with a loss: pass loss=")
@@ -279,7 +294,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {f.name: _thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -328,7 +343,7 @@ class Recipe:
             axis: {k: v for k, v in self.knobs_of(axis).items() if v is not inspect.Parameter.empty}  # sparsity
             for axis in self.parts()
         }
-        text = json.dumps(_plain(content), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(plain(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __hash__(self) -> int:
@@ -369,15 +384,6 @@ def _ranks(solver: str, allocation: str) -> bool:
     measure = get("allocation", allocation).facts.get("measure")
     names = measure.__code__.co_varnames[: measure.__code__.co_argcount] if measure else ()
     return "score" in get("solver", solver).needs or "score" in names
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that are equal, written alike: 2.0 as 2."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _globs(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .allocation import LayerFacts, Sketch
 from .errors import NumericalError, RecipeError
 from .granularity import Granularity
 from .layers import Layer
-from .recipe import GRADIENTS, Recipe
+from .recipe import GRADIENTS, SHAPES, Recipe
 from .registry import get
 from .select import is_finite
 from .solvers import Curvature, Solved, output_error
@@ -93,6 +93,8 @@ class Facts(Mapping[str, Any]):
         score: Tensor = part(self, **self._recipe.knobs_of("criterion"))
         if bool(torch.isnan(score.sum())) and bool(torch.isnan(score).any()):
             raise NumericalError(f"criterion '{part.name}' gives NaN in {self._layer.name}")
+        if self._recipe.control == "invert":
+            score = -score
         # What an earlier round removed stays removed.
         return score if self._mask is None else score.masked_fill(~self._mask, -torch.inf)
 
@@ -163,7 +165,7 @@ def solve_layer(
 
 
 def _unseen(evidence: Any, recipe: Recipe) -> bool:
-    inputs = recipe.needs() - GRADIENTS - {"inputs"}
+    inputs = recipe.needs() - GRADIENTS - SHAPES - {"inputs"}
     return evidence is not None and bool(inputs) and evidence["tokens"] == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import granularity
-from .calibrate import Loss, batches_of, evidence_of, run_model
+from .calibrate import Loss, as_batch, batches_of, evidence_of, run_model
 from .errors import RecipeError
 from .graph.state import duplicate
 from .layers import find_layers
@@ -58,8 +58,9 @@ def plan_coupled(
     scored = pattern.coupled
     wanted = Target.parse(target if target is not None else f"params {100 * recipe.sparsity:g}%")
     _refuse(recipe, heals, pattern.whole, wanted)
-    recipe.check(data=data is not None, loss=loss is not None)
+    recipe.check(data=data is not None or recipe.needs_shape, loss=loss is not None)
     batches = batches_of(data) if data is not None else []
+    seen = batches or (as_batch(example) if recipe.needs_shape else [])  # what heals is fitted to data, not to this
     if exported:
         _refuse_exported(recipe, recovery.facts)
     given, untied = model, (shared_heads(model) if recovery.facts.get("unties") and batches else ())
@@ -72,7 +73,7 @@ def plan_coupled(
         if not recipe.needs_data:
             return {}
         directions = None if probes is None else probes.directions()
-        return evidence_of(net, recipe, find_layers(net)[0], batches, loss, directions)
+        return evidence_of(net, recipe, find_layers(net)[0], seen, loss, directions)
 
     def heal(plan: StructuredPlan) -> None:
         net, kept, knobs = plan.model, plan.kept, recipe.knobs_of("recovery")

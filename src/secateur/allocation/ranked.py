@@ -29,6 +29,19 @@ def global_(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, f
     return _rank_all(layers, _wanted(layers, sparsity))
 
 
+@register("allocation", paper="2006.00896", measure=_score)
+def raw(layers: Mapping[str, LayerFacts], *, sparsity: float) -> dict[str, float]:
+    """One ranking of all units of the model by the scores as they are; of single weights the same as global.
+
+    Choose it for structured pruning with scores that compare across layers, such as gates' derivatives of one loss.
+
+    Beware: nothing makes up for layers whose scores are small throughout; they are cut to the floor.
+
+    Source: Verdenius et al., SNAP, arXiv 2006.00896, which ranks all nodes of a network together.
+    """
+    return _rank_all(layers, _wanted(layers, sparsity))
+
+
 def _standard_score(score: Tensor) -> Tensor:
     """Scores of a layer with mean 0 and variance 1."""
     wide = score.double()

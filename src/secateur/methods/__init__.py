@@ -15,21 +15,21 @@ __all__ = ["all_methods", "explain", "load"]
 def load() -> None:
     """Import everything that registers a part. Cheap, and safe to call again."""
     from .. import allocation, criteria, granularity, recover, solvers  # noqa: F401
-    from . import oneshot, structured, training  # noqa: F401
+    from . import before, oneshot, structured, training  # noqa: F401
 
 
 def all_methods(
     *, needs: str | None = None, granularity: str | None = None, family: str | None = None, when: str | None = None
 ) -> list[Part]:
     """The named methods that fit: ``needs`` is a fact, ``inputs``, ``gradients`` or ``nothing``."""
-    from ..recipe import GRADIENTS
+    from ..recipe import GRADIENTS, SHAPES
 
     load()
     chosen = []
     for part in registry.parts("method").values():
         recipe = part.facts["recipe"]
         facts = recipe.needs()
-        kind = "nothing" if not facts else "gradients" if facts & GRADIENTS else "inputs"
+        kind = "nothing" if facts <= SHAPES else "gradients" if facts & GRADIENTS else "inputs"
         if needs is not None and needs != kind and needs not in facts:
             continue
         if (

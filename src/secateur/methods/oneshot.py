@@ -78,7 +78,8 @@ method(
     "snip",
     "Remove the weights whose gate changes the loss least, over the whole model (first-order Taylor).",
     choose="Choose it before training, or with labels after it.",
-    beware="one batch decides; at extreme sparsity a layer can be emptied.",
+    beware="one batch decides; at extreme sparsity a layer can be emptied. Batch norms that have seen no batch "
+    "normalize by the batch, as in training; those that have, by their statistics.",
     source="Lee et al., SNIP, arXiv 1810.02340; Molchanov et al., arXiv 1906.10771 for the Taylor reading.",
     paper="1810.02340",
     family="saliency",

@@ -41,6 +41,11 @@ def ranked(families: Sequence[Family], scores: Sequence[Scores], keep: float, mu
     return _over(families, [s / (s.mean() or 1.0) for s in scores], keep, multiple)
 
 
+def raw(families: Sequence[Family], scores: Sequence[Scores], keep: float, multiple: int) -> list[int]:
+    """One threshold for all families, on the scores as they are."""
+    return _over(families, scores, keep, multiple)
+
+
 def _over(families: Sequence[Family], level: Sequence[Scores], keep: float, multiple: int) -> list[int]:
     """How many units of each family are among the best share of all."""
     everything = np.sort(np.concatenate(level))
@@ -72,6 +77,7 @@ def isomorphic(families: Sequence[Family], scores: Sequence[Scores], keep: float
 ALLOCATIONS: dict[str, Callable[[Sequence[Family], Sequence[Scores], float, int], list[int]]] = {
     "uniform": uniform,
     "global": ranked,
+    "raw": raw,
     "standardized": standardized,
     "isomorphic": isomorphic,
 }

@@ -72,7 +72,7 @@ def weight_scores(model: nn.Module, recipe: Recipe, evidence: Mapping[str, Any])
         whole = getattr(layer.module, layer.parameter)
         if part.facts.get("of") == "unit":
             if layer.index is None:
-                facts = {n: _lines(layer, n, evidence) for n in part.needs}
+                facts = {n: _lines(layer, n, evidence) for n in part.needs if n != "unit_flops"}
                 lines = {a: torch.cat([x[a] for x in facts.values()]) for a in range(whole.dim())}
                 found[name] = Scored(output, lines=lines, rows={n: len(x[0]) for n, x in facts.items()})
             continue
@@ -143,6 +143,12 @@ class Probes:
     def signs(self, family: int, count: int) -> Scores:
         """``(count, units)``: the first draws of one family."""
         return np.stack([draw[family] for draw in islice(self.draws(), count)])
+
+    def flops(self, family: int) -> Tensor:
+        """Operations of one forward pass that go with each unit of a family: of its first, since all are alike."""
+        units = self._found.families[family].units
+        saved = self._found.flops(frozenset()) - self._found.flops(units[0].gone)
+        return torch.full((len(units),), max(saved, 1), dtype=torch.float64)
 
     def directions(self) -> Iterator[dict[int, Tensor]]:
         """``v`` of every draw, by the id of a parameter."""
@@ -242,6 +248,8 @@ def combined(recipe: Recipe, scores: Mapping[str, Scored], probes: Probes) -> Ca
 
     def score(sums: Scores, family: int) -> Scores:
         given: dict[str, Tensor] = {}
+        if "unit_flops" in part.needs:
+            given["unit_flops"] = probes.flops(family)
         for fact, count in rows.items():
             mine, sums = sums[:count], sums[count:]
             if fact == "unit_curvature":
