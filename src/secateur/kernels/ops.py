@@ -244,8 +244,8 @@ _Pair = tuple[int, int]
 
 @lru_cache(maxsize=256)
 def _geometry(
-    found: Library, shape: Sequence[int], weight_rows: int, nonzeros: int, sizes: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair,
-    dilation: _Pair, copied: float,
+    found: Library, shape: Sequence[int], weight_rows: int, nonzeros: int, sizes: _Pair, kernel: _Pair, stride: _Pair,
+    padding: _Pair, dilation: _Pair, copied: float,
 ) -> _Geometry:  # fmt: skip
     """How images are read: as they are, or laid out as one flat line for each channel and phase of the stride.
 
