@@ -123,7 +123,7 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
-        value = [v for k, v in value.items() if k not in ("past_key_values", "cache_params", "state")]
+        value = [v for k, v in value.items() if k not in ("cache", "past_key_values", "cache_params", "state")]
     return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
 
 

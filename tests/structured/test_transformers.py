@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -76,7 +77,8 @@ def test_with_a_cache_the_plan_is_the_same(family: str) -> None:
     with torch.no_grad():  # token by token, from the cache, as all at once
         whole = small(input_ids=IDS, use_cache=False).logits
         first = small(input_ids=IDS[:, :5], use_cache=True)
-        rest = small(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        name = "cache" if "cache" in inspect.signature(small.forward).parameters else "past_key_values"
+        rest = small(input_ids=IDS[:, 5:], use_cache=True, **{name: getattr(first, name)})
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -358,7 +358,7 @@ def _alike(tracer: Tracer, x: Tensor, i: int, axis: Axis) -> Axis:
 def visible(output: Any) -> Any:
     """The part of an output that a caller reads: not a key-value cache, whose layout is the model's own."""
     if isinstance(output, Mapping):
-        return {k: v for k, v in output.items() if k not in ("past_key_values", "cache_params", "state")}
+        return {k: v for k, v in output.items() if k not in ("cache", "past_key_values", "cache_params", "state")}
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,9 +94,11 @@ class Generation:
 
 def _step(model: nn.Module, ids: Tensor, cache: Any) -> Any:
     """One step of greedy decoding: the cache that it leaves."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    # transformers calls it ``cache`` from 5.24 on.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    out = model(input_ids=ids, use_cache=True, **{name: cache})
     int(out.logits[0, -1].argmax())
-    return out.past_key_values
+    return getattr(out, name)
 
 
 def can_generate(model: nn.Module) -> bool:
