@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from . import drivers  # noqa: F401  registers them
+from . import drivers, learned  # noqa: F401  registers them
 from . import granularity as granularity_module
 from .errors import RecipeError
 from .facts import FACTS, of_source
@@ -40,6 +40,10 @@ _OF_UNITS = {
     "map": "by the feature maps that they are",
     "unit": "by what the loss does without them",
 }
+
+
+#: Axes that a recipe does not use: they are no part of what it is.
+_UNUSED = (("gate", "none"), ("penalty", "none"))
 
 
 def _frozen(mapping: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -72,6 +76,8 @@ class Recipe:
         driver: when the mask changes: ``once``, or while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
+        gate: what is learned beside the weights and says which stay; then there is no criterion.
+        penalty: what is added to the loss while the model trains.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
         propagate: what later layers are calibrated on. ``layer``: the output of pruned layers, also
             within a block; ``block``: of pruned blocks; ``off``: of the dense model.
@@ -89,6 +95,8 @@ class Recipe:
     driver: str = "once"
     solver: str = "rank"
     recovery: str = "none"
+    gate: str = "none"
+    penalty: str = "none"
     sparsity: float = 0.5
     propagate: Propagate = "layer"
     only: tuple[str, ...] = ()
@@ -145,6 +153,10 @@ class Recipe:
         if of in _OF_UNITS and (pattern.whole or not pattern.coupled):
             raise RecipeError(f"criterion '{self.criterion}' ranks units {_OF_UNITS[of]}: choose granularity coupled")
         solver = get("solver", self.solver)
+        if self.gate != "none" and (self.criterion is not None or self.solver != "rank" or self.steps > 1):
+            raise RecipeError(f"gate '{self.gate}' itself learns what stays: criterion None, solver rank, steps 1")
+        if self.gate != "none":
+            return
         if "score" in solver.needs and self.criterion is None:
             raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
         if "score" in _measure_needs(self.allocation) and self.criterion is None:
@@ -197,10 +209,10 @@ class Recipe:
             kept = {a: k for a, k in base.knobs.items() if given.get(a, getattr(base, a)) == getattr(base, a)}
             knobs = {a: {**kept.get(a, {}), **new.get(a, {})} for a in sorted({*kept, *new})}
             given["knobs"] = {a: k for a, k in knobs.items() if k}
-        if "criterion" not in given and {"solver", "allocation"} & set(given):
-            # A solver that chooses by itself has no use for the criterion that the method came with.
+        if "criterion" not in given and {"solver", "allocation", "gate"} & set(given):
+            # What chooses by itself has no use for the criterion that the method came with.
             solver, allocation = given.get("solver", base.solver), given.get("allocation", base.allocation)
-            if not _ranks(solver, allocation):
+            if given.get("gate", base.gate) != "none" or not _ranks(solver, allocation):
                 given["criterion"] = None
                 given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
@@ -216,7 +228,8 @@ class Recipe:
         }
         if self.criterion is not None:
             found = {"criterion": get("criterion", self.criterion), **found}
-        return found
+        trained = {"gate": self.gate, "penalty": self.penalty}
+        return {**found, **{axis: get(axis, name) for axis, name in trained.items() if name != "none"}}
 
     def knobs_of(self, axis: str) -> dict[str, Any]:
         """All knobs of the part on an axis, with this recipe's values."""
@@ -323,7 +336,7 @@ class Recipe:
 
         Knobs count with their values, set or left at their defaults; ``method`` is only a label.
         """
-        content = {k: v for k, v in self.to_dict().items() if k != "method"}
+        content = {k: v for k, v in self.to_dict().items() if k != "method" and (k, v) not in _UNUSED}
         content["knobs"] = {
             axis: {k: v for k, v in self.knobs_of(axis).items() if v is not inspect.Parameter.empty}  # sparsity
             for axis in self.parts()
