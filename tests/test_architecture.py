@@ -34,6 +34,7 @@ ORDER = (
     ("when", "fuse", "families"),
     ("methods",),
     ("recommend", "compare"),
+    ("checks",),
     ("demo", "testing", "options"),
     ("terminal",),
     ("cli_measure",),

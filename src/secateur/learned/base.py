@@ -58,6 +58,9 @@ class Gate:
             None where the method sets the count itself.
         regularizer: ``(weight, learned, fixed) -> scalar``: what the method's own paper adds to the loss, but for its
             strength.
+        final: ``(weight, learned, fixed, kept)`` -> the weight, or the factor of the units, that is left when the
+            session ends; ``kept`` is who stays, in the shape of the score. Without it they are those of evaluation,
+            and what evaluation would close and the count wants stays as it is behind the gate.
         lr, weight_decay: of what is learned; the optimizer's own learning rate where None.
         frozen: the weights themselves are not trained.
     """
@@ -69,6 +72,7 @@ class Gate:
     settle: Callable[[Tensor, Values, Now], Mapping[str, Tensor]] = _nothing
     density: Callable[[Tensor, Values, Values], Tensor] | None = None
     regularizer: Callable[[Tensor, Values, Values], Tensor] | None = None
+    final: Callable[[Tensor, Values, Values, Tensor], Tensor] | None = None
     lr: float | None = None
     weight_decay: float = 0.0
     frozen: bool = False

@@ -10,7 +10,7 @@ from .base import Now, Penalty, Values
 
 
 @register("penalty", family="control", paper="2204.00408", on="density")
-def lagrangian(*, gain: float = 0.1, stiffness: float = 1.0) -> Penalty:
+def lagrangian(*, gain: float = 0.03, stiffness: float = 1.0) -> Penalty:
     """Multipliers that grow until the expected density of a gate is the target.
 
     :: G (a (d - t) + b (d - t)^2); after each step a <- a + gain (d - t), b <- b + gain (d - t)^2

@@ -15,8 +15,8 @@ def half_space(x: Tensor, before: Tensor, epsilon: float) -> Tensor:
     """Units zero that left the half-space of what they were: where ``<x_u, before_u> < epsilon ||before_u||^2``.
 
     >>> before = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
-    >>> half_space(torch.tensor([[[0.3, 5.0], [-0.1, 5.0]]]), before, 0.0).tolist()
-    [[[0.3, 5.0], [0.0, 0.0]]]
+    >>> half_space(torch.tensor([[[0.25, 5.0], [-0.1, 5.0]]]), before, 0.0).tolist()
+    [[[0.25, 5.0], [0.0, 0.0]]]
     """
     left = (x * before).sum(-1) < epsilon * before.square().sum(-1)
     return x.masked_fill(left[..., None], 0.0)

@@ -14,7 +14,7 @@ from .base import Gate, Now, Values, straight_through
 
 @register("gate", name="continuous-sparsification", family="score", paper="1912.04427", units=True)
 def continuous_sparsification(
-    pool_shape: tuple[int, int], *, start: float = 0.0, final: float = 200.0, lr: float | None = None
+    pool_shape: tuple[int, int], *, start: float = 0.0, final: float = 200.0, lr: float | None = 0.1
 ) -> Gate:
     """A sigmoid gate for each unit that hardens over the run, until it is a step.
 

@@ -25,7 +25,7 @@ def open_probability(log_alpha: Tensor, beta: float) -> Tensor:
 @register("gate", family="stochastic", paper="1712.01312", units=True)
 def l0(
     pool_shape: tuple[int, int], generator: torch.Generator, *, drop: float = 0.1, beta: float = 2 / 3,
-    lr: float | None = None,
+    lr: float | None = 0.1,
 ) -> Gate:  # fmt: skip
     """Hard concrete gates: the expected number of weights, or of units, is a function that can be minimized.
 
@@ -38,8 +38,9 @@ def l0(
 
     Choose it to learn which units go by gradient, under any target that penalty lagrangian or L0 itself sets.
 
-    Beware: noise slows training; gates want a larger learning rate than weights (``lr``), and Adam. One draw serves
-    all examples of a step, as in the official code of convolutions.
+    Beware: noise slows training, and gates want a larger learning rate than weights (``lr``), and Adam. One draw serves
+    all examples of a step, as in the official code of convolutions. Closed gates that the count wants back are
+    left at sigmoid(log alpha).
 
     >>> round(float(open_probability(torch.tensor(0.0), 2 / 3)), 4)
     0.8318
@@ -64,6 +65,10 @@ def l0(
     def density(w: Tensor, learned: Values, fixed: Values) -> Tensor:
         return open_probability(learned["log_alpha"], beta)
 
+    def final(w: Tensor, learned: Values, fixed: Values, kept: Tensor) -> Tensor:
+        gate = factor(learned, fixed, False)
+        return torch.where(gate > 0, gate, torch.sigmoid(learned["log_alpha"]))
+
     return Gate(
         factor=factor,
         score=lambda w, learned: learned["log_alpha"],
@@ -71,6 +76,7 @@ def l0(
         settle=settle,
         density=density,
         regularizer=lambda w, learned, fixed: density(w, learned, fixed).sum(),
+        final=final,
         lr=lr,
     )
 
@@ -92,8 +98,8 @@ def variational_dropout(weight: Tensor, *, start: float = -10.0, lr: float | Non
 
     >>> gate = variational_dropout(torch.ones(1, 1), start=0.0)
     >>> learned = {"log_sigma2": torch.zeros(1, 1)}
-    >>> round(float(gate.regularizer(torch.ones(1, 1), learned, {})), 4)  # 0.3466 - 0.63576 * 0.8668 + 0.63576
-    0.4313
+    >>> round(float(gate.regularizer(torch.ones(1, 1), learned, {})), 3)  # 0.3466 + 0.63576 (1 - 0.8668)
+    0.431
 
     Source: Molchanov et al., Variational dropout sparsifies deep neural networks, arXiv 1701.05369, equation 14;
     start and bounds as in Gale et al., arXiv 1902.09574.

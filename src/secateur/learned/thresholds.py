@@ -13,7 +13,7 @@ from .base import Gate, Now, Values, long_tailed_step
 
 
 @register("gate", name="str", family="threshold", paper="2002.03231")
-def soft_threshold(weight: Tensor, *, start: float = -5.0, decay: float = 0.0, lr: float | None = None) -> Gate:
+def soft_threshold(weight: Tensor, *, start: float = -5.0, decay: float = 0.0, lr: float | None = 0.05) -> Gate:
     """Soft thresholds, one learned for each layer: weights shrink by it, and are zero below it.
 
     :: w' = sign(w) relu(|w| - sigmoid(s))
@@ -24,7 +24,8 @@ def soft_threshold(weight: Tensor, *, start: float = -5.0, decay: float = 0.0, l
     Choose it to learn how much each layer keeps, with allocation global.
 
     Beware: the official code starts at s from -3200 to -5, by model; sigmoid(-5) is 0.0067, which should lie below
-    most weights. The density's gradient, which the paper does not need, is that of DST's long-tailed step.
+    most weights. The density's gradient, which the paper does not need, is that of DST's long-tailed step. Where the
+    count wants more than a threshold leaves, the threshold is lowered to it.
 
     >>> gate = soft_threshold(torch.zeros(1, 3))
     >>> s = {"s": torch.tensor(0.0)}
@@ -38,11 +39,17 @@ def soft_threshold(weight: Tensor, *, start: float = -5.0, decay: float = 0.0, l
     def margin(w: Tensor, learned: Values) -> Tensor:
         return w.abs() - torch.sigmoid(learned["s"])
 
+    def final(w: Tensor, learned: Values, fixed: Values, kept: Tensor) -> Tensor:
+        smallest = w.abs().masked_fill(~kept, torch.inf).amin()
+        edge = torch.minimum(torch.sigmoid(learned["s"]), 0.999 * smallest)
+        return w.sign() * (w.abs() - edge)
+
     return Gate(
         weight=lambda w, learned, fixed, training: w.sign() * margin(w, learned).relu(),
         score=margin,
         learned={"s": torch.tensor(start)},
         density=lambda w, learned, fixed: long_tailed_step(margin(w, learned)),
+        final=final,
         lr=lr,
         weight_decay=decay,
     )

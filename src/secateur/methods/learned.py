@@ -31,6 +31,7 @@ gated(
     source="Kusupati et al., Soft threshold weight reparameterization (STR), arXiv 2002.03231.",
     paper="2002.03231",
     penalty="lagrangian",
+    knobs={"penalty": {"stiffness": 10.0}},  # a threshold is shared by a layer and moves slowly at first
 )
 gated(
     "dst",
@@ -54,7 +55,7 @@ gated(
     "l0",
     "Hard concrete gates of single weights, under an expected count that comes down to the target.",
     choose="Choose it to learn by gradient which weights go.",
-    beware="wants Adam and a learning rate of its own: knobs={'gate': {'lr': ...}}.",
+    beware="wants Adam; gates have a learning rate of their own: knobs={'gate': {'lr': ...}}.",
     source="Louizos et al., L0 regularization, arXiv 1712.01312; the target as in Xia et al., CoFi, arXiv 2204.00408.",
     paper="1712.01312",
     penalty="lagrangian",
@@ -81,11 +82,13 @@ method(
 )
 gated(
     "continuous-sparsification",
-    "Sigmoid gates that harden over the run, under a density that comes down to the target.",
+    "Sigmoid gates that harden over the run, under a target density.",
     choose="Choose it in place of l0 where nothing should be drawn.",
     source="Savarese et al., Winning the lottery with continuous sparsification, arXiv 1912.04427.",
     paper="1912.04427",
     penalty="lagrangian",
+    driver="once",
+    schedule="one-shot",
     granularities=("element", "row", "N:M", "block"),
 )
 gated(

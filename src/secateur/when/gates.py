@@ -242,22 +242,37 @@ class Gates:
         for place in self.places:
             gated = place.trained
             assert place.layer is not None and isinstance(gated, Gated)
-            training = gated.training
-            effective = gated.eval().effective(place.stored)
-            gated.train(training)
-            kept = torch.where(effective == 0, place.weight(), effective) * masks[place.name]
-            values.append((place.stored, place.layer.from_oi(kept).to(place.stored.dtype)))
-        return values
+            values.append((place.stored, place.layer.from_oi(self._left(place, gated, masks[place.name]))))
+        return [(stored, value.to(stored.dtype)) for stored, value in values]
+
+    def _left(self, place: Place, gated: Gated, mask: Tensor) -> Tensor:
+        """The weights of a layer that stay, ``(o, i)``."""
+        gate, weight = gated.gate, place.weight()
+        if gate.factor is not None:
+            kept = self._pattern.split(mask).any(-1)
+            return weight * spread(self._factor(place, kept), self._pattern, gated.form.shape) * mask
+        if gate.final is not None:
+            return gate.final(weight, gated.learned, gated.fixed, mask) * mask
+        assert gate.weight is not None
+        found = gate.weight(weight, gated.learned, gated.fixed, False)
+        return torch.where(found == 0, weight, found) * mask
+
+    def _factor(self, place: Place, kept: Tensor) -> Tensor:
+        """What is left of a gate on units, where they stay."""
+        trained, gate = place.trained, place.trained.gate
+        if gate.final is not None:
+            return gate.final(place.weight(), trained.learned, trained.fixed, kept)
+        assert gate.factor is not None
+        found = gate.factor(trained.learned, trained.fixed, False)
+        return torch.where(found == 0, 1.0, found)
 
     def _final_units(self) -> list[tuple[Tensor, Tensor]]:
         final = {}
         for place in self.places:
             trained, gate = place.trained, place.trained.gate
-            assert gate.factor is not None
             score = gate.score(place.weight(), trained.learned)
             kept = select(score, keep_count(self._keeps[place.name], score.shape[1]))
-            factor = gate.factor(trained.learned, trained.fixed, False)
-            final[id(trained)] = torch.where(factor == 0, 1.0, factor)[0] * kept[0]
+            final[id(trained)] = (self._factor(place, kept) * kept)[0]
         values: list[tuple[Tensor, Tensor]] = []
         for whole, gates in self._insertion.plain():
             value = wide(whole)
