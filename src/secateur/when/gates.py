@@ -61,6 +61,10 @@ class Place:
 class Gates:
     """All gates of a session.
 
+    Args:
+        keep: the target at this moment.
+        on: what a penalty looks at; the gates must have it.
+
     Attributes:
         places: one for each matrix, or family.
         inserted: whether they are in the model.
@@ -74,6 +78,7 @@ class Gates:
         optimizer: Optimizer | None,
         steps: int,
         keep: float,
+        on: str = "",
     ) -> None:
         self._recipe, self._optimizer, self._steps = recipe, optimizer, steps
         self._pattern = granularity_module.parse(recipe.granularity)
@@ -91,6 +96,9 @@ class Gates:
         self.learned = [q for p in self.places for q in p.trained.parameters(recurse=False)]
         if self.learned and optimizer is None:
             raise RecipeError(f"gate '{recipe.gate}' learns numbers of its own: pass optimizer=")
+        if on in ("density", "regularizer") and not self.has(on):
+            lacks = "sets the count itself" if on == "density" else "has no regularizer of its own"
+            raise RecipeError(f"gate '{recipe.gate}' {lacks}: leave penalty '{recipe.penalty}' out")
         self._insertion = Insertion(made)
         self.inserted = True
         self._enter()

@@ -66,8 +66,9 @@ class Learning:
         looked = recipe.gate != "none" or self._on in ("unit", "zero-invariant")
         units = find_units(model, recipe, example) if self._pattern.coupled and looked else None
         self._held = self._pools(layers, units)
-        self._gates = None if recipe.gate == "none" else Gates(recipe, layers, units, optimizer, steps, self._keep)
-        self._check_gates()
+        self._gates: Gates | None = None
+        if recipe.gate != "none":
+            self._gates = Gates(recipe, layers, units, optimizer, steps, self._keep, self._on)
         for held in self._held:
             assert self._penalty is not None
             held.state = dict(self._penalty.start(self._seen(held).detach(), self._moment(held)))
@@ -101,13 +102,6 @@ class Learning:
             raise RecipeError(
                 f"granularity '{recipe.granularity}' follows one forward pass: give inputs for it with example="
             )
-
-    def _check_gates(self) -> None:
-        gates, name = self._gates, self._recipe.gate
-        if gates is not None and self._on in ("density", "regularizer") and not gates.has(self._on):
-            lacks = "sets the count itself" if self._on == "density" else "has no regularizer of its own"
-            gates.finish()
-            raise RecipeError(f"gate '{name}' {lacks}: leave penalty '{self._recipe.penalty}' out")
 
     def _pools(self, layers: Sequence[Layer], units: Units | None) -> list[_Held]:
         """What the penalty looks at."""
