@@ -44,8 +44,8 @@ def minimized(x: Tensor, penalty: object) -> Tensor:
             (slope,) = torch.autograd.grad(value, w)
             with torch.no_grad():
                 w -= 0.02 / (1 + 0.01 * k) * slope
-        if best is None or float(value) < best:
-            best, at = float(value), w.detach()
+        if best is None or value.item() < best:
+            best, at = value.item(), w.detach()
     assert at is not None
     return at
 

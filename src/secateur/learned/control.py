@@ -20,8 +20,9 @@ def lagrangian(*, gain: float = 0.03, stiffness: float = 1.0) -> Penalty:
 
     Choose it with any gate that has a density: the sparsity is then given, not a strength to be searched for.
 
-    Beware: gates that many weights share (str) need larger multipliers; targets that fall faster than gates can move overshoot: give the driver a longer way, or the gates a larger
-    learning rate. The count is exact only when the session ends, by the gate's score.
+    Beware: gates that many weights share (str) need larger multipliers. Targets that fall faster than gates can move
+    overshoot: give the driver a longer way, or the gates a larger learning rate. The count is exact only when the
+    session ends, by the gate's score.
 
     Source: Wang et al., Structured pruning of large language models, arXiv 1910.04732, and Xia et al., CoFi, arXiv
     2204.00408, whose official code ascends both multipliers with an optimizer; the scale by G is ours.
