@@ -39,11 +39,11 @@ def minimized(x: Tensor, penalty: object) -> Tensor:
     best, at = None, None
     for start in (x, torch.zeros_like(x), 0.5 * x):
         w = start.clone().requires_grad_()
-        for k in range(1500):
+        for k in range(600):
             value = 0.5 * (w - x).square().sum() + penalty(w)  # type: ignore[operator]
             (slope,) = torch.autograd.grad(value, w)
             with torch.no_grad():
-                w -= 0.02 / (1 + 0.01 * k) * slope
+                w -= 0.05 / (1 + 0.02 * k) * slope
         if best is None or value.item() < best:
             best, at = value.item(), w.detach()
     assert at is not None
