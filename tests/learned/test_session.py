@@ -296,7 +296,7 @@ def test_any_granularity_and_allocation_ends_with_its_count(
     pattern = secateur.granularity.parse(session.recipe.granularity)
     masks = session.finish()
     total = sum(m.numel() for m in masks.values())
-    if allocation == "uniform" or fixed:
+    if allocation == "uniform":  # others may give a layer 3 of 4 and another 1
         for name, mask in masks.items():
             keep = 1 - session.recipe.sparsity
             assert int(mask.sum()) == pattern.kept((mask.shape[0], mask.shape[1]), keep), name
