@@ -42,6 +42,16 @@ def test_allocation(name: str) -> None:
     testing.check_allocation(name)
 
 
+@pytest.mark.parametrize("name", parts("gate"))
+def test_gate(name: str) -> None:
+    testing.check_gate(name)
+
+
+@pytest.mark.parametrize("name", parts("penalty"))
+def test_penalty(name: str) -> None:
+    testing.check_penalty(name)
+
+
 @pytest.mark.parametrize("name", [n for n in parts("granularity") if not parse(n).coupled])
 def test_granularity(name: str) -> None:
     testing.check_granularity(name)

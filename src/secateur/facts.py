@@ -27,6 +27,7 @@ FACTS: dict[str, Fact] = {
     "keep": Fact("the fraction of the layer that stays", "engine"),
     "granularity": Fact("how the matrix is cut into units", "engine"),
     "generator": Fact("a random generator of the layer's own", "engine"),
+    "pool_shape": Fact("how many pools, and units in each, the granularity cuts the matrix into", "engine"),
     "curvature": Fact("the damped Gram matrix of the input and its factors", "engine"),
     "count": Fact("how many pieces go", "engine"),
     "block_free": Fact("which blocks of a list may go, bool, (blocks,)", "engine"),

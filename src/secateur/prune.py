@@ -205,7 +205,7 @@ def recipe_of(
     """
     given = dict(axes)
     recipe = method.override(**given) if isinstance(method, Recipe) else Recipe.of(method, **given)
-    if recipe.driver != "once":
+    if recipe.driver != "once" or recipe.gate != "none":
         raise RecipeError(
             f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
             f"'{recipe.method}', ...)"

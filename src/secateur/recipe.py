@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from . import drivers  # noqa: F401  registers them
+from . import drivers, learned  # noqa: F401  registers them
 from . import granularity as granularity_module
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
@@ -45,6 +45,10 @@ _OF_UNITS = {
 }
 
 
+#: Axes that a recipe does not use: they are no part of what it is.
+_UNUSED = (("gate", "none"), ("penalty", "none"))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to remove, how it is chosen, and what happens to the rest.
@@ -62,6 +66,8 @@ class Recipe:
         driver: when the mask changes: ``once``, or while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
+        gate: what is learned beside the weights and says which stay; then there is no criterion.
+        penalty: what is added to the loss while the model trains.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
         propagate: what later layers are calibrated on. ``layer``: the output of pruned layers, also
             within a block; ``block``: of pruned blocks; ``off``: of the dense model.
@@ -81,6 +87,8 @@ class Recipe:
     driver: str = "once"
     solver: str = "rank"
     recovery: str = "none"
+    gate: str = "none"
+    penalty: str = "none"
     sparsity: float = 0.5
     propagate: Propagate = "layer"
     only: tuple[str, ...] = ()
@@ -141,6 +149,10 @@ class Recipe:
         if of in _OF_UNITS and (pattern.whole or not pattern.coupled):
             raise RecipeError(f"criterion '{self.criterion}' ranks units {_OF_UNITS[of]}: choose granularity coupled")
         solver = get("solver", self.solver)
+        if self.gate != "none" and (self.criterion is not None or self.solver != "rank" or self.steps > 1):
+            raise RecipeError(f"gate '{self.gate}' itself learns what stays: criterion None, solver rank, steps 1")
+        if self.gate != "none":
+            return
         if "score" in solver.needs and self.criterion is None:
             raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
         if "score" in _measure_needs(self.allocation) and self.criterion is None:
@@ -199,10 +211,10 @@ class Recipe:
             kept = {a: k for a, k in base.knobs.items() if given.get(a, getattr(base, a)) == getattr(base, a)}
             knobs = {a: {**kept.get(a, {}), **new.get(a, {})} for a in sorted({*kept, *new})}
             given["knobs"] = {a: k for a, k in knobs.items() if k}
-        if "criterion" not in given and {"solver", "allocation"} & set(given):
-            # A solver that chooses by itself has no use for the criterion that the method came with.
+        if "criterion" not in given and {"solver", "allocation", "gate"} & set(given):
+            # What chooses by itself has no use for the criterion that the method came with.
             solver, allocation = given.get("solver", base.solver), given.get("allocation", base.allocation)
-            if not _ranks(solver, allocation):
+            if given.get("gate", base.gate) != "none" or not _ranks(solver, allocation):
                 given["criterion"] = None
                 given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
@@ -218,7 +230,8 @@ class Recipe:
         }
         if self.criterion is not None:
             found = {"criterion": get("criterion", self.criterion), **found}
-        return found
+        trained = {"gate": self.gate, "penalty": self.penalty}
+        return {**found, **{axis: get(axis, name) for axis, name in trained.items() if name != "none"}}
 
     def knobs_of(self, axis: str) -> dict[str, Any]:
         """All knobs of the part on an axis, with this recipe's values."""
@@ -338,7 +351,7 @@ class Recipe:
 
         Knobs count with their values, set or left at their defaults; ``method`` is only a label.
         """
-        content = {k: v for k, v in self.to_dict().items() if k != "method"}
+        content = {k: v for k, v in self.to_dict().items() if k != "method" and (k, v) not in _UNUSED}
         content["knobs"] = {
             axis: {k: v for k, v in self.knobs_of(axis).items() if v is not inspect.Parameter.empty}  # sparsity
             for axis in self.parts()

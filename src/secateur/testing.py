@@ -17,12 +17,24 @@ import torch
 from torch import Tensor
 
 from .allocation import LayerFacts, Sketch
+from .checks import check_card, check_gate, check_penalty
+from .checks import say as _say
 from .errors import RecipeError
 from .granularity import parse
 from .registry import Part, get
 from .select import select
 from .solvers.base import Solved
 from .solvers.curvature import Curvature
+
+__all__ = [
+    "check_allocation",
+    "check_card",
+    "check_criterion",
+    "check_gate",
+    "check_granularity",
+    "check_penalty",
+    "check_solver",
+]
 
 #: Makes a fact of a layer: ``(shape (o, i), generator, dtype) -> fact``.
 Maker = Callable[[tuple[int, int], torch.Generator, torch.dtype], Any]
@@ -86,10 +98,6 @@ def _facts(
     return made
 
 
-def _say(part: Part, broken: str) -> str:
-    return f"{part.kind} '{part.name}' {broken}"
-
-
 def _tensor(value: Any) -> Tensor | None:
     """The tensor of a fact, if it has one."""
     if isinstance(value, Curvature):
@@ -105,20 +113,6 @@ def _check_unmodified(part: Part, facts: Mapping[str, Any], before: Mapping[str,
     for name, value in before.items():
         now = _tensor(facts[name])
         assert now is not None and torch.equal(now, value), _say(part, f"modifies its input '{name}'")
-
-
-def check_card(part: Part) -> None:
-    """The docstring says what a reader needs: summary, when to choose it, source; a criterion's formula too."""
-    wanted = ["summary", "choose", "source"] + (["formula"] if part.kind == "criterion" else [])
-    opens = {"choose": "Choose it ...", "source": "Source: ...", "formula": ":: s = ..."}
-    for field in wanted:
-        assert getattr(part.card, field), _say(
-            part, f"has no {field} in its docstring ({opens.get(field, 'first line')})"
-        )
-    assert part.card.source.endswith("."), _say(part, "has a source that is not a sentence")
-    for knob, value in part.knobs.items():
-        given = part.kind == "allocation" and knob == "sparsity"  # the recipe's, not the part's
-        assert given or value is not inspect.Parameter.empty, _say(part, f"has a knob '{knob}' without a default")
 
 
 def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None:

@@ -15,7 +15,7 @@ __all__ = ["all_methods", "explain", "load"]
 def load() -> None:
     """Import everything that registers a part. Cheap, and safe to call again."""
     from .. import allocation, criteria, granularity, recover, solvers  # noqa: F401
-    from . import before, oneshot, structured, training  # noqa: F401
+    from . import before, learned, oneshot, structured, training  # noqa: F401
 
 
 def all_methods(

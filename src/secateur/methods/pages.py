@@ -25,6 +25,8 @@ KINDS = {
     "driver": ("Drivers", "When does the mask change?"),
     "solver": ("Solvers", "Do the survivors move?"),
     "recovery": ("Recovery", "How does the model heal?"),
+    "gate": ("Gates", "What is learned beside the weights, and says which stay?"),
+    "penalty": ("Penalties", "What is added to the loss while the model trains?"),
 }
 
 _HEADER = "<!-- Generated from the cards by `python -m secateur.methods.pages`; edit the docstrings instead. -->"

@@ -160,10 +160,21 @@ _PARTS = {
     ("solver", "dsnot"): ("B3.5",),
     ("solver", "least-squares"): ("B3.5",),
     ("solver", "admm"): ("B3.5",),
+    ("gate", "edge-popup"): ("B1", "B3.1"),
+    ("gate", "gumbel-nm"): ("A2.1", "B2.4"),
+    ("gate", "l0"): ("B2.1", "C2.1"),
+    ("gate", "variational-dropout"): ("B2.1", "C2.1"),
+    ("gate", "continuous-sparsification"): ("B2.4", "B3.1", "C2.1"),
+    ("penalty", "greg"): ("B3.3", "C2.1"),
+    ("penalty", "admm-training"): ("B3.3", "C2.1"),
+    ("penalty", "hesso"): ("B2.3",),
     ("recovery", "rewind"): ("B3.1",),
     ("recovery", "project"): ("A3.5", "B3.5"),
     ("recovery", "distill"): ("D4",),
 }
+
+#: Where parts of a kind belong that no entry above places.
+_KINDS = {"gate": ("B2.4",), "penalty": ("B2.1", "C2.1")}
 
 #: What a method's facts ``when`` and ``family`` (the kind of model) say.
 _WHEN = {"before": ("B1",), "during": ("B2",), "runtime": ("B4",)}
@@ -187,7 +198,7 @@ def nodes_of(part: Part) -> tuple[str, ...]:
     what = f"{part.kind} '{part.name}'"
     if "survey" in part.facts:
         return _ordered(_many(part.facts["survey"]), what)
-    found = [*_PARTS.get((part.kind, part.name), ())]
+    found = [*_PARTS.get((part.kind, part.name), _KINDS.get(part.kind, ()))]
     if part.kind == "criterion":
         found += _FAMILIES.get(part.facts.get("family", ""), ())
     elif part.kind == "granularity":
@@ -195,7 +206,7 @@ def nodes_of(part: Part) -> tuple[str, ...]:
     elif part.kind == "method":
         found += _MODELS.get(part.facts.get("family", ""), ())
         for used in parts_of(part).values():
-            if used.kind in ("criterion", "granularity", "solver", "driver"):
+            if used.kind in ("criterion", "granularity", "solver", "driver", "gate", "penalty"):
                 found += nodes_of(used)
         found += _moment(part.facts.get("when", ""), part.facts.get("family", ""), found)
     return _ordered(found, what)

@@ -24,6 +24,7 @@ from ..schedule import sparsity_at
 from ..select import is_finite, keep_count, select
 from ..solve import Facts, allocate, layer_facts, sketch_layer
 from ..stream import find_blocks
+from .learning import Learning
 
 
 def attach(
@@ -34,6 +35,7 @@ def attach(
     steps: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    example: Any = None,
     **axes: Any,
 ) -> Session:
     """Prune a model while it trains.
@@ -48,6 +50,7 @@ def attach(
             they are zeroed again after it.
         steps: how many times the optimizer will step; not needed for methods whose mask does not change.
         data, loss: for methods whose first mask is measured on data, as for `prune`.
+        example: for units of the whole model, inputs of one forward pass, as for `plan`.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ``knobs``, ...
 
     Returns:
@@ -66,7 +69,7 @@ def attach(
     20
     """
     recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
-    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss)
+    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss, example=example)
 
 
 class Session:
@@ -79,7 +82,8 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any, loss: Loss | None
+        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any,
+        loss: Loss | None, example: Any = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._pattern = granularity_module.parse(recipe.granularity)
@@ -89,18 +93,21 @@ class Session:
         self._check(data, loss)
         blocks = find_blocks(model)
         self.layers, _ = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
-        recipe.check(self.layers)
+        recipe.check(() if self._pattern.coupled else self.layers)
         self._dead: dict[str, Tensor] = {}  # in the shape of the parameter; True where a weight is gone
         self._keeps: dict[str, float] = {}
         self._progress = 0.0
         self._due: Update | None = None
         first = self._asked()
-        if first is not None and first.progress > 0:
+        progress = 0.0 if first is None else first.progress
+        more = {"optimizer": optimizer, "steps": steps, "example": example, "progress": progress}
+        self._learning = Learning.of(model, recipe, self.layers, **more)
+        if progress > 0 and (self._learning is None or not self._learning.decides):
             self._begin(data, loss)
 
     def _check(self, data: Any, loss: Loss | None) -> None:
         recipe = self.recipe
-        if self._pattern.coupled:
+        if self._pattern.coupled and recipe.gate == recipe.penalty == "none":
             raise RecipeError(
                 f"granularity '{recipe.granularity}' is for prune() and plan(), which make the model smaller: "
                 "attach() takes element, row, N:M or block"
@@ -154,9 +161,14 @@ class Session:
         if self._done:
             raise ModelError("this session is finished: attach another one to go on")
         self.at += 1
-        if self.recipe.driver != "once" and self.at > self.steps:
+        if (self.recipe.driver != "once" or self._learning is not None) and self.at > self.steps:
             raise ModelError(f"step {self.at} of a run of {self.steps}: attach with the steps that the run has")
-        self._due = self._asked() or self._due
+        asked = self._asked()
+        if self._learning is not None:
+            self._learning.step(self.at, None if asked is None else asked.progress)
+            if self._learning.decides:
+                return
+        self._due = asked or self._due
         if self._due is not None and self._ready():
             self._hold()  # the optimizer has just moved what is gone: what grows again begins at zero
             self._update(self._due)
@@ -165,21 +177,32 @@ class Session:
 
     def penalty(self) -> Tensor:
         """What the method adds to the loss; zero for methods that only mask."""
-        return torch.zeros((), device=self.layers[0].stored.device)
+        if self._learning is not None and (found := self._learning.penalty()) is not None:
+            return found
+        return torch.zeros((), device=next(self.model.parameters()).device)
 
     @property
     def sparsity(self) -> float:
         """Fraction of the weights of the pruned layers that is gone."""
+        if self._learning is not None and self._learning.gated:
+            return 1.0 - self._learning.density
         gone = sum(int(self._dead[x.name].sum()) for x in self.layers if x.name in self._dead)
         return gone / sum(x.numel for x in self.layers)
 
     @property
     def masks(self) -> Masks:
         """The masks ``(o, i)`` as they are now; True keeps."""
+        if self._learning is not None and self._learning.gated:
+            return Masks(self._learning.masks())
         return Masks({x.name: self._mask(x) for x in self.layers})
 
     def finish(self) -> Masks:
         """End the session: the model is a plain one with zeros in it; returns the masks."""
+        if self._learning is not None and not self._done:
+            made = self._learning.finish()
+            for layer in self.layers:
+                if layer.name in made:
+                    self._set(layer, made[layer.name])
         self._hold()
         self._done = True
         return self.masks
@@ -200,6 +223,7 @@ class Session:
         return {
             "at": self.at, "steps": self.steps, "digest": self.recipe.digest, "keeps": dict(self._keeps),
             "progress": self._progress, "due": due, "masks": masks,
+            "learning": None if self._learning is None else self._learning.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -221,6 +245,8 @@ class Session:
         self._dead = {}
         for name, mask in masks.items():
             self._set(known[name], mask.to(known[name].stored.device))
+        if self._learning is not None:
+            self._learning.load_state_dict(state["learning"], self.at)
         self._hold()
 
     def _asked(self) -> Update | None:

@@ -1,0 +1,17 @@
+"""What is learned beside the weights: gates that say which stay, and penalties that make some small."""
+
+from . import control, penalties, projections, scores, stochastic, thresholds
+from .base import Gate, Now, Penalty, Values
+
+__all__ = [
+    "Gate",
+    "Now",
+    "Penalty",
+    "Values",
+    "control",
+    "penalties",
+    "projections",
+    "scores",
+    "stochastic",
+    "thresholds",
+]
