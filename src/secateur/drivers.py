@@ -113,6 +113,30 @@ def gradual_regrow(
     return Update(found.progress, fraction * 0.5 * (1 + math.cos(math.pi * found.progress)))
 
 
+@register("driver", name="early-bird", paper="1909.11957")
+def early_bird(
+    step: int, steps: int, distances: tuple[float, ...], *, window: int = 5, below: float = 0.1
+) -> Update | None:
+    """Once, early: when the mask that would be drawn has stopped to change from epoch to epoch.
+
+    :: max of the last ``window`` distances <= ``below``; a distance is the share of units on which two masks differ
+
+    The masks of the last ``window`` epochs are each compared with the one of the epoch that has just ended.
+
+    Choose it to find the ticket in the first part of a dense run, and to train only that.
+
+    Beware: at the end of the run the mask is drawn whatever the distances are.
+
+    >>> early_bird(100, 400, (0.3, 0.08, 0.06), window=2), early_bird(100, 400, (0.08, 0.2), window=2)
+    (Update(progress=1.0, swap=0.0), None)
+
+    Source: You et al., Drawing early-bird tickets, arXiv 1909.11957, section 3.2 and algorithm 1.
+    """
+    _positive(window)
+    still = len(distances) >= window and max(distances[-window:]) <= below
+    return Update() if still or (step == steps and step > 0) else None
+
+
 def _span(steps: int, begin: float, end: float) -> tuple[int, int]:
     if not 0 <= begin <= end <= 1:
         raise RecipeError(f"a driver's begin and end are fractions of the run, begin first: not {begin:g} and {end:g}")

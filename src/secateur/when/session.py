@@ -34,6 +34,7 @@ def attach(
     steps: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     **axes: Any,
 ) -> Session:
     """Prune a model while it trains.
@@ -48,6 +49,7 @@ def attach(
             they are zeroed again after it.
         steps: how many times the optimizer will step; not needed for methods whose mask does not change.
         data, loss: for methods whose first mask is measured on data, as for `prune`.
+        masks: held as they are in place of a method, e.g. the ``masks`` of `Pruned`: to fine-tune what was pruned.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ``knobs``, ...
 
     Returns:
@@ -65,8 +67,11 @@ def attach(
     >>> int(net.weight.count_nonzero())
     20
     """
-    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
-    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss)
+    if masks is not None:
+        recipe = Recipe(method="given masks", only=tuple(masks), **axes)
+    else:
+        recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
+    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss, masks=masks)
 
 
 class Session:
@@ -79,7 +84,8 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any, loss: Loss | None
+        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any, loss: Loss | None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._pattern = granularity_module.parse(recipe.granularity)
@@ -94,12 +100,27 @@ class Session:
         self._keeps: dict[str, float] = {}
         self._progress = 0.0
         self._due: Update | None = None
+        if masks is not None:
+            self._take(masks)
+            return
         first = self._asked()
         if first is not None and first.progress > 0:
             self._begin(data, loss)
 
+    def _take(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold masks that were made elsewhere."""
+        for layer in self.layers:
+            mask = masks[layer.name]
+            if mask.dtype != torch.bool or tuple(mask.shape) != layer.shape:
+                raise ModelError(f"the mask of {layer.name} is {tuple(mask.shape)}, the weight {layer.shape}")
+            self._set(layer, mask.to(layer.stored.device))
+        self._progress = 1.0
+        self._hold()
+
     def _check(self, data: Any, loss: Loss | None) -> None:
         recipe = self.recipe
+        if "distances" in self._driver.needs:
+            raise RecipeError(f"driver '{recipe.driver}' watches whole epochs: use secateur.train(task, ...)")
         if self._pattern.coupled:
             raise RecipeError(
                 f"granularity '{recipe.granularity}' is for prune() and plan(), which make the model smaller: "
