@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from ..errors import DataError, ModelError, RecipeError
+from ..errors import DataError, ModelError, RecipeError, UnknownName
 from ..layers import evaluating
 from ..models import named
 from ..registry import get, parts
@@ -173,6 +173,8 @@ def find(source: Any, **options: Any) -> Task:
         if found is None:
             raise ModelError(f"{path} has nothing named '{name}'")
         return find(as_task(found, name), **options)
+    if source not in parts("task"):
+        raise UnknownName("task", source, parts("task"), "secateur tasks, or FILE.py:NAME")
     part = get("task", source)
     given = part.knobs_with(options)
     for knob, value in given.items():

@@ -43,7 +43,7 @@ class Trained:
         return float(self.run["after"]["metric"]["value"])
 
     def save(self, out: str | Path) -> Path:
-        """Write the model, ``masks.safetensors``, ``recipe.yaml``, ``run.json`` and ``report.html``.
+        """Write the model, its masks where it has some, ``recipe.yaml``, ``run.json`` and ``report.html``.
 
         Raises:
             OutputError: the directory exists and is not empty.
@@ -57,7 +57,8 @@ class Trained:
             save_smaller(self.model, part)
         else:
             save_module(self.model, part)
-        self.masks.save(part / "masks.safetensors")
+        if self.masks:
+            self.masks.save(part / "masks.safetensors")
         (part / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
         (part / "run.json").write_text(dumps(self.run), encoding="utf-8")
         write_report(part / "report.html", self.run)
