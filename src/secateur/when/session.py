@@ -35,6 +35,7 @@ def attach(
     data: Any = None,
     loss: Loss | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
     **axes: Any,
 ) -> Session:
     """Prune a model while it trains.
@@ -50,6 +51,7 @@ def attach(
         steps: how many times the optimizer will step; not needed for methods whose mask does not change.
         data, loss: for methods whose first mask is measured on data, as for `prune`.
         masks: held as they are in place of a method, e.g. the ``masks`` of `Pruned`: to fine-tune what was pruned.
+        state: of a session to go on with, ``session.state_dict()``; the model and the optimizer have been loaded.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ``knobs``, ...
 
     Returns:
@@ -71,7 +73,7 @@ def attach(
         recipe = Recipe(method="given masks", only=tuple(masks), **axes)
     else:
         recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
-    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss, masks=masks)
+    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss, masks=masks, state=state)
 
 
 class Session:
@@ -85,7 +87,7 @@ class Session:
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any, loss: Loss | None,
-        masks: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None, state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._pattern = granularity_module.parse(recipe.granularity)
@@ -100,6 +102,9 @@ class Session:
         self._keeps: dict[str, float] = {}
         self._progress = 0.0
         self._due: Update | None = None
+        if state is not None:
+            self.load_state_dict(state)
+            return
         if masks is not None:
             self._take(masks)
             return
