@@ -44,9 +44,9 @@ def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
 
 
-def adamw(model: nn.Module) -> Optimizer:
+def adamw(model: nn.Module, rate: float = 2e-3) -> Optimizer:
     """As small transformers are trained."""
-    return torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def triangle(t: float) -> float:

@@ -110,7 +110,7 @@ class TextTransformer(nn.Module):
         self.causal = causal
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(0.02 * torch.randn(1, length, width))
-        self.blocks = _blocks(width, depth, causal, dropout=0.1)
+        self.blocks = _blocks(width, depth, causal, dropout=0.0 if causal else 0.1)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def bits_per_character(model: nn.Module, batches: Iterable[Any]) -> float:
 
 @register("task", name="char-lm")
 def char_lm(
-    *, characters: int = 230000, length: int = 128, width: int = 64, depth: int = 3, epochs: int = 5, batch: int = 16
+    *, characters: int = 230000, length: int = 64, width: int = 64, depth: int = 3, epochs: int = 5, batch: int = 8
 ) -> Task:
     """The next character of State of the Union addresses, by a causal transformer; measured in bits, lower is better.
 
@@ -93,7 +94,7 @@ def char_lm(
 
     Choose it for language models in small, without a download.
 
-    Beware: the transformer reads 128 characters, so it learns spelling and short phrases.
+    Beware: the transformer reads 64 characters, so it learns spelling and short phrases: about 2.4 bits as it is set.
 
     Source: the addresses as they ship with the package; Vaswani et al., arXiv 1706.03762, for the network.
     """
@@ -110,6 +111,6 @@ def char_lm(
     return Task(
         lambda seed: TextTransformer(len(known), length, len(known), width, depth, causal=True),
         batched(windows(text), windows(read_text(EVALUATION)), batch),
-        loss=next_character, metric=bits_per_character, optimizer=adamw, epochs=epochs,
+        loss=next_character, metric=bits_per_character, optimizer=partial(adamw, rate=5e-3), epochs=epochs,
         metric_name="bits per character", higher_is_better=False,
     )  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def train(
     calibration: int = 8,
     device: str | torch.device = "cpu",
     every: float = OFTEN,
+    dense: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     command: str = "",
@@ -75,6 +78,7 @@ def train(
         calibration: training batches for methods that measure on data.
         device: where it is trained.
         every: seconds between two checkpoints within an epoch.
+        dense: a folder where dense runs are kept, for all calls that begin with the same one.
         options: sizes of a ready task.
         progress: called with what is being done, the steps done and their number.
         axes: fields of the recipe: ``sparsity``, ``steps`` (rounds), ``recovery``, ``seed``, ``knobs``, ...
@@ -93,6 +97,7 @@ def train(
         run = _Course(
             found, recipe, moment, float(found.epochs if epochs is None else epochs), None if out is None else Path(out),
             model, masks, calibration, torch.device(device), every, progress or (lambda *_: None),
+            None if dense is None else Path(dense),
         )  # fmt: skip
         made = run.go()
     record = run.record(made, peak.bytes, command)
@@ -144,11 +149,12 @@ class _Course:
     def __init__(
         self, task: Task, recipe: Recipe, moment: str, epochs: float, out: Path | None, model: nn.Module | None,
         masks: Mapping[str, Tensor] | None, calibration: int, device: torch.device, every: float, progress: Progress,
+        shared: Path | None,
     ) -> None:  # fmt: skip
         self.task, self.recipe, self.moment, self.epochs = task, recipe, moment, epochs
         self.folder = None if out is None else out.with_name(out.name + ".run")
         self.given, self.ticket, self.calibration, self.device = model, masks, calibration, device
-        self.every, self.progress = every, progress
+        self.every, self.progress, self.shared = every, progress, shared
         self.masks: dict[str, Tensor] = {}
         self.curves: list[dict[str, Any]] = []
         self.rounds: list[dict[str, Any]] = []
@@ -183,9 +189,19 @@ class _Course:
     def _fit(self, name: str, model: nn.Module, number: int = 0, attach: Any = None, **fields: Any) -> Fitted:
         watch = fields.pop("watch", None)
         leg = self._leg(name, self.epochs, number, **fields)
+        if name == "dense" and self.shared is not None and watch is None:
+            leg = self._shared(leg)
         made = fit(self.task, model, leg, attach=attach, watch=watch, progress=self._doing(name))
         self.curves += [{"leg": name, **row} for row in made.rows]
         return made
+
+    def _shared(self, leg: Leg) -> Leg:
+        """The dense run, which does not depend on what comes after it, in a place of its own."""
+        tags = {k: v for k, v in self.tags.items() if k in ("task", "epochs")}
+        tags |= {"seed": leg.seed, "keep": leg.keep, "leg": "dense"}
+        name = hashlib.sha256(json.dumps(tags, sort_keys=True).encode()).hexdigest()[:16]
+        assert self.shared is not None
+        return replace(leg, tags=tags, file=self.shared / f"dense-{name}.safetensors")
 
     def _doing(self, name: str) -> Callable[[int, int], None]:
         return lambda done, of: self.progress(name, done, of)
