@@ -1,4 +1,4 @@
-"""The callbacks: steps of the optimizer, accumulation, checkpoints, penalties; with the real trainers where they are."""
+"""The callbacks: steps of the optimizer, accumulation, checkpoints, penalties; the real trainers where they are."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Follower:
         if self.session is not None:
             penalty = self.session.penalty()
             if penalty.requires_grad:
-                penalty.backward()  # type: ignore[no-untyped-call]
+                penalty.backward()
 
     def after(self) -> None:
         """The optimizer has stepped."""

@@ -146,7 +146,7 @@ def prune(
     recipe = recipe_of(method, axes, target, example, exported)
     if get("recovery", recipe.recovery).facts.get("data") == "task":
         raise RecipeError(
-            f"recovery '{recipe.recovery}' trains: give a task to secateur.train(task, ...), or attach() in your own loop"
+            f"recovery '{recipe.recovery}' trains: give a task to secateur.train(task, ...), or attach() in your loop"
         )
     if granularity.parse(recipe.granularity).coupled:
         plan = plan_coupled(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .oneshot import method
 
 _IMP = "Frankle and Carbin, The lottery ticket hypothesis, arXiv 1803.03635"
 #: What ten rounds of a fifth leave; another sparsity takes as many rounds of a fifth as it needs.
-_TEN = {"steps": 10, "schedule": "geometric", "sparsity": 1 - 0.8**10}
+_TEN: dict[str, Any] = {"steps": 10, "schedule": "geometric", "sparsity": 1 - 0.8**10}
 
 method(
     "magnitude-finetune",
@@ -24,7 +26,7 @@ method(
     "iterative-magnitude",
     "Train, then remove a fifth of the weights and fine-tune, round after round.",
     choose="Choose it in place of magnitude-finetune at high sparsity.",
-    source="Han et al., Learning both weights and connections, arXiv 1506.02626, section 3.2, with the fifth a round of "
+    source="Han et al., Learning both weights and connections, arXiv 1506.02626, section 3.2, with the fifth of "
     "arXiv 1803.03635.",
     paper="1506.02626",
     family="magnitude",
@@ -90,7 +92,7 @@ method(
     choose="Choose it to save most of the dense run.",
     beware="sparsity is the share of the channels while the ticket is looked for, and of the parameters when they go; "
     "the penalty on batch-norm scales that the authors also train with is not part of it.",
-    source="You et al., Drawing early-bird tickets, arXiv 1909.11957, algorithm 1; the units that go together are ours.",
+    source="You et al., Drawing early-bird tickets, arXiv 1909.11957, algorithm 1; coupled units are ours.",
     paper="1909.11957",
     family="cnn",
     granularities=("coupled",),

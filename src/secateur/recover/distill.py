@@ -44,9 +44,7 @@ def distill(
     run.fit(length, rate=rate, loss=taught(run, logits, temperature, features, attention, layers))
 
 
-def taught(
-    run: Training, logits: float, temperature: float, features: float, attention: float, layers: str
-) -> Loss:
+def taught(run: Training, logits: float, temperature: float, features: float, attention: float, layers: str) -> Loss:
     """The loss of `distill`."""
     teacher = run.teacher()
     names = chosen_layers(run.model, layers) if features or attention else []

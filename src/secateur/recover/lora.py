@@ -41,7 +41,9 @@ def lora(run: Training, *, length: float = 0.5, rate: float = 1.0, rank: int = 8
     flags = [(p, p.requires_grad) for p in model.parameters()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, init_lora_weights=True)
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, init_lora_weights=True
+        )
         peft.inject_adapter_in_model(config, model)
     adapted = [(n, _Adapted(model.get_submodule(n), masks.get(n))) for n in names]
     try:
@@ -60,7 +62,6 @@ class _Adapted:
     def __init__(self, module: Any, mask: Tensor | None) -> None:
         self.module, self.base = module, module.get_base_layer()
         self.mask = None if mask is None else mask.to(self.base.weight.device)
-        module.disable_adapters = False
         self.handle = module.register_forward_hook(self._forward)
 
     def _delta(self) -> Tensor:

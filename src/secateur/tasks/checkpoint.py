@@ -94,7 +94,7 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_nested(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "tuple":
@@ -104,7 +104,7 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def generators() -> dict[str, Any]:
     """The state of every global generator that a model or its data may draw from."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, cached = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {
         "torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
@@ -119,14 +119,14 @@ def set_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(list(state["cuda"]))
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
 def seed_generators(seed: int) -> None:
     """Seed all of them."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)
 
 
 @contextmanager

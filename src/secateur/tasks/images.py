@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..registry import register
 from .arrays import batched
-from .base import Task, adamw
+from .base import Split, Task, adamw
 from .nets import VisionTransformer, resnet, vgg
 
 #: Where Fashion-MNIST lies; read when data is asked for.
@@ -51,15 +53,15 @@ def _idx(folder: Path, part: str, name: str, skip: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, dtype=np.uint8, offset=min(skip, len(raw))).copy())
 
 
-def _fashion(images: int, batch: int) -> object:
-    made: list[object] = []
+def _fashion(images: int, batch: int) -> Callable[[Split, int, int], Any]:
+    made: list[Callable[[Split, int, int], Any]] = []
 
-    def batches(split: str, seed: int = 0, epoch: int = 0) -> object:
+    def batches(split: Split, seed: int = 0, epoch: int = 0) -> Any:
         if not made:  # read when data is asked for, not when the task is made
             x, y = fashion_mnist("train")
             x_test, y_test = fashion_mnist("t10k")
             made.append(batched((x[:images], y[:images]), (x_test, y_test), batch))
-        return made[0](split, seed, epoch)  # type: ignore[operator]
+        return made[0](split, seed, epoch)
 
     return batches
 
@@ -78,7 +80,7 @@ def fashion_resnet(*, images: int = 60000, width: int = 16, depth: int = 3, epoc
 
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; He et al., arXiv 1512.03385, section 4.2, for the network.
     """
-    return Task(lambda seed: resnet(width, depth), _fashion(images, batch), epochs=epochs, example=_image)  # type: ignore[arg-type]
+    return Task(lambda seed: resnet(width, depth), _fashion(images, batch), epochs=epochs, example=_image)
 
 
 @register("task", name="fashion-vgg")
@@ -90,7 +92,7 @@ def fashion_vgg(*, images: int = 60000, width: int = 16, epochs: int = 5, batch:
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; Simonyan and Zisserman, arXiv 1409.1556, configuration D, a
     quarter as wide, with batch norm and one linear layer.
     """
-    return Task(lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image)  # type: ignore[arg-type]
+    return Task(lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image)
 
 
 @register("task", name="fashion-vit")
@@ -104,7 +106,7 @@ def fashion_vit(*, images: int = 60000, width: int = 64, depth: int = 4, epochs:
     return Task(
         lambda seed: VisionTransformer(width, depth), _fashion(images, batch), optimizer=adamw, epochs=epochs,
         example=_image,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 #: Ten digits on five by seven points.

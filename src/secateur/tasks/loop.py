@@ -86,7 +86,8 @@ class Leg:
             raise RecipeError(f"a run takes more than no time: epochs is {self.epochs:g}")
         if not 0 <= self.begin < 1 or not self.rate > 0:
             raise RecipeError(
-                f"a run begins at a share of its schedule in [0, 1), at a rate above 0, not {self.begin:g}, {self.rate:g}"
+                f"a run begins at a share of its schedule in [0, 1), at a rate above 0: not "
+                f"{self.begin:g}, {self.rate:g}"
             )
 
 
@@ -163,17 +164,19 @@ class _Run:
                     break
                 batch = next(batches, None)
                 if batch is None:
-                    raise DataError(f"task '{self.task.name}' gave fewer training batches in an epoch than in the first")
+                    raise DataError(
+                        f"task '{self.task.name}' gave fewer training batches in an epoch than in the first"
+                    )
                 self._step(placed(batch, self.device))
                 self.out.at = self.at
                 self.out.seconds = time.perf_counter() - begun
                 last = self.at % self.per == 0 or self.at == self.steps
                 if last:
                     over = self._end_epoch()
-                if self.file is not None and not over and self.at < self.steps:
-                    if last or time.perf_counter() - written >= self.leg.every:
-                        self.file.write(self._state())
-                        written = time.perf_counter()
+                due = last or time.perf_counter() - written >= self.leg.every
+                if self.file is not None and due and not over and self.at < self.steps:
+                    self.file.write(self._state())
+                    written = time.perf_counter()
                 self.progress(self.at - self.start, self.steps - self.start)
         if self.session is not None:
             self.out.masks = self.session.finish()

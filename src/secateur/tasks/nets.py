@@ -77,7 +77,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm2(x)))))
+        mixed: Tensor = x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm2(x)))))
+        return mixed
 
 
 def _blocks(width: int, depth: int, causal: bool, dropout: float) -> nn.ModuleList:

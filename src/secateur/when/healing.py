@@ -18,6 +18,11 @@ from ..tasks.checkpoint import own_generators, seed_generators
 from ..tasks.loop import Leg
 from .session import attach
 
+#: Why weights cannot be rewound.
+NO_WAY_BACK = (
+    "recovery 'rewind' goes back in the dense run, and there is none here for this model: train the task from its "
+    "start, and prune single weights (granularity element, row, N:M or block), or set the knob weights to false"
+)
 #: Makes a leg of the run: ``leg(epochs, **fields)``.
 MakeLeg = Callable[..., Leg]
 
@@ -72,10 +77,7 @@ class Healing:
 
     def rewind(self, to: float) -> None:
         if self.early is None:
-            raise RecipeError(
-                "recovery 'rewind' goes back in the dense run, and there is none here for this model: train the task "
-                "from its start, and prune single weights (granularity element, row, N:M or block)"
-            )
+            raise RecipeError(NO_WAY_BACK)
         self.model.load_state_dict(self.early(to))
         Masks(self.kept).apply(self.model)
 

@@ -72,7 +72,9 @@ class Trained:
         name = after["metric"]["name"]
         lines = [f"{self.recipe.method} on task {self.run['task']['name']}"]
         dense = before.get("metric", {}).get("value")
-        lines.append(f"{name + ', test':24}" + (f"{dense:>12.4f} dense" if dense is not None else "") + f"{self.metric:>12.4f}")
+        lines.append(
+            f"{name + ', test':24}" + (f"{dense:>12.4f} dense" if dense is not None else "") + f"{self.metric:>12.4f}"
+        )
         lines.append(f"{'sparsity':24}{self.sparsity:>12.4f} of the pruned layers")
         lines.append(f"{'parameters':24}{after['nonzero']:>12,} of {(before or after)['parameters']:,} are not zero")
         return "\n".join(lines)

@@ -86,8 +86,8 @@ class Session:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any, loss: Loss | None,
-        masks: Mapping[str, Tensor] | None = None, state: Mapping[str, Any] | None = None,
+        self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any,
+        loss: Loss | None, masks: Mapping[str, Tensor] | None = None, state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._pattern = granularity_module.parse(recipe.granularity)

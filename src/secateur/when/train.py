@@ -33,7 +33,7 @@ from ..tasks.base import placed
 from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN, Leg
 from .early import EarlyBird
-from .healing import Healing, fitting, fresh_model
+from .healing import NO_WAY_BACK, Healing, fitting, fresh_model
 from .result import Trained, refuse
 from .session import attach
 
@@ -91,19 +91,23 @@ def train(
     """
     found = find(task, **(options or {}))
     recipe, moment = _recipe(method, axes, masks, when)
-    if out is not None:
-        refuse(Path(out))
+    target = None if out is None else Path(out)
+    length = float(found.epochs if epochs is None else epochs)
+    rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
+    if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
+        raise RecipeError(NO_WAY_BACK)
+    if target is not None:
+        refuse(target)
     with own_generators(), Peak() as peak:
         run = _Course(
-            found, recipe, moment, float(found.epochs if epochs is None else epochs), None if out is None else Path(out),
-            model, masks, calibration, torch.device(device), every, progress or (lambda *_: None),
-            None if dense is None else Path(dense),
+            found, recipe, moment, length, target, model, masks, calibration, torch.device(device), every,
+            progress or (lambda *_: None), None if dense is None else Path(dense),
         )  # fmt: skip
         made = run.go()
     record = run.record(made, peak.bytes, command)
     result = Trained(made.eval(), recipe, Masks(run.masks), record)
-    if out is not None:
-        result.save(out)
+    if target is not None:
+        result.save(target)
         shutil.rmtree(run.folder, ignore_errors=True)  # type: ignore[arg-type]
     return result
 
@@ -171,10 +175,7 @@ class _Course:
         }  # fmt: skip
 
     def go(self) -> nn.Module:
-        if self.moment == "after":
-            made = self._after()
-        else:
-            made = self._along()
+        made = self._after() if self.moment == "after" else self._along()
         _check_zeros(made, self.masks)
         return made
 
@@ -223,15 +224,17 @@ class _Course:
         session: Callable[[Any, int], Live] | None = None
         if self.ticket is not None:
             held, lost = fitting(self.ticket, model)
-            self.notes += [f"{len(lost)} masks fit no layer of this model and were left out, e.g. {lost[0]}"] if lost else []
+            self.notes += (
+                [f"{len(lost)} masks fit no layer of this model and were left out, e.g. {lost[0]}"] if lost else []
+            )
             self.masks = {n: m.to(self.device) for n, m in held.items()}
             session = lambda optimizer, steps: attach(model, optimizer=optimizer, masks=self.masks)  # noqa: E731
         elif parse(recipe.granularity).coupled:
             model = self._smaller(model)
         elif recipe.method != "dense":
-            evidence = {"data": self._batches(), "loss": self.task.loss}
+            data = self._batches()
             session = lambda optimizer, steps: attach(  # noqa: E731
-                model, recipe, optimizer=optimizer, steps=steps, **evidence
+                model, recipe, optimizer=optimizer, steps=steps, data=data, loss=self.task.loss
             )
         made = self._fit("train", model, attach=session)
         if made.masks is not None:
