@@ -86,7 +86,8 @@ def train(
     Raises:
         RecipeError, DataError, ModelError, NumericalError, OutputError: with one sentence.
 
-    >>> train("digits", "gmp", sparsity=0.8, epochs=0.25, knobs={"driver": {"every": 2}}).sparsity
+    >>> made = train("digits", "gmp", sparsity=0.8, epochs=0.25, knobs={"driver": {"every": 2}})
+    >>> round(made.sparsity, 2)
     0.8
     """
     found = find(task, **(options or {}))
