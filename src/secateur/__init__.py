@@ -14,7 +14,8 @@ from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
 from .structured import StructuredPlan
-from .when import Session, attach
+from .tasks import Task
+from .when import Session, Trained, attach, train
 
 _register()
 
@@ -27,6 +28,8 @@ __all__ = [
     "SecateurError",
     "Session",
     "StructuredPlan",
+    "Task",
+    "Trained",
     "attach",
     "compress",
     "explain",
@@ -37,4 +40,5 @@ __all__ = [
     "prune",
     "prune_directory",
     "save",
+    "train",
 ]

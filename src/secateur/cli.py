@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_measure, registry
+from . import cli_measure, cli_train, registry
 from .data import CALIBRATION
 from .errors import SecateurError
 from .granularity import parse
@@ -47,6 +47,7 @@ from .options import (
 from .printing import compared, summary
 from .prune import recipe_of
 from .recipe import Recipe
+from .tasks import names_a_task
 from .terminal import app, bar, command, err_console, fail, interruptible, out_console
 
 # -- commands --------------------------------------------------------------------------------------
@@ -88,9 +89,11 @@ def prune(
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    epochs: cli_train.Epochs = None,
+    device: cli_train.Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Prune a model directory into another that stock tools load.
+    """Prune a model directory into another that stock tools load; a task (secateur tasks) is trained first.
 
     Interrupted at any moment, the same command goes on at the block it was in.
     """
@@ -102,6 +105,11 @@ def prune(
         "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
         "schedule": schedule, "steps": steps,
     }  # fmt: skip
+    if names_a_task(model):
+        return cli_train.train_source(
+            model, method or "magnitude", recipe_file, axes, knobs or [], out, epochs=epochs, when="after",
+            device=device, force=force, as_json=as_json,
+        )  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     if parse(recipe.granularity).coupled:
@@ -333,6 +341,7 @@ def demo(
 
 
 cli_measure.register(app)
+cli_train.register(app)
 
 
 def main() -> None:

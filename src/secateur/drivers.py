@@ -113,6 +113,33 @@ def gradual_regrow(
     return Update(found.progress, fraction * 0.5 * (1 + math.cos(math.pi * found.progress)))
 
 
+@register("driver", name="early-bird", paper="1909.11957")
+def early_bird(
+    step: int, steps: int, distances: tuple[float, ...], *, window: int = 5, below: float = 0.1
+) -> Update | None:
+    """Once, early: when the mask that would be drawn has ceased to change from epoch to epoch.
+
+    :: max over the last ``window`` - 1 epochs of d(mask now, mask then) <= below, d = share of units that differ
+
+    ``distances`` are those of the mask after this epoch to the masks after the earlier ones, the oldest first.
+
+    Choose it to find a ticket in the first part of a dense run, and to train only that.
+
+    Beware: at the end of the run the mask is drawn whatever the distances are.
+
+    >>> early_bird(100, 400, (0.3, 0.08, 0.06), window=3), early_bird(100, 400, (0.08, 0.2), window=3)
+    (Update(progress=1.0, swap=0.0), None)
+
+    Source: You et al., Drawing early-bird tickets, arXiv 1909.11957, section 3.2 and algorithm 1, and the authors'
+    code, in which five masks are kept and the newest is compared with the other four.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 2:
+        raise RecipeError(f"driver 'early-bird': window is a whole number of masks of at least 2, not {window!r}")
+    last = distances[-(window - 1) :]
+    still = len(last) == window - 1 and max(last) <= below
+    return Update() if still or (step == steps and step > 0) else None
+
+
 def _span(steps: int, begin: float, end: float) -> tuple[int, int]:
     if not 0 <= begin <= end <= 1:
         raise RecipeError(f"a driver's begin and end are fractions of the run, begin first: not {begin:g} and {end:g}")

@@ -26,7 +26,7 @@ Crit = Annotated[str | None, typer.Option("--criterion", help="What a weight is 
 Solver = Annotated[str | None, typer.Option("--solver", help="Whether and how the survivors move.")]
 Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the model.")]
 Schedule = Annotated[str | None, typer.Option("--schedule", help="Share of the target after each step.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Rounds of score and cut.")]
+Steps = Annotated[int | None, typer.Option("--steps", "--rounds", min=1, help="Rounds of score and cut.")]
 Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
@@ -73,6 +73,16 @@ def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
             raise RecipeError(f"--set '{item}' is not understood: write --set solver.damp=0.02")
         knobs.setdefault(axis, {})[knob] = _number(value)
     return knobs
+
+
+def split_knobs(items: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The sizes of a task among knobs, and the others.
+
+    >>> split_knobs(["task.width=8", "solver.damp=0.02"])
+    ({'width': 8}, ['solver.damp=0.02'])
+    """
+    own = [x for x in items if x.startswith("task.")]
+    return _knobs(own).get("task", {}), [x for x in items if not x.startswith("task.")]
 
 
 def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:

@@ -107,6 +107,7 @@ def prune(
     example: Any = None,
     exported: bool = False,
     multiple: int = 8,
+    masks: Mapping[str, Tensor] | None = None,
     **axes: Any,
 ) -> Any:
     """Prune a model in place.
@@ -129,6 +130,7 @@ def prune(
             width ``forward`` derives from shapes; ``shrink()`` returns a smaller program then.
         multiple: for coupled units, sizes that remain are multiples of it where the units are single positions
             (heads and groups go whole); vector units of processors like 8 or 16.
+        masks: what earlier rounds kept, by layer name: what they removed stays removed.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
@@ -144,6 +146,10 @@ def prune(
     0.5
     """
     recipe = recipe_of(method, axes, target, example, exported)
+    if get("recovery", recipe.recovery).facts.get("data") == "task":
+        raise RecipeError(
+            f"recovery '{recipe.recovery}' trains: give a task to secateur.train(task, ...), or attach() in your loop"
+        )
     if granularity.parse(recipe.granularity).coupled:
         plan = plan_coupled(
             model, recipe, target=target, example=example, data=data, loss=loss, exported=exported, multiple=multiple
@@ -165,17 +171,17 @@ def prune(
         layer.check_finite()
     described: Mapping[str, Any] | None = None
     with Peak() as peak, evaluating(model):
-        if _by_block(model, recipe, blocks, layers, data):
+        if not masks and _by_block(model, recipe, blocks, layers, data):
             assert blocks is not None
             tokens = None
             if recipe.needs_data:
                 tokens = windows(data, tokenizer, count=windows_count, length=length)
                 described = tokens.describe()
-            records, masks = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
+            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
         else:
             if recipe.needs_data:
                 described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
-            records, masks = _whole(model, recipe, layers, data, loss)
+            records, made = _whole(model, recipe, layers, data, loss, masks)
     run = run_record(
         recipe=recipe,
         model={
@@ -190,7 +196,7 @@ def prune(
         timings={"total": time.perf_counter() - start},
         peak_memory=peak.bytes,
     )
-    return Pruned(model, recipe, masks, records, skipped, run)
+    return Pruned(model, recipe, made, records, skipped, run)
 
 
 def recipe_of(
@@ -311,7 +317,12 @@ def block_keeps(
 
 
 def _whole(
-    model: nn.Module, recipe: Recipe, layers: list[Layer], data: Any, loss: Loss | None
+    model: nn.Module,
+    recipe: Recipe,
+    layers: list[Layer],
+    data: Any,
+    loss: Loss | None,
+    before: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[LayerRecord], Masks]:
     """All layers at once, in as many rounds as the recipe has steps; every round scores what is left.
 
@@ -326,10 +337,11 @@ def _whole(
     again = not recipe.nested and recipe.steps > 1
     dense = {x.name: x.stored.detach().clone() for x in layers} if again or recipe.control != "none" else {}
     records: dict[str, LayerRecord] = {}
-    masks: dict[str, Tensor] = {}
+    names = {x.name: x for x in layers}
+    masks = {n: m.to(names[n].stored.device) for n, m in (before or {}).items() if n in names}
     blocks = find_blocks(model)
     paths = blocks.paths() if blocks else []
-    keeps: dict[str, float] = {}
+    keeps = {n: float(masks[n].double().mean()) if n in masks else 1.0 for n in names} if masks else {}
     for step in range(1, recipe.steps + 1):
         sparsity = sparsity_at(recipe.schedule, step / recipe.steps, recipe.sparsity)
         evidence = evidence_of(model, recipe, layers, batches, loss)

@@ -271,8 +271,8 @@ def test_bad_input_is_one_sentence() -> None:
 
 
 @given(
-    st.sampled_from([n for n in parts("driver") if n != "once"]), st.integers(1, 300), st.integers(1, 50),
-    st.floats(0.1, 1.0),
+    st.sampled_from([n for n, d in parts("driver").items() if n != "once" and d.needs == ("step", "steps")]),
+    st.integers(1, 300), st.integers(1, 50), st.floats(0.1, 1.0),
 )  # fmt: skip
 def test_drivers_keep_their_promises(name: str, steps: int, every: int, end: float) -> None:
     """Progress never falls and arrives; what is exchanged is a share, and there is an end to it."""

@@ -155,6 +155,7 @@ _PARTS = {
     ("driver", "gradual"): ("B2.3",),
     ("driver", "regrow"): ("B2.2",),
     ("driver", "gradual-regrow"): ("B2.2", "B2.3"),
+    ("driver", "early-bird"): ("B3.4",),
     ("solver", "sparsegpt"): ("B3.5", "C1.4"),
     ("solver", "obc"): ("B3.5", "C1.4"),
     ("solver", "dsnot"): ("B3.5",),
@@ -206,7 +207,8 @@ def nodes_of(part: Part) -> tuple[str, ...]:
     elif part.kind == "method":
         found += _MODELS.get(part.facts.get("family", ""), ())
         for used in parts_of(part).values():
-            if used.kind in ("criterion", "granularity", "solver", "driver", "gate", "penalty"):
+            rewinds = (used.kind, used.name) == ("recovery", "rewind")
+            if rewinds or used.kind in ("criterion", "granularity", "solver", "driver", "gate", "penalty"):
                 found += nodes_of(used)
         found += _moment(part.facts.get("when", ""), part.facts.get("family", ""), found)
     return _ordered(found, what)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import blockwise, project, units
+from . import blockwise, distill, lora, project, training, units
 
-__all__ = ["blockwise", "project", "units"]
+__all__ = ["blockwise", "distill", "lora", "project", "training", "units"]

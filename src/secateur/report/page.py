@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from secateur.report import charts
+from secateur.report import charts, training
 from secateur.report import values as v
 from secateur.report.plots import overlay, plots_of
 from secateur.report.read import (
@@ -56,7 +56,7 @@ def render(run: Record, *, compare: Sequence[Record] = ()) -> str:
         change=_before_after(run),
         checks=_checks(run),
         comparison=_comparison(runs, labels) if len(runs) > 1 else None,
-        plots=plots_of(run),
+        plots=[*training.plots(run), *plots_of(run)],
         timings=_timings(run),
         layers=_layers(run),
         skipped=v.maps(run.get("skipped")),
@@ -104,6 +104,8 @@ def _headline(run: Record) -> str:
     """The answer in one sentence; it says so where perplexity was not measured."""
     at = pruned_of(run)
     who = method_of(run) + (f" at {v.percent(at)} sparsity" if at is not None else "")
+    if (trained := training.headline(run, who)) is not None:
+        return trained
     before, after = perplexity_of(run, "before"), perplexity_of(run, "after")
     raw = v.dig(run, "after", "perplexity", "value")
     if after is None:
@@ -145,7 +147,8 @@ def _tiles(run: Record) -> list[dict[str, str]]:
     before, after = perplexity_of(run, "before"), perplexity_of(run, "after")
     pruned, whole = pruned_of(run), v.figure(run, "sparsity", "model")
     tiles = [
-        {
+        training.tile(run)
+        or {
             "name": "Perplexity after pruning",
             "value": "not measured"
             if v.dig(run, "after", "perplexity", "value") is None
@@ -176,7 +179,7 @@ def _before_after(run: Record) -> list[tuple[str, str, str, str]]:
     b, a = run.get("before"), run.get("after")
     first = v.dig(b, "perplexity", "value")
     last = v.dig(a, "perplexity", "value")
-    rows = []
+    rows = training.rows(run)
     if first is not None or last is not None:
         rows.append(("Perplexity", v.measure(first), v.measure(last), v.ratio(v.number(first), v.number(last))))
     for key, name, show in (

@@ -1,5 +1,8 @@
-"""Pruning while a model trains, in the user's own loop."""
+"""Pruning while a model trains, in the user's own loop, or in that of a task."""
 
+from .healing import Healing
+from .result import Trained
 from .session import Session, attach
+from .train import supermask, train
 
-__all__ = ["Session", "attach"]
+__all__ = ["Healing", "Session", "Trained", "attach", "supermask", "train"]

@@ -36,6 +36,8 @@ def attach(
     data: Any = None,
     loss: Loss | None = None,
     example: Any = None,
+    masks: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
     **axes: Any,
 ) -> Session:
     """Prune a model while it trains.
@@ -51,6 +53,8 @@ def attach(
         steps: how many times the optimizer will step; not needed for methods whose mask does not change.
         data, loss: for methods whose first mask is measured on data, as for `prune`.
         example: for units of the whole model, inputs of one forward pass, as for `plan`.
+        masks: held as they are in place of a method, e.g. the ``masks`` of `Pruned`: to fine-tune what was pruned.
+        state: of a session to go on with, ``session.state_dict()``; the model and the optimizer have been loaded.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ``knobs``, ...
 
     Returns:
@@ -68,8 +72,12 @@ def attach(
     >>> int(net.weight.count_nonzero())
     20
     """
-    recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
-    return Session(model, recipe, optimizer=optimizer, steps=steps, data=data, loss=loss, example=example)
+    if masks is not None:
+        recipe = Recipe(method="given masks", only=tuple(masks), **axes)
+    else:
+        recipe = method.override(**axes) if isinstance(method, Recipe) else Recipe.of(method, **axes)
+    given = {"data": data, "loss": loss, "example": example, "masks": masks, "state": state}
+    return Session(model, recipe, optimizer=optimizer, steps=steps, **given)
 
 
 class Session:
@@ -83,7 +91,8 @@ class Session:
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any,
-        loss: Loss | None, example: Any = None,
+        loss: Loss | None, example: Any = None, masks: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._pattern = granularity_module.parse(recipe.granularity)
@@ -102,11 +111,27 @@ class Session:
         progress = 0.0 if first is None else first.progress
         more = {"optimizer": optimizer, "steps": steps, "example": example, "progress": progress}
         self._learning = Learning.of(model, recipe, self.layers, **more)
-        if progress > 0 and (self._learning is None or not self._learning.decides):
+        if state is not None:
+            self.load_state_dict(state)
+        elif masks is not None:
+            self._take(masks)
+        elif progress > 0 and (self._learning is None or not self._learning.decides):
             self._begin(data, loss)
+
+    def _take(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold masks that were made elsewhere."""
+        for layer in self.layers:
+            mask = masks[layer.name]
+            if mask.dtype != torch.bool or tuple(mask.shape) != layer.shape:
+                raise ModelError(f"the mask of {layer.name} is {tuple(mask.shape)}, the weight {layer.shape}")
+            self._set(layer, mask.to(layer.stored.device))
+        self._progress = 1.0
+        self._hold()
 
     def _check(self, data: Any, loss: Loss | None) -> None:
         recipe = self.recipe
+        if "distances" in self._driver.needs:
+            raise RecipeError(f"driver '{recipe.driver}' watches whole epochs: use secateur.train(task, ...)")
         if self._pattern.coupled and recipe.gate == recipe.penalty == "none":
             raise RecipeError(
                 f"granularity '{recipe.granularity}' is for prune() and plan(), which make the model smaller: "

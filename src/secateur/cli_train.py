@@ -1,0 +1,153 @@
+"""Commands that train: ``train``, ``tasks``, and ``prune`` where it is given a task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from . import registry
+from .errors import OutputError, RecipeError
+from .masks import Masks
+from .options import (
+    Alloc,
+    Crit,
+    Gran,
+    Json,
+    Method,
+    Only,
+    RecipeFile,
+    Recovery,
+    Schedule,
+    Seed,
+    Set,
+    Skip,
+    Solver,
+    Sparsity,
+    Steps,
+    read_recipe,
+    split_knobs,
+)
+from .recipe import Recipe
+from .terminal import bar, command, err_console, interruptible, out_console
+from .when import train as run
+
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Of a whole training run (default: the task's own).")]
+Device = Annotated[str, typer.Option("--device", help="Where it trains: cpu or cuda.")]
+
+
+def train(
+    task: Annotated[str, typer.Argument(help="A ready task (secateur tasks) or FILE.py:NAME.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    method: Method = None,
+    recipe_file: RecipeFile = None,
+    sparsity: Sparsity = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    granularity: Gran = None,
+    allocation: Alloc = None,
+    criterion: Crit = None,
+    solver: Solver = None,
+    recovery: Recovery = None,
+    schedule: Schedule = None,
+    steps: Steps = None,
+    only: Only = None,
+    skip: Skip = None,
+    knobs: Set = None,
+    when: Annotated[
+        str | None, typer.Option("--when", help="before, during or after training (default: the method's own).")
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option("--masks", help="A masks.safetensors to train under in place of a method.")
+    ] = None,
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a task, densely or with a method of pruning; --set task.NAME=VALUE sets its sizes.
+
+    Interrupted at any moment, the same command goes on where it was, and ends with the same weights.
+    """
+    axes = {
+        "sparsity": sparsity, "seed": seed, "granularity": granularity, "allocation": allocation,
+        "criterion": criterion, "solver": solver, "recovery": recovery, "schedule": schedule, "steps": steps,
+        "only": only, "skip": skip,
+    }  # fmt: skip
+    train_source(
+        task, method, recipe_file, axes, knobs or [], out, epochs=epochs, when=when, masks=masks, device=device,
+        force=force, as_json=as_json,
+    )  # fmt: skip
+
+
+def train_source(
+    task: str, method: str | None, recipe_file: Path | None, axes: dict[str, Any], knobs: list[str], out: Path, *,
+    epochs: float | None = None, when: str | None = None, masks: Path | None = None, device: str = "cpu",
+    force: bool = False, as_json: bool = False,
+) -> None:  # fmt: skip
+    """What ``train`` and ``prune`` do with a task."""
+    given = {k: v for k, v in axes.items() if v is not None and v != []}
+    options, own = split_knobs(knobs)
+    chosen: str | Recipe | None = method
+    if recipe_file is not None:
+        chosen, given = read_recipe(method, recipe_file, axes, own), {}
+    elif own:
+        given["knobs"] = read_recipe(method, None, {}, own).knobs if method else _no_method(own)
+    if force and out.exists():
+        _remove(out)
+    again = f"stopped: {out} was not written; the same command goes on where it was"
+    with interruptible(again), bar(method or "dense", None, not as_json) as show:
+        made = run(
+            task, chosen, epochs=epochs, when=when, out=out, device=device, options=options, command=command(),
+            masks=None if masks is None else Masks.load(masks), progress=lambda name, done, of: show(done, of), **given,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(made.run))
+        return
+    print(made)
+    for note in made.run["notes"]:
+        out_console.print(f"note: {escape(note)}")
+    out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
+
+
+def _no_method(knobs: list[str]) -> dict[str, Any]:
+    raise RecipeError(f"--set {knobs[0]} belongs to a method, and none is named: say which with --method")
+
+
+def _remove(out: Path) -> None:
+    """Make room for a run, where an earlier one lies."""
+    import shutil
+
+    if not (out / "run.json").is_file():
+        raise OutputError(f"{out} was not written by secateur: delete it yourself, or choose another --out")
+    shutil.rmtree(out)
+
+
+def tasks(as_json: Json = False) -> None:
+    """List the ready tasks, with their sizes as --set task.NAME=VALUE takes them."""
+    shelf = registry.parts("task").values()
+    if as_json:
+        print(json.dumps([{"name": p.name, "summary": p.card.summary, "options": dict(p.knobs)} for p in shelf]))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("task", "what it is", "options"):
+        table.add_column(column)
+    for part in shelf:
+        options = ", ".join(f"{k}={v}" for k, v in part.knobs.items())
+        table.add_row(part.name, escape(part.card.summary), options)
+    out_console.print(table)
+    out_console.print(
+        "\nA task of your own is an object or a class in FILE.py with model(seed) and batches(split, seed, epoch);\n"
+        "secateur explain NAME tells more of any of these",
+        style="dim",
+    )
+    err_console.file.flush()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(train)
+    app.command()(tasks)

@@ -1,0 +1,105 @@
+"""Methods that train after pruning: rounds, rewinding and healing are fields of a recipe over one loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .oneshot import method
+
+_IMP = "Frankle and Carbin, The lottery ticket hypothesis, arXiv 1803.03635"
+#: What ten rounds of a fifth leave; another sparsity takes as many rounds of a fifth as it needs.
+_TEN: dict[str, Any] = {"steps": 10, "schedule": "geometric", "sparsity": 1 - 0.8**10}
+
+method(
+    "magnitude-finetune",
+    "Train, remove the smallest weights of the network at once, and fine-tune what stays.",
+    choose="Choose it as the baseline of everything that trains after pruning.",
+    beware="at high sparsity one cut is too much: take iterative-magnitude.",
+    source="Han et al., Learning both weights and connections, arXiv 1506.02626.",
+    paper="1506.02626",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="finetune",
+)
+method(
+    "iterative-magnitude",
+    "Train, then remove a fifth of the weights and fine-tune, round after round.",
+    choose="Choose it in place of magnitude-finetune at high sparsity.",
+    source="Han et al., Learning both weights and connections, arXiv 1506.02626, section 3.2, with the fifth of "
+    "arXiv 1803.03635.",
+    paper="1506.02626",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="finetune",
+    **_TEN,
+)
+method(
+    "lth",
+    "Iterative magnitude pruning with rewinding: a fifth of the weights goes each round, the others start again.",
+    choose="Choose it to find winning tickets of small networks.",
+    beware="costs a whole training run a round; networks of some size need late rewinding (lth-rewind).",
+    source=f"{_IMP}, section 1 and appendix B: iterative, rewound to the initialization, ranked over the network.",
+    paper="1803.03635",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="rewind",
+    **_TEN,
+)
+method(
+    "lth-rewind",
+    "As lth, but what stays goes back to the weights of an early step of training, not to the initialization.",
+    choose="Choose it for tickets of networks with batch norm and shortcuts, and at large learning rates.",
+    source="Frankle et al., Linear mode connectivity and the lottery ticket hypothesis, arXiv 1912.05671, section 4.",
+    paper="1912.05671",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="rewind",
+    knobs={"recovery": {"to": 0.05}},
+    **_TEN,
+)
+method(
+    "lr-rewind",
+    "Iterative magnitude pruning in which weights go on and only the learning rate's schedule starts again.",
+    choose="Choose it for the highest accuracy at a sparsity, when each round may cost a training run.",
+    source="Renda et al., Comparing rewinding and fine-tuning, arXiv 2003.02389, sections 2 and 5.",
+    paper="2003.02389",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="rewind",
+    knobs={"recovery": {"weights": False}},
+    **_TEN,
+)
+method(
+    "magnitude-distill",
+    "Train, remove the smallest weights at once, and let the dense model teach what stays.",
+    choose="Choose it in place of magnitude-finetune when accuracy matters more than the time of one forward pass.",
+    source="Park and No, Prune your model before distill it, arXiv 2109.14960, for the two together; the loss is that "
+    "of Hinton et al., arXiv 1503.02531.",
+    paper="2109.14960",
+    family="magnitude",
+    criterion="magnitude",
+    allocation="global",
+    recovery="distill",
+)
+method(
+    "early-bird",
+    "Draw the mask of channels as soon as it no longer changes, cut them away, and train the smaller network.",
+    choose="Choose it to save most of the dense run.",
+    beware="sparsity is the share of the channels while the ticket is looked for, and of the parameters when they go; "
+    "the penalty on batch-norm scales that the authors also train with is not part of it.",
+    source="You et al., Drawing early-bird tickets, arXiv 1909.11957, algorithm 1; coupled units are ours.",
+    paper="1909.11957",
+    family="cnn",
+    granularities=("coupled",),
+    criterion="norm-scale",
+    granularity="coupled",
+    allocation="global",
+    driver="early-bird",
+    recovery="finetune",
+    knobs={"recovery": {"length": 1.0, "rate": 1.0}},
+)

@@ -1,0 +1,159 @@
+"""Distillation: the dense model teaches the pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+from ..registry import register
+from .training import Loss, Training
+
+
+@register("recovery", paper="1503.02531", data="task", teacher=True)
+def distill(
+    run: Training, *, length: float = 0.5, rate: float = 0.1, logits: float = 0.9, temperature: float = 4.0,
+    features: float = 0.0, attention: float = 0.0, layers: str = "",
+) -> None:  # fmt: skip
+    """Fine-tune to the dense model's outputs beside the labels.
+
+    :: (1 - a) loss + a T^2 KL(softmax(z_dense / T) || softmax(z / T)) + f L_features + b L_attention
+
+    a is ``logits``, f ``features``, b ``attention``. L_features is the mean over layers of
+    ``|| h - h_dense ||^2 / || h_dense ||^2``; L_attention compares where a layer is active: the sum over channels of
+    the squares, normalized over positions, so that it also works where the smaller model has fewer channels. The
+    layers are the repeated blocks, or the model's parts where it has none, or those that the glob ``layers`` names.
+
+    Choose it for the highest accuracy after pruning when the dense model is at hand: it costs one more forward pass.
+
+    Beware: the teacher is in evaluation mode; for outputs that are no logits set ``logits`` to 0.
+
+    Source: Hinton et al., arXiv 1503.02531, section 2, for the logits; Romero et al., FitNets, arXiv 1412.6550, for
+    features, here without a regressor and relative; Zagoruyko and Komodakis, arXiv 1612.03928, section 3.1, for
+    attention, with the squared distance of the authors' code.
+    """
+    if not 0 <= logits <= 1 or not temperature > 0 or features < 0 or attention < 0:
+        raise RecipeError(
+            "recovery 'distill': logits is in [0, 1], temperature above 0, features and attention are not negative"
+        )
+    run.fit(length, rate=rate, loss=taught(run, logits, temperature, features, attention, layers))
+
+
+def taught(run: Training, logits: float, temperature: float, features: float, attention: float, layers: str) -> Loss:
+    """The loss of `distill`."""
+    teacher = run.teacher()
+    names = chosen_layers(run.model, layers) if features or attention else []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with outputs(model, names) as own:
+            plain = run.loss(model, batch)
+        with torch.no_grad(), outputs(teacher, names) as dense:
+            run.loss(teacher, batch)
+        whole = (1 - logits) * plain
+        if logits:
+            whole = whole + logits * soft(_logits(own[""]), _logits(dense[""]), temperature)
+        if features:
+            whole = whole + features * _mean([_relative(own[n], dense[n], n) for n in names])
+        if attention:
+            whole = whole + attention * _mean([(_map(own[n]) - _map(dense[n])).square().sum(-1).mean() for n in names])
+        return whole
+
+    return loss
+
+
+def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over all but the last axis.
+
+    >>> z = torch.tensor([[1.0, 2.0]])
+    >>> float(soft(z, z, 2.0))
+    0.0
+    """
+    log_p = (student / temperature).log_softmax(-1)
+    log_q = (teacher / temperature).log_softmax(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return temperature**2 * divergence.mean()
+
+
+def chosen_layers(model: nn.Module, glob: str) -> list[str]:
+    """Names of the modules whose outputs are compared."""
+    if glob:
+        found = [n for n, _ in model.named_modules() if n and fnmatchcase(n, glob)]
+        if not found:
+            raise RecipeError(f"recovery 'distill': no module is named '{glob}'")
+        return found
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if lists:
+        name, longest = max(lists, key=lambda x: len(x[1]))
+        return [f"{name}.{k}" if name else str(k) for k in range(len(longest))]
+    # Single operations (an activation, a norm) are no parts to compare; blocks of several layers are.
+    found = [n for n, m in model.named_children() if sum(1 for x in m.modules() if list(x.parameters(False))) > 1]
+    if not found:
+        raise RecipeError(
+            "recovery 'distill': the model has no repeated blocks to compare: name modules with the knob layers"
+        )
+    return found
+
+
+@contextmanager
+def outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What the model (under "") and the modules of that name give while the model runs."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in ("", *names)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor that matters of what a module gives."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for item in output:
+            if isinstance(item, Tensor) and item.is_floating_point():
+                return item
+    raise RecipeError(f"recovery 'distill' compares tensors, and a module gives a {type(output).__name__}")
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else _first(output)
+
+
+def _relative(own: Any, dense: Any, name: str) -> Tensor:
+    h, other = _first(own), _first(dense)
+    if h.shape != other.shape:
+        raise RecipeError(
+            f"recovery 'distill': {name} gives {tuple(h.shape)}, the dense model {tuple(other.shape)} there: features "
+            "need equal shapes; use the knob attention"
+        )
+    return (h - other).square().sum() / other.square().sum().clamp_min(1e-12)
+
+
+def _map(output: Any) -> Tensor:
+    """Where a layer is active ``(n, positions)``: channels are axis 1 of feature maps, the last one of tokens."""
+    h = _first(output)
+    if h.dim() < 3:
+        raise RecipeError("recovery 'distill': attention compares layers with positions, feature maps or tokens")
+    positions = h.square().sum(1 if h.dim() > 3 else -1).flatten(1)
+    return nn.functional.normalize(positions, dim=-1)
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean()

@@ -1,0 +1,90 @@
+"""What `train` returns, and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import OutputError
+from ..masks import Masks
+from ..recipe import Recipe
+from ..record import dumps
+from ..report import write_report
+from ..store import save_module
+from ..structured import save as save_smaller
+
+
+@dataclass(eq=False)
+class Trained:
+    """A trained model with the record of what was done. Prints as a small table.
+
+    Attributes:
+        model: a plain module; a smaller one where the recipe is over coupled units.
+        masks: of its pruned layers; empty for a dense or a smaller model.
+        run: the content of ``run.json``: curves by epoch, rounds, metrics before and after.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    masks: Masks
+    run: dict[str, Any] = field(repr=False)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights of the pruned layers that is zero."""
+        return float(self.run["sparsity"]["pruned_layers"])
+
+    @property
+    def metric(self) -> float:
+        """The task's metric on the test data."""
+        return float(self.run["after"]["metric"]["value"])
+
+    def save(self, out: str | Path) -> Path:
+        """Write the model, its masks where it has some, ``recipe.yaml``, ``run.json`` and ``report.html``.
+
+        Raises:
+            OutputError: the directory exists and is not empty.
+        """
+        target = Path(out)
+        refuse(target)
+        part = target.with_name(target.name + ".partial")
+        part.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.model, "secateur_surgery"):
+            part.rmdir()
+            save_smaller(self.model, part)
+        else:
+            save_module(self.model, part)
+        if self.masks:
+            self.masks.save(part / "masks.safetensors")
+        (part / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
+        (part / "run.json").write_text(dumps(self.run), encoding="utf-8")
+        write_report(part / "report.html", self.run)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+        return target
+
+    def __str__(self) -> str:
+        before, after = self.run["before"] or {}, self.run["after"]
+        name = after["metric"]["name"]
+        lines = [f"{self.recipe.method} on task {self.run['task']['name']}"]
+        dense = before.get("metric", {}).get("value")
+        lines.append(
+            f"{name + ', test':24}" + (f"{dense:>12.4f} dense" if dense is not None else "") + f"{self.metric:>12.4f}"
+        )
+        lines.append(f"{'sparsity':24}{self.sparsity:>12.4f} of the pruned layers")
+        lines.append(f"{'parameters':24}{after['nonzero']:>12,} of {(before or after)['parameters']:,} are not zero")
+        return "\n".join(lines)
+
+
+def refuse(out: Path) -> None:
+    """Say so when a directory holds something.
+
+    Raises:
+        OutputError: it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists: choose another directory")
