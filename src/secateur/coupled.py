@@ -81,7 +81,7 @@ def batches_of(source: str, data: str | None, net: nn.Module, count: int, length
         if not batches:
             raise DataError(f"{path} has nothing named '{name}' that gives batches")
         labelled = isinstance(batches[0], (tuple, list)) and len(batches[0]) == 2
-        own = _named(Path(path), "loss")
+        own = named(Path(path), "loss")
         return batches, own if callable(own) else _cross_entropy if labelled else None
     if data is None or not vocabulary(net):
         return [], None
