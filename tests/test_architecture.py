@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("registry", "facts", "disk"),
-    ("select", "schedule", "drivers", "symmetric", "lanes"),
+    ("select", "schedule", "drivers", "holds", "symmetric", "lanes"),
     ("layers", "graph", "formats", "data", "printing"),
     ("masks", "evidence", "surgery", "measure", "kernels"),
     ("criteria", "granularity"),

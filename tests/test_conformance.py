@@ -55,7 +55,7 @@ def test_method(name: str) -> None:
     assert recipe == part.facts["recipe"]
     assert recipe.method == name and recipe.cite() is not None
     whole = {"depth": "blocks", "experts": "experts"}.get(recipe.granularity)
-    known = of_source(whole) if whole else of_source("inputs", "gradients", "maps")
+    known = of_source(whole) if whole else of_source("inputs", "gradients", "maps", "training")
     assert recipe.needs() <= {*known, "inputs"}
     assert set(part.needs) == recipe.needs()
     recipe.check()

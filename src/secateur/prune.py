@@ -18,7 +18,7 @@ from .evidence.inputs import INPUT_FACTS
 from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
-from .recipe import Recipe
+from .recipe import TRAINING, Recipe
 from .record import dumps, run_record
 from .registry import get
 from .schedule import sparsity_at
@@ -205,6 +205,11 @@ def recipe_of(
         raise RecipeError(
             f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
             f"'{recipe.method}', ...)"
+        )
+    if only := sorted(recipe.needs() & TRAINING):
+        raise RecipeError(
+            f"criterion '{recipe.criterion}' needs {only[0]}, which only a training run shows: use "
+            "secateur.attach(model, ..., driver='renew') and train"
         )
     if not granularity.parse(recipe.granularity).coupled and (target is not None or example is not None):
         if "granularity" in given:

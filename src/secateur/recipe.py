@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from . import drivers  # noqa: F401  registers them
+from . import drivers, holds  # noqa: F401  registers them
 from . import granularity as granularity_module
 from .errors import RecipeError
 from .facts import FACTS, of_source
@@ -31,6 +31,8 @@ Propagate = Literal["layer", "block", "off"]
 DERIVED = frozenset(of_source("engine"))
 #: Evidence of single weights that needs a loss and labels, or targets.
 GRADIENTS = frozenset(of_source("gradients"))
+#: Evidence that only a training run shows.
+TRAINING = frozenset(of_source("training"))
 _LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
 
 
@@ -70,6 +72,7 @@ class Recipe:
         schedule: share of the target reached after each of ``steps`` rounds.
         steps: rounds of score and cut.
         driver: when the mask changes: ``once``, or while the model trains.
+        hold: what becomes of weights that are gone, while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
@@ -87,6 +90,7 @@ class Recipe:
     schedule: str = "one-shot"
     steps: int = 1
     driver: str = "once"
+    hold: str = "zero"
     solver: str = "rank"
     recovery: str = "none"
     sparsity: float = 0.5
@@ -211,6 +215,7 @@ class Recipe:
             "allocation": get("allocation", self.allocation),
             "schedule": get("schedule", self.schedule),
             "driver": get("driver", self.driver),
+            "hold": get("hold", self.hold),
             "solver": get("solver", self.solver),
             "recovery": get("recovery", self.recovery),
         }

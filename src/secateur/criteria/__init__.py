@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import activation, curvature, depth, experts, magnitude, random, redundancy, saliency
+from . import activation, curvature, depth, experts, magnitude, random, redundancy, saliency, training
 
-__all__ = ["activation", "curvature", "depth", "experts", "magnitude", "random", "redundancy", "saliency"]
+__all__ = ["activation", "curvature", "depth", "experts", "magnitude", "random", "redundancy", "saliency", "training"]
