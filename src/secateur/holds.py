@@ -8,7 +8,7 @@ training in between; ``dense``, the model reads the masked weight, and the sessi
 optimizer, which is one more copy of each pruned parameter. ``state``: whether the optimizer's memory of what is gone
 is zero too. ``backward``: for which weights training needs gradients, which the count of operations asks.
 ``first``: masks change before the optimizer steps, with this step's gradients, and not after it. ``finish``: the
-criterion of the last mask.
+criterion of the last mask. ``decays``: nothing works without the optimizer's weight decay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def free() -> None:
     """
 
 
-@register("hold", weight="free", state="free", backward="dense", first=True, finish="magnitude", paper="1909.12778")
+@register(
+    "hold", weight="free", state="free", backward="dense", first=True, finish="magnitude", decays=True,
+    paper="1909.12778", survey="B2.1",
+)  # fmt: skip
 def active(weight: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Only chosen weights get the gradient of the loss; the others stay, and shrink by weight decay alone.
 

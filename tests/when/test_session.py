@@ -249,7 +249,7 @@ def test_bad_input_is_one_sentence() -> None:
         "say how long it is": lambda: attach(model, "gmp", sparsity=0.5),
         "are for prune": lambda: attach(model, "sparsegpt", sparsity=0.5, steps=5),
         "which a training run does not show": lambda: attach(model, "gmp", criterion="wanda", sparsity=0.5, steps=5),
-        "for prune.. and plan": lambda: attach(model, "magnitude", granularity="coupled", sparsity=0.5),
+        "give inputs for it with example=": lambda: attach(model, "magnitude", granularity="coupled", sparsity=0.5),
         "use secateur.attach": lambda: secateur.prune(model, "rigl", sparsity=0.5),
         "passed|pass --data": lambda: attach(model, "snip", sparsity=0.5),
         "no knob 'often'": lambda: attach(model, "gmp", steps=5, knobs={"driver": {"often": 1}}),
