@@ -74,7 +74,8 @@ def renew(
 
     Choose it with a hold under which weights that are gone go on changing, or with a criterion that remembers.
 
-    Beware: after ``until`` the mask stays. With ``every`` at 1 a run ranks all weights in each step.
+    Beware: after ``until`` the mask stays, and so does what it took, under any hold. With ``every`` at 1 a run ranks
+    all weights in each step.
 
     >>> [renew(s, 400, end=0.5, every=100).progress for s in (0, 100, 300)], renew(50, 400, every=100)
     ([0.0, 0.5, 1.0], None)
@@ -85,7 +86,8 @@ def renew(
     _positive(every)
     if not 0 < until <= 1:
         raise RecipeError(f"driver 'renew': until is a fraction of the run above 0, not {until:g}")
-    if step < first or step > until * steps or ((step - first) % every and step != steps):
+    stop = int(until * steps)
+    if step < first or step > stop or ((step - first) % every and step != stop):
         return None
     return Update(progress=min(1.0, (step - first) / (last - first)) if last > first else 1.0, fresh=True)
 

@@ -180,7 +180,8 @@ def walk(
     Beware: a random number for each weight in each step.
 
     >>> mask, sign = torch.tensor([[True, False]]), torch.tensor([[True, True]])
-    >>> walk(torch.ones(1, 2), torch.zeros(1, 2), mask, sign, 0.5, torch.Generator(), l1=1.0, temperature=0.0)[0].tolist()
+    >>> w, draws = torch.ones(1, 2), torch.Generator()
+    >>> walk(w, torch.zeros(1, 2), mask, sign, 0.5, draws, l1=1.0, temperature=0.0)[0].tolist()
     [[0.5, 1.0]]
 
     Source: Bellec et al., Deep rewiring, arXiv 1711.05136, algorithm 1, line 4. The temperature gives the noise of the

@@ -276,7 +276,7 @@ def test_bad_input_is_one_sentence() -> None:
 )  # fmt: skip
 def test_drivers_keep_their_promises(name: str, steps: int, every: int, end: float) -> None:
     """Progress never falls and arrives; what is exchanged is a share, and there is an end to it."""
-    span = {"until": end} if name == "regrow" else {"end": end}
+    span = {"end": end} if name.startswith("gradual") else {"until": end}
     found = [drivers_at(name, s, steps, every=every, **span) for s in range(steps + 1)]
     progress = [u.progress for u in found if u is not None]
     assert progress == sorted(progress) and progress[-1] == 1.0

@@ -86,6 +86,7 @@ method(
 
 _ITOP = "Liu et al., Do we actually need dense over-parameterization? (ITOP), arXiv 2102.02887, and its official code."
 _SINGLE = ("element", "block")
+_DSR = {"drop": "all", "spread": "count", "grow": "random", "fraction": 0.1, "decay": "none", "until": 0.8}
 
 method(
     "rigl-itop",
@@ -146,11 +147,7 @@ method(
     granularities=_SINGLE,
     criterion="magnitude",
     driver="regrow",
-    knobs={
-        "driver": {
-            "drop": "all", "spread": "count", "grow": "random", "fraction": 0.1, "decay": "none", "until": 0.8
-        }  # fmt: skip
-    },
+    knobs={"driver": _DSR},
 )
 method(
     "deep-r",
@@ -238,8 +235,9 @@ method(
     "sfp",
     "Soft filter pruning: the filters of smallest l2 norm are zeroed now and then, and go on training.",
     choose="Choose it for a smaller network from one training run; session.shrink() gives it.",
-    beware="every is an epoch in the paper: set it. Until the end the model is dense. The paper cuts the same share "
-    "of each layer; here the same share of each family of units, until the target is met.",
+    beware="every is an epoch in the paper: set it. In the last tenth of the run what is gone stays gone, with its "
+    "normalization, which the paper leaves; until=1 leaves that to finish(). The paper cuts the same share of each "
+    "layer; here it is the same share of each family of units, until the target is met.",
     source="He et al., Soft filter pruning, arXiv 1808.06866, and its official code.",
     paper="1808.06866",
     family="magnitude",
@@ -249,7 +247,7 @@ method(
     granularity="filter",
     driver="renew",
     hold="free",
-    knobs={"criterion": {"p": 2.0}, "driver": {"every": 100}},
+    knobs={"criterion": {"p": 2.0}, "driver": {"every": 100, "until": 0.9}},
 )
 method(
     "fpgm-soft",
@@ -265,7 +263,7 @@ method(
     granularity="filter",
     driver="renew",
     hold="free",
-    knobs={"driver": {"every": 100}},
+    knobs={"driver": {"every": 100, "until": 0.9}},
 )
 method(
     "gradual-structured",

@@ -46,12 +46,14 @@ class Holding:
         self._part, self._knobs, self._recipe = part, recipe.knobs_of("hold"), recipe
         self._optimizer, self.places = optimizer, list(places)
         self.weight: str = part.facts["weight"]
+        self._forgets = part.facts["state"] == "zero"
         self.first = bool(part.facts.get("first"))
         self.backward: str = part.facts["backward"]
         self.finish: str | None = part.facts.get("finish")
         self.dense: dict[str, Tensor] = {}
         self.reach: dict[str, Tensor] = {}
-        self._lifted, self._remove = False, lambda: None
+        self._lifted = False
+        self._remove: Callable[[], None] | None = None
         if (self.weight == "dense" or part.needs) and optimizer is None:
             raise RecipeError(f"method '{recipe.method}' works on what the optimizer is given: pass optimizer=")
         decays = optimizer is not None and any(g.get("weight_decay") for g in optimizer.param_groups)
@@ -141,7 +143,7 @@ class Holding:
         """Zero what is gone: the weights, and what the optimizer remembers of them where the hold says so."""
         if self.weight == "free" and not changed:
             return
-        forget = self._part.facts["state"] == "zero" and self._optimizer is not None
+        forget = self._forgets and self._optimizer is not None
         for place in self.places:
             if self.weight == "dense" and self._lifted:
                 self.dense[place.name].copy_(place.stored)
@@ -162,6 +164,10 @@ class Holding:
             if isinstance(kept, Tensor) and kept.shape == whole.shape:
                 (kept if place.index is None else kept[place.index]).masked_fill_(gone, 0.0)
 
+    def settle(self) -> None:
+        """From now on what is gone stays zero, where it was free."""
+        self.weight, self._forgets, self.backward = "zero", True, "sparse"
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"dense": _saved(self.dense), "reach": _saved(self.reach)}
 
@@ -175,7 +181,8 @@ class Holding:
 
     def close(self) -> None:
         """Nothing is kept any more, and the optimizer is as it was."""
-        self._remove()
+        if self._remove is not None:
+            self._remove()
         self.dense, self.reach = {}, {}
 
 

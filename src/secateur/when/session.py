@@ -100,8 +100,9 @@ class Session:
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._driver = get("driver", recipe.driver)
         self._knobs = recipe.knobs_of("driver")
-        self._done, self._due = False, None
-        self._check(optimizer, units)
+        self._done = False
+        self._due: Update | None = None
+        self._check(optimizer)
         blocks = None if units is not None else find_blocks(model)
         self.layers, _ = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
         first = self._asked(0)
@@ -115,10 +116,12 @@ class Session:
             self._masks = Matrices(recipe, self.layers, optimizer, history, "reach" in hold.needs)
         self._history, self._holding = history, Holding(recipe, optimizer, self._masks.places)
         self._ledger, self._ever = Ledger(self.layers), dict[str, Tensor]()
+        soft = self._holding.weight == "free" and not self._holding.first
+        self._settles = int(self._knobs.get("until", 1.0) * steps) if soft else None
         if self._holding.weight == "dense" or self._holding.wanted or history.asks(before=True):
             self._holding.watch(self._before)
         if first is not None and first.progress > 0 and not (first.fresh and self.recipe.needs()):
-            if units is not None or first.fresh:
+            if first.fresh:
                 self._change(first)
             else:
                 self._masks.begin(model, data, loss)
@@ -126,9 +129,9 @@ class Session:
             self._holding.lift()
             self._holding.hold(self._masks.dead, True)
 
-    def _check(self, optimizer: Optimizer | None, units: Mapping[str, Any] | None) -> None:
+    def _check(self, optimizer: Optimizer | None) -> None:
         recipe = self.recipe
-        if recipe.solver != "rank" or (recipe.recovery != "none" and units is None):
+        if recipe.solver != "rank" or recipe.recovery != "none":
             raise RecipeError(
                 f"attach() masks and the training heals: solver '{recipe.solver}' and recovery '{recipe.recovery}' "
                 "are for prune()"
@@ -175,6 +178,8 @@ class Session:
         self._holding.lift()
         self._history.gather(before=False)
         changed = False if self._holding.first else self._turn(self.at)
+        if self.at == self._settles and self.at < self.steps:
+            self._settle()
         self._holding.hold(self._masks.dead, changed)
 
     def _before(self) -> None:
@@ -197,6 +202,12 @@ class Session:
         self._change(self._due)
         self._due = None
         return True
+
+    def _settle(self) -> None:
+        """Masks that were soft change no more: they hold what is gone for the rest of the run."""
+        self._masks.harden()
+        self._holding.settle()
+        self._changed()
 
     def _asked(self, step: int) -> Update | None:
         found: Update | None = self._driver({"step": step, "steps": self.steps}, **self._knobs)
@@ -331,5 +342,7 @@ class Session:
         devices = {x.name: x.stored.device for x in self.layers}
         self._ever = {n: x.to(devices[n]) for n, x in state["ever"].items()}
         self._ledger.load_state_dict(state["cost"])
+        if self._settles is not None and self._settles <= self.at < self.steps:
+            self._holding.settle()
         self._holding.lift()
         self._holding.hold(self._masks.dead, self._holding.weight != "free")

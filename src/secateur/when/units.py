@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from .. import granularity
 from ..drivers import Update
 from ..errors import ModelError, RecipeError
-from ..graph.trace import stored_tensors
 from ..layers import Layer, located
 from ..recipe import Recipe
 from ..registry import get
@@ -85,6 +84,10 @@ class Units:
         self.dead: dict[str, Tensor] = {}
         self.places = self._places()
 
+    def begin(self, model: nn.Module, data: Any, loss: Any) -> None:
+        """The first mask, where it is made before training."""
+        self.choose(Update(), self._recipe.seed)
+
     def _places(self) -> list[Whole]:
         """Every parameter that a unit that may go runs through, once."""
         found = self._case.found
@@ -106,7 +109,7 @@ class Units:
         scores = unit_scores(found, each, self._where, recipe.allocation == "standardized")
         mine = [scores[i] if len(scores[i]) else np.ones(len(found.families[i])) for i in self._active]
         if not update.fresh:  # what is gone stays gone
-            mine = [_below(s, np.array([u.gone <= self._labels for u in f.units])) for f, s in zip(families, mine, strict=True)]  # fmt: skip
+            mine = [_below(s, self._lost(i)) for i, s in zip(self._active, mine, strict=True)]
         count = case.counted[self._target.quantity]
         before = count(frozenset())
         share = 1 - self._target.remaining(before) / before
@@ -120,6 +123,10 @@ class Units:
         self._counts, self._progress = counts, update.progress
         self._labels = gone(families, mine, counts)
         self.dead = self._masked(self._soft)
+
+    def _lost(self, family: int) -> Any:
+        """Which units of a family are gone."""
+        return np.array([u.gone <= self._labels for u in self._case.found.families[family].units])
 
     def _masked(self, soft: bool) -> dict[str, Tensor]:
         """What is gone of each parameter; ``soft``: of the weights that compute a unit alone."""
@@ -163,7 +170,7 @@ class Units:
     def state_dict(self) -> dict[str, Any]:
         return {
             "progress": self._progress, "counts": list(self._counts),
-            "gone": [[u.gone <= self._labels for u in self._case.found.families[i].units] for i in self._active],
+            "gone": [self._lost(i).tolist() for i in self._active],
             "masks": {n: x.cpu().clone() for n, x in self.dead.items()},
         }  # fmt: skip
 
@@ -177,7 +184,7 @@ class Units:
         if [len(f) for f in families] != [len(lost) for lost in state["gone"]]:
             raise ModelError("this checkpoint is of another model: its units are others")
         self._progress, self._counts = float(state["progress"]), [int(n) for n in state["counts"]]
-        taken = [u.gone for f, lost in zip(families, state["gone"], strict=True) for u, x in zip(f.units, lost, strict=True) if x]  # fmt: skip
+        taken = [f.units[k].gone for f, lost in zip(families, state["gone"], strict=True) for k in np.flatnonzero(lost)]
         self._labels = frozenset[int]().union(*taken)
         devices = {p.name: p.stored.device for p in self.places}
         self.dead = {n: x.to(devices[n]) for n, x in state["masks"].items()}
