@@ -65,10 +65,10 @@ def backward(model: nn.Module, k: int, units: bool = False) -> None:
     nn.functional.cross_entropy(model(x), y).backward()
 
 
-def run(model: nn.Module, optimizer: Any, session: secateur.Session, begin: int = 0, end: int = STEPS) -> Iterator[int]:
+def run(model: nn.Sequential, optimizer: Any, session: secateur.Session, begin: int = 0, end: int = STEPS) -> Iterator[int]:
     """Step after step; yields the number of steps that have been taken."""
     for k in range(begin, end):
-        backward(model, k, session.recipe.method in UNITS)
+        backward(model, k, isinstance(model[0], nn.Conv2d))
         optimizer.step()
         session.step()
         yield k + 1

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.when.runs import STEPS, UNITS, WEIGHTS, attached, backward, batch, held, mlp, net_of, run, sgd
 from torch import Tensor, nn
 
 import secateur
@@ -17,6 +16,7 @@ from secateur import Recipe
 from secateur.errors import ModelError, RecipeError
 from secateur.registry import get, parts
 from secateur.when.change import shared
+from tests.when.runs import STEPS, UNITS, WEIGHTS, attached, backward, batch, held, mlp, net_of, run, sgd
 
 CONSTANT = {"set", "rigl", "rigl-itop", "set-itop", "snfs", "dsr", "deep-r", "top-kast", "sr-ste", "gsm"}
 NESTED = {"gmp", "global-gmp", "gradual-structured"}

@@ -24,8 +24,9 @@ class Turn:
 
     Attributes:
         old: the masks ``(o, i)`` as they are.
-        keeps: the fraction that each layer is to keep; a change that moves weights between layers writes it.
         evidence: layer name -> facts.
+        keeps: the fraction that each layer is to keep; a change that moves weights between layers writes it.
+        born: units that begin anew, though they may have been there a moment ago; written by changes that say so.
     """
 
     layers: Sequence[Layer]
@@ -36,6 +37,7 @@ class Turn:
     evidence: Mapping[str, Mapping[str, Any]]
     old: Mapping[str, Tensor]
     keeps: dict[str, float] = field(default_factory=dict)
+    born: dict[str, Tensor] = field(default_factory=dict)
 
     def score(self, layer: Layer, alive: Tensor | None = None, criterion: str | None = None) -> Tensor:
         """Scores of units ``(pools, units)``; those that are gone by ``alive`` ``(o, i)`` lie below all others."""
@@ -102,6 +104,8 @@ def exchange(turn: Turn) -> dict[str, Tensor]:
         mask = stay[layer.name]
         if grown[layer.name] > 0:
             mask = mask | select(turn.rival(layer).masked_fill(mask, -torch.inf), grown[layer.name])
+        if drop == "negative":
+            turn.born[layer.name] = mask & ~stay[layer.name]
         found[layer.name] = mask
     return found
 

@@ -82,7 +82,10 @@ class Matrices:
             self._widen(turn)
         for layer in self.layers:
             new = self._pattern.unpool(stay[layer.name], layer.shape)
-            self._history.born(layer, new & ~old[layer.name], seed)
+            if layer.name in turn.born:
+                born = self._pattern.unpool(turn.born[layer.name], layer.shape)
+                layer.stored.detach().masked_fill_(layer.from_oi(born), 0.0)
+                self._history.born(layer, born, seed)
             self._set(layer, new)
         self.keeps, self._progress = dict(turn.keeps), update.progress
 

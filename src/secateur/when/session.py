@@ -120,7 +120,9 @@ class Session:
         self._settles = int(self._knobs.get("until", 1.0) * steps) if soft else None
         if self._holding.weight == "dense" or self._holding.wanted or history.asks(before=True):
             self._holding.watch(self._before)
-        if first is not None and first.progress > 0 and not (first.fresh and self.recipe.needs()):
+        # What only training shows, and soft masks, begin with the first steps.
+        later = first is not None and first.fresh and (self.recipe.needs() or self._holding.weight == "free")
+        if first is not None and first.progress > 0 and not later:
             if first.fresh:
                 self._change(first)
             else:
