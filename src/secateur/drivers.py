@@ -35,7 +35,7 @@ def once(step: int, steps: int) -> Update | None:
     Choose it for pruning at initialization, and for everything that happens after training.
 
     >>> once(0, 10), once(1, 10)
-    (Update(progress=1.0, swap=0.0), None)
+    (Update(progress=1.0, swap=0.0, fresh=False), None)
 
     Source: the survey's static pruning; before training first in Lee et al., SNIP, arXiv 1810.02340.
     """

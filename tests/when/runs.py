@@ -65,7 +65,9 @@ def backward(model: nn.Module, k: int, units: bool = False) -> None:
     nn.functional.cross_entropy(model(x), y).backward()
 
 
-def run(model: nn.Sequential, optimizer: Any, session: secateur.Session, begin: int = 0, end: int = STEPS) -> Iterator[int]:
+def run(
+    model: nn.Sequential, optimizer: Any, session: secateur.Session, begin: int = 0, end: int = STEPS
+) -> Iterator[int]:
     """Step after step; yields the number of steps that have been taken."""
     for k in range(begin, end):
         backward(model, k, isinstance(model[0], nn.Conv2d))

@@ -267,3 +267,33 @@ def test_finish_leaves_the_optimizer_as_it_was() -> None:
     backward(model, 3)
     optimizer.step()
     assert not torch.equal(model[0].weight, weights) and not optimizer._optimizer_step_pre_hooks
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(CONSTANT - {"sr-ste"})), st.floats(0.1, 0.97), st.integers(1, 5),
+    st.lists(st.integers(2, 12), min_size=2, max_size=4), st.integers(0, 5),
+)  # fmt: skip
+def test_the_number_of_weights_is_exact_in_every_step(
+    method: str, sparsity: float, every: int, sizes: list[int], seed: int
+) -> None:
+    """Whatever the shapes, the sparsity and the time between two changes."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in zip([5, *sizes], sizes, strict=False)])
+    optimizer = sgd(model)
+    total = sum(m.weight.numel() for m in model)
+    session = secateur.attach(
+        model, method, optimizer=optimizer, steps=8, sparsity=sparsity, seed=seed, knobs={"driver": {"every": every}}
+    )
+    counts = set()
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(6, 5)).square().mean().backward()
+        optimizer.step()
+        session.step()
+        counts.add(sum(int(m.sum()) for m in session.masks.values()))
+    final = session.finish()
+    assert len(counts) == 1 and abs(counts.pop() - (1 - sparsity) * total) <= len(sizes)
+    assert sum(int(m.count_nonzero()) for m in (x.weight() for x in session.layers)) <= sum(
+        int(m.sum()) for m in final.values()
+    )
