@@ -121,8 +121,9 @@ method(
     "snfs",
     "Drop the smallest weights; grow where the momentum is largest, more in layers whose momentum is large.",
     choose="Choose it when layers should compete for the weights and dense gradients are affordable.",
-    beware="gradients and momentum are dense in every step: it saves operations at inference, few in training. The "
-    "official code refills the momentum of absent weights after each exchange; here it goes on.",
+    beware="exchange rarely (an epoch in the paper): what grows moves at once by its momentum, and exchanges in quick "
+    "succession undo the training. Gradients and momentum are dense in every step: it saves operations at inference, "
+    "few in training. The official code refills the momentum of absent weights after each exchange; here it goes on.",
     source="Dettmers and Zettlemoyer, Sparse networks from scratch (SNFS), arXiv 1907.04840, and its official code.",
     paper="1907.04840",
     family="magnitude",
