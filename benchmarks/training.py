@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
 def masked(net: Any, method: str, optimizer: Any, sparsity: float, steps: int, every: int, seed: int = 0) -> Any:
     import secateur
 
-    knobs = {} if method in ("random-erk", "snip") else {"knobs": {"driver": {"every": every}}}
+    # Methods that change masks in every step go on doing so.
+    sparse = secateur.Recipe.of(method).knobs_of("driver").get("every", 1) > 1
+    knobs = {"knobs": {"driver": {"every": every}}} if sparse else {}
     return secateur.attach(net, method, optimizer=optimizer, sparsity=sparsity, steps=steps, seed=seed, **knobs)
 
 

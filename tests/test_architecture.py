@@ -16,11 +16,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",),
     ("registry", "facts", "disk", "frozen"),
-    ("select", "schedule", "drivers", "symmetric", "lanes"),
+    ("select", "schedule", "drivers", "holds", "symmetric", "lanes"),
     ("layers", "graph", "formats", "data", "printing"),
     ("masks", "evidence", "surgery", "measure", "kernels"),
     ("criteria", "granularity"),
     ("allocation", "solvers", "learned"),
+    ("consistency",),
     ("recipe",),
     ("solve", "models"),
     ("record", "control", "tasks"),
@@ -58,6 +59,7 @@ NARROW = {
 #: under ``if TYPE_CHECKING``.
 UPWARD = {
     ("criteria/curvature.py", "solvers"): "an annotation: the engine makes the factorization and hands it in",
+    ("consistency.py", "recipe"): "an annotation: a recipe asks whether its parts agree",
     ("recipe.py", "methods"): "the named methods are made of recipes, and `Recipe.of` looks one up by name",
 }
 

@@ -65,7 +65,7 @@ def test_method(name: str) -> None:
     assert recipe == part.facts["recipe"]
     assert recipe.method == name and recipe.cite() is not None
     whole = {"depth": "blocks", "experts": "experts"}.get(recipe.granularity)
-    known = of_source(whole) if whole else of_source("inputs", "gradients", "unrolled", "shape", "maps")
+    known = of_source(whole) if whole else of_source("inputs", "gradients", "unrolled", "shape", "maps", "training")
     assert recipe.needs() <= {*known, "inputs"}
     assert set(part.needs) == recipe.needs()
     recipe.check()

@@ -20,27 +20,29 @@ class Update:
     Attributes:
         progress: in [0, 1], what the schedule is asked for; at 1 the target sparsity holds.
         swap: the fraction of the weights that stay in each pool that are dropped, and as many grown.
+        fresh: all weights compete anew; what is gone may come back.
     """
 
     progress: float = 1.0
     swap: float = 0.0
+    fresh: bool = False
 
 
-@register("driver")
+@register("driver", change="cut")
 def once(step: int, steps: int) -> Update | None:
     """The mask is made when training begins, or after it, and does not change.
 
     Choose it for pruning at initialization, and for everything that happens after training.
 
     >>> once(0, 10), once(1, 10)
-    (Update(progress=1.0, swap=0.0), None)
+    (Update(progress=1.0, swap=0.0, fresh=False), None)
 
     Source: the survey's static pruning; before training first in Lee et al., SNIP, arXiv 1810.02340.
     """
     return Update() if step == 0 else None
 
 
-@register("driver", paper="1710.01878")
+@register("driver", change="cut", paper="1710.01878")
 def gradual(step: int, steps: int, *, begin: float = 0.0, end: float = 0.75, every: int = 100) -> Update | None:
     """From dense to sparse while the model trains: every so many steps a few more weights go, by the schedule.
 
@@ -62,38 +64,104 @@ def gradual(step: int, steps: int, *, begin: float = 0.0, end: float = 0.75, eve
     return Update(progress=(step - first) / (last - first) if last > first else 1.0)
 
 
-@register("driver", paper="1911.11134")
+@register("driver", change="renew", survey="B2.3")
+def renew(
+    step: int, steps: int, *, begin: float = 0.0, end: float = 0.0, every: int = 1, until: float = 1.0
+) -> Update | None:
+    """The mask is made anew every so many steps, among all weights: what was gone may come back.
+
+    :: progress = (step - begin) / (end - begin), at most 1; with begin and end as fractions of the run
+
+    Choose it with a hold under which weights that are gone go on changing, or with a criterion that remembers.
+
+    Beware: after ``until`` the mask stays, and so does what it took, under any hold. With ``every`` at 1 a run ranks
+    all weights in each step.
+
+    >>> [renew(s, 400, end=0.5, every=100).progress for s in (0, 100, 300)], renew(50, 400, every=100)
+    ([0.0, 0.5, 1.0], None)
+
+    Source: He et al., Soft filter pruning, arXiv 1808.06866; Lin et al., DPF, arXiv 2006.07253, algorithm 1.
+    """
+    first, last = _span(steps, begin, end)
+    _positive(every)
+    if not 0 < until <= 1:
+        raise RecipeError(f"driver 'renew': until is a fraction of the run above 0, not {until:g}")
+    stop = int(until * steps)
+    if step < first or step > stop or ((step - first) % every and step != stop):
+        return None
+    return Update(progress=min(1.0, (step - first) / (last - first)) if last > first else 1.0, fresh=True)
+
+
+@register("driver", change="exchange", paper="1911.11134", survey="B2.2")
 def regrow(
     step: int, steps: int, *, every: int = 100, fraction: float = 0.3, until: float = 0.75, decay: str = "cosine",
-    grow: str = "gradient", start: str = "random",
+    grow: str = "gradient", start: str = "random", drop: str = "layer", spread: str = "none", soft: bool = False,
 ) -> Update | None:  # fmt: skip
     """Sparse from the first step on: every so many steps some weights are dropped, and as many others grown.
 
     :: swap = fraction / 2 (1 + cos(pi step / (until steps))), or fraction where ``decay`` is none
 
     ``grow`` is the criterion that chooses among the weights that are not there, ``start`` the one of the first mask.
+    ``drop`` ranks what is there by ``layer``, or in all layers together (``all``), or takes what scores below zero
+    (``negative``), whatever the fraction. ``spread`` says where as many grow: ``none``, in the layer that lost them;
+    ``count``, in proportion to what is left of each layer; or a criterion, in proportion to its mean over what is left.
+    ``soft``: what grows comes on top, and goes with the next exchange; the last one grows nothing.
 
     Choose it when training must not cost more than the sparse model.
 
     Beware: ``every`` times the learning rate must leave new weights time to grow before they are judged.
 
-    >>> regrow(0, 400), regrow(100, 400, fraction=0.4, until=0.5).swap, regrow(300, 400)
-    (Update(progress=1.0, swap=0.0), 0.2, None)
+    >>> regrow(0, 400).progress, regrow(100, 400, fraction=0.4, until=0.5).swap, regrow(300, 400)
+    (1.0, 0.2, None)
 
-    Source: Evci et al., RigL, arXiv 1911.11134, section 3; Mocanu et al., SET, arXiv 1707.04780.
+    Source: Evci et al., RigL, arXiv 1911.11134, section 3; Mocanu et al., SET, arXiv 1707.04780; ``spread`` of SNFS,
+    arXiv 1907.04840, and DSR, arXiv 1902.05967; ``soft`` of MEST, arXiv 2110.14032.
     """
     _positive(every)
     if not 0 <= fraction <= 1 or not 0 < until <= 1 or decay not in ("cosine", "none"):
         raise RecipeError("driver 'regrow': fraction is in [0, 1], until in (0, 1], decay cosine or none")
+    if drop not in ("layer", "all", "negative"):
+        raise RecipeError(f"driver 'regrow': drop is layer, all or negative, not '{drop}'")
+    if step == 0:
+        return Update()
+    if soft and step == math.ceil(until * steps):
+        return Update()
+    if step % every or step >= until * steps:
+        return None
+    return Update(swap=_share(step, steps, fraction, until, decay))
+
+
+@register("driver", name="fan-in", change="fan-in", paper="2305.02299", survey="B2.2")
+def fan_in(
+    step: int, steps: int, *, every: int = 100, fraction: float = 0.3, until: float = 0.75, grow: str = "gradient",
+    start: str = "random", ablate: float = 0.3,
+) -> Update | None:  # fmt: skip
+    """As regrow, but every neuron keeps the same number of inputs, and neurons that matter little go whole.
+
+    :: a neuron goes when fewer than ablate times its fan-in of its weights would be kept or grown without it all
+
+    What goes with a neuron is shared out: the fan-in of the others grows. The last layer keeps all its neurons.
+
+    Choose it for sparse layers that run fast: all rows are alike, and the rows that are gone can be cut out.
+
+    Beware: granularity row alone. What a larger fan-in cannot share out evenly is lost.
+
+    >>> fan_in(0, 400).progress, fan_in(100, 400, fraction=0.4, until=0.5).swap
+    (1.0, 0.2)
+
+    Source: Lasby et al., Dynamic sparse training with structured sparsity (SRigL), arXiv 2305.02299, section 3.
+    """
+    _positive(every)
+    if not 0 <= fraction <= 1 or not 0 < until <= 1 or not 0 <= ablate <= 1:
+        raise RecipeError("driver 'fan-in': fraction and ablate are in [0, 1], until in (0, 1]")
     if step == 0:
         return Update()
     if step % every or step >= until * steps:
         return None
-    share = 0.5 * (1 + math.cos(math.pi * step / (until * steps))) if decay == "cosine" else 1.0
-    return Update(swap=fraction * share)
+    return Update(swap=_share(step, steps, fraction, until, "cosine"))
 
 
-@register("driver", name="gradual-regrow", paper="2106.10404")
+@register("driver", name="gradual-regrow", change="exchange", paper="2106.10404")
 def gradual_regrow(
     step: int, steps: int, *, begin: float = 0.0, end: float = 0.75, every: int = 100, fraction: float = 0.5,
     grow: str = "gradient",
@@ -138,6 +206,11 @@ def early_bird(
     last = distances[-(window - 1) :]
     still = len(last) == window - 1 and max(last) <= below
     return Update() if still or (step == steps and step > 0) else None
+
+
+def _share(step: int, steps: int, fraction: float, until: float, decay: str) -> float:
+    """The fraction that is exchanged at a step."""
+    return fraction * (0.5 * (1 + math.cos(math.pi * step / (until * steps))) if decay == "cosine" else 1.0)
 
 
 def _span(steps: int, begin: float, end: float) -> tuple[int, int]:

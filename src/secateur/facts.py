@@ -8,8 +8,8 @@ from typing import Literal
 #: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
 #: ``unrolled``: gradients of each weight that take all batches together. ``shape``: of each weight, for which the shape
 #: of an input is enough. ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole
-#: pieces of the model.
-Source = Literal["engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts"]
+#: pieces of the model. ``training``: what only a training run shows (`secateur.attach`), which shows the gradient too.
+Source = Literal["engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts", "training"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ FACTS: dict[str, Fact] = {
         "last token's hidden state in front of each block and after the last, (blocks + 1, windows, width)", "blocks"
     ),
     "block_loss": Fact("loss of the model without each block, (blocks,)", "blocks", loss=True),
+    "momentum": Fact("the optimizer's momentum; of Adam over the root of its second moment, (o, i)", "training"),
+    "movement": Fact("minus the sum over steps of weight times gradient, (o, i)", "training"),
+    "sensitivity": Fact("exponential mean over steps of |weight times gradient|, (o, i)", "training"),
+    "uncertainty": Fact("exponential mean over steps of how far that is from its mean, (o, i)", "training"),
+    "sign": Fact("the sign that a weight was born with, True for plus, bool, (o, i)", "training"),
     "expert_tokens": Fact("how many tokens the router sends to each expert, (experts,)", "experts"),
     "expert_gain": Fact(
         "mean over an expert's tokens of its routing weight times the l2 norm of its output, (experts,)", "experts"

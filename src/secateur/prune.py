@@ -19,7 +19,7 @@ from .evidence.inputs import INPUT_FACTS
 from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
-from .recipe import Recipe
+from .recipe import TRAINING, Recipe
 from .record import dumps, run_record
 from .registry import get
 from .schedule import sparsity_at
@@ -215,6 +215,11 @@ def recipe_of(
         raise RecipeError(
             f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
             f"'{recipe.method}', ...)"
+        )
+    if only := sorted(recipe.needs() & TRAINING):
+        raise RecipeError(
+            f"criterion '{recipe.criterion}' needs {only[0]}, which only a training run shows: use "
+            "secateur.attach(model, ..., driver='renew') and train"
         )
     shape = recipe.needs_shape and target is None
     if not granularity.parse(recipe.granularity).coupled and not shape and (target is not None or example is not None):

@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from . import drivers, learned  # noqa: F401  registers them
+from . import drivers, holds, learned  # noqa: F401  registers them
 from . import granularity as granularity_module
+from .consistency import check_parts, heals_units, measure_needs, ranks
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
 from .frozen import frozen, plain, thawed
@@ -34,15 +35,9 @@ DERIVED = frozenset(of_source("engine"))
 GRADIENTS = frozenset(of_source("gradients", "unrolled"))
 #: Evidence for which an input of the right shape is enough: no data.
 SHAPES = frozenset(of_source("shape"))
+#: Evidence that only a training run shows.
+TRAINING = frozenset(of_source("training"))
 _LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
-
-
-#: What criteria that score no single weights say under ``of``, and what they look at.
-_OF_UNITS = {
-    "norm": "by the normalization behind them",
-    "map": "by the feature maps that they are",
-    "unit": "by what the loss does without them",
-}
 
 
 #: Axes that a recipe does not use: they are no part of what it is.
@@ -64,6 +59,7 @@ class Recipe:
         control: what a mask before training is checked against: ``shuffle`` it within each layer, ``reinitialize`` the
             weights that stay, or ``invert`` the scores (arXiv 2009.08576).
         driver: when the mask changes: ``once``, or while the model trains.
+        hold: what becomes of weights that are gone, while the model trains.
         solver: whether and how the survivors move.
         recovery: what heals the model afterwards.
         gate: what is learned beside the weights and says which stay; then there is no criterion.
@@ -85,6 +81,7 @@ class Recipe:
     nested: bool = True
     control: Control = "none"
     driver: str = "once"
+    hold: str = "zero"
     solver: str = "rank"
     recovery: str = "none"
     gate: str = "none"
@@ -117,64 +114,9 @@ class Recipe:
             raise UnknownName("control", self.control, known, ", ".join(known))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise RecipeError(f"seed must be a whole number, not {self.seed!r}")
-        self._check_parts()
-
-    def _check_parts(self) -> None:
         pattern = granularity_module.parse(self.granularity)
         object.__setattr__(self, "granularity", pattern.name)
-        if pattern.keep is not None:
-            fixed = 1.0 - pattern.keep
-            if abs(self.sparsity - fixed) > 1e-9:
-                raise RecipeError(
-                    f"granularity '{pattern.name}' fixes the sparsity at {fixed:g}, but {self.sparsity:g} was asked "
-                    "for: leave the sparsity out"
-                )
-        for axis, part in self.parts().items():
-            part.knobs_with(self.knobs.get(axis, {}))
-        if unknown := {axis for axis, knobs in self.knobs.items() if knobs} - set(self.parts()):
-            raise RecipeError(f"knobs for {sorted(unknown)}, but this recipe has parts on {sorted(self.parts())}")
-        if "sparsity" in self.knobs.get("allocation", {}):
-            raise RecipeError("sparsity is a field of the recipe, not a knob of its allocation: write sparsity=")
-        if _heals_units(self.recovery) and not pattern.coupled:
-            raise RecipeError(
-                f"recovery '{self.recovery}' heals a smaller model, and granularity '{pattern.name}' makes none: "
-                "choose another recovery or none"
-            )
-        of = get("criterion", self.criterion).facts.get("of") if self.criterion is not None else None
-        for kind, name in (("block", "depth"), ("expert", "experts")):
-            if of == kind and pattern.coupled != name:
-                raise RecipeError(
-                    f"criterion '{self.criterion}' ranks whole {kind}s: choose granularity {name}, or another criterion"
-                )
-        if of in _OF_UNITS and (pattern.whole or not pattern.coupled):
-            raise RecipeError(f"criterion '{self.criterion}' ranks units {_OF_UNITS[of]}: choose granularity coupled")
-        solver = get("solver", self.solver)
-        if self.gate != "none" and (self.criterion is not None or self.solver != "rank" or self.steps > 1):
-            raise RecipeError(f"gate '{self.gate}' itself learns what stays: criterion None, solver rank, steps 1")
-        if self.gate != "none":
-            return
-        if "score" in solver.needs and self.criterion is None:
-            raise RecipeError(f"solver '{self.solver}' ranks by a criterion: name one with --criterion")
-        if "score" in _measure_needs(self.allocation) and self.criterion is None:
-            raise RecipeError(
-                f"allocation '{self.allocation}' ranks by a criterion, and solver '{self.solver}' chooses by itself: "
-                "name a criterion with --criterion"
-            )
-        if self.criterion is not None and not _ranks(self.solver, self.allocation):
-            raise RecipeError(
-                f"solver '{self.solver}' chooses the mask by itself and allocation '{self.allocation}' does not rank: "
-                f"criterion '{self.criterion}' would do nothing; leave it out"
-            )
-        if self.steps > 1 and self.solver != "rank":
-            raise RecipeError(f"solver '{self.solver}' works in one step: leave steps at 1, or use solver rank")
-        if self.control != "none" and (self.solver != "rank" or self.driver != "once" or pattern.coupled):
-            raise RecipeError(
-                f"control '{self.control}' is for one mask of weights (driver once) that solver rank makes"
-            )
-        if not self.nested and pattern.coupled:
-            raise RecipeError("units that an earlier round cut do not come back: leave nested at true")
-        if self.steps > 1 and self.schedule == "one-shot":
-            raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
+        check_parts(self, pattern)
 
     @staticmethod
     def of(method: str, **overrides: Any) -> Recipe:
@@ -204,7 +146,7 @@ class Recipe:
         pattern = granularity_module.parse(given.get("granularity", base.granularity))
         if pattern.keep is not None and "sparsity" not in given:
             given["sparsity"] = 1.0 - pattern.keep
-        if not pattern.coupled and "recovery" not in given and _heals_units(base.recovery):
+        if not pattern.coupled and "recovery" not in given and heals_units(base.recovery):
             given["recovery"] = "none"  # there is no smaller model to heal
         new = given.get("knobs", {})
         if _is_knobs(new):
@@ -214,7 +156,7 @@ class Recipe:
         if "criterion" not in given and {"solver", "allocation", "gate"} & set(given):
             # What chooses by itself has no use for the criterion that the method came with.
             solver, allocation = given.get("solver", base.solver), given.get("allocation", base.allocation)
-            if given.get("gate", base.gate) != "none" or not _ranks(solver, allocation):
+            if given.get("gate", base.gate) != "none" or not ranks(solver, allocation):
                 given["criterion"] = None
                 given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
@@ -225,6 +167,7 @@ class Recipe:
             "allocation": get("allocation", self.allocation),
             "schedule": get("schedule", self.schedule),
             "driver": get("driver", self.driver),
+            "hold": get("hold", self.hold),
             "solver": get("solver", self.solver),
             "recovery": get("recovery", self.recovery),
         }
@@ -238,14 +181,19 @@ class Recipe:
         return self.parts()[axis].knobs_with(thawed(self.knobs.get(axis, {})))
 
     @property
+    def learns(self) -> bool:
+        """Whether something is learned beside the weights, or added to the loss, while the model trains."""
+        return self.gate != "none" or self.penalty != "none"
+
+    @property
     def uses_score(self) -> bool:
         """Whether the criterion is evaluated at all."""
-        names = {*get("solver", self.solver).needs, *_measure_needs(self.allocation)}
+        names = {*get("solver", self.solver).needs, *measure_needs(self.allocation)}
         return self.criterion is not None and "score" in names
 
     def needs(self) -> frozenset[str]:
         """Evidence that data must supply: the facts that the parts name, less what the engine makes."""
-        names = set(get("solver", self.solver).needs) | set(_measure_needs(self.allocation))
+        names = set(get("solver", self.solver).needs) | set(measure_needs(self.allocation))
         if self.uses_score and self.criterion is not None:
             names |= set(get("criterion", self.criterion).needs)
         if "curvature" in names:
@@ -300,7 +248,7 @@ class Recipe:
 
     def _who_needs(self, fact: str) -> str:
         for axis, part in self.parts().items():
-            names = {*part.needs, *(_measure_needs(part.name) if axis == "allocation" else ())}
+            names = {*part.needs, *(measure_needs(part.name) if axis == "allocation" else ())}
             if fact in names or (fact == "gram" and "curvature" in names) or (fact == "inputs" and axis == "recovery"):
                 return f"{axis} '{part.name}'"
         return f"method '{self.method}'"
@@ -375,28 +323,12 @@ class Recipe:
         return list(lines)
 
 
-def _heals_units(recovery: str) -> bool:
-    return get("recovery", recovery).facts.get("data") == "units"
-
-
 def _granularity_part(text: str) -> str:
     return "nm" if ":" in text else text.split("(")[0]
 
 
-def _measure_needs(allocation: str) -> tuple[str, ...]:
-    measure = get("allocation", allocation).facts.get("measure")
-    return tuple(measure.__code__.co_varnames[: measure.__code__.co_argcount]) if measure else ()
-
-
 def _is_knobs(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and all(isinstance(k, Mapping) for k in value.values()))
-
-
-def _ranks(solver: str, allocation: str) -> bool:
-    """Whether a solver or an allocation looks at the criterion's scores."""
-    measure = get("allocation", allocation).facts.get("measure")
-    names = measure.__code__.co_varnames[: measure.__code__.co_argcount] if measure else ()
-    return "score" in get("solver", solver).needs or "score" in names
 
 
 def _globs(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -74,6 +74,11 @@ _MAKERS: dict[str, Maker] = {
     "tokens": lambda s, g, d: 3 * s[1],
     "generator": lambda s, g, d: g,
     "mask": lambda s, g, d: torch.rand(s, generator=g) < 0.5,
+    "momentum": _normal,
+    "movement": _normal,
+    "sensitivity": _positive,
+    "uncertainty": _positive,
+    "sign": lambda s, g, d: torch.rand(s, generator=g) < 0.5,
 }
 
 #: Facts that a layer may have as zeros everywhere: dead weights, dead inputs, a flat loss.

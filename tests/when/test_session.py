@@ -249,7 +249,7 @@ def test_bad_input_is_one_sentence() -> None:
         "say how long it is": lambda: attach(model, "gmp", sparsity=0.5),
         "are for prune": lambda: attach(model, "sparsegpt", sparsity=0.5, steps=5),
         "which a training run does not show": lambda: attach(model, "gmp", criterion="wanda", sparsity=0.5, steps=5),
-        "for prune.. and plan": lambda: attach(model, "magnitude", granularity="coupled", sparsity=0.5),
+        "give inputs for it with example=": lambda: attach(model, "magnitude", granularity="coupled", sparsity=0.5),
         "use secateur.attach": lambda: secateur.prune(model, "rigl", sparsity=0.5),
         "passed|pass --data": lambda: attach(model, "snip", sparsity=0.5),
         "no knob 'often'": lambda: attach(model, "gmp", steps=5, knobs={"driver": {"often": 1}}),
@@ -276,7 +276,7 @@ def test_bad_input_is_one_sentence() -> None:
 )  # fmt: skip
 def test_drivers_keep_their_promises(name: str, steps: int, every: int, end: float) -> None:
     """Progress never falls and arrives; what is exchanged is a share, and there is an end to it."""
-    span = {"until": end} if name == "regrow" else {"end": end}
+    span = {"end": end} if name.startswith("gradual") else {"until": end}
     found = [drivers_at(name, s, steps, every=every, **span) for s in range(steps + 1)]
     progress = [u.progress for u in found if u is not None]
     assert progress == sorted(progress) and progress[-1] == 1.0
@@ -289,22 +289,34 @@ def drivers_at(name: str, step: int, steps: int, **given: Any) -> drivers.Update
     return found
 
 
+#: A method of each kind of change and hold; together with a small network for them.
+SHARED = ("rigl", "snfs", "dsr", "srigl", "sr-ste", "movement", "platon", "gsm", "deep-r", "gmp")
+
+
+def _session(method: str, model: nn.Module, optimizer: Any) -> secateur.Session:
+    driven = {"movement", "platon", "gsm", "deep-r", "sr-ste"}
+    more: dict[str, Any] = {} if method in driven else {"knobs": {"driver": OFTEN}}
+    more |= {"skip": "0"} if method == "sr-ste" else {"sparsity": 0.8}
+    return attach(model, method, optimizer=optimizer, steps=12, **more)
+
+
 def _trained(rank: int, world: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model = net()
-    shared = nn.parallel.DistributedDataParallel(model)
-    optimizer = sgd(model)
-    session = attach(model, "rigl", optimizer=optimizer, sparsity=0.8, steps=20, knobs={"driver": OFTEN})
-    for k in range(20):
-        x, y = batch(k)
-        part = slice(rank * 4, rank * 4 + 4)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(shared(x[part]), y[part]).backward()
-        optimizer.step()
-        session.step()
-    session.masks.save(Path(folder, f"{rank}.safetensors"))
+    for method in SHARED:
+        model = net()
+        shared = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(model)
+        session = _session(method, model, optimizer)
+        for k in range(12):
+            x, y = batch(k)
+            part = slice(rank * 4, rank * 4 + 4)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(shared(x[part]), y[part]).backward()
+            optimizer.step()
+            session.step()
+        session.masks.save(Path(folder, f"{method}.{rank}.safetensors"))
     torch.distributed.destroy_process_group()
 
 
@@ -316,12 +328,14 @@ def test_two_processes_are_one_on_the_union_of_the_data(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.multiprocessing.spawn(_trained, (2, str(tmp_path)), nprocs=2)
-    model = net()
-    optimizer = sgd(model)
-    session = attach(model, "rigl", optimizer=optimizer, sparsity=0.8, steps=20, knobs={"driver": OFTEN})
-    for k in range(20):
-        one(model, optimizer, k)
-        session.step()
-    first, second = (secateur.Masks.load(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    for name, mask in session.masks.items():
-        assert torch.equal(first[name], second[name]) and torch.equal(first[name], mask)
+    for method in SHARED:
+        model = net()
+        optimizer = sgd(model)
+        session = _session(method, model, optimizer)
+        for k in range(12):
+            one(model, optimizer, k)
+            session.step()
+        first, second = (secateur.Masks.load(tmp_path / f"{method}.{rank}.safetensors") for rank in range(2))
+        for name, mask in session.masks.items():
+            assert torch.equal(first[name], second[name]), method
+            assert torch.equal(first[name], mask), method

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
-from . import activation, curvature, depth, experts, initial, magnitude, random, redundancy, saliency
+from . import (
+    activation,
+    curvature,
+    depth,
+    experts,
+    initial,
+    magnitude,
+    random,
+    redundancy,
+    saliency,
+    training,
+)
 
-__all__ = ["activation", "curvature", "depth", "experts", "initial", "magnitude", "random", "redundancy", "saliency"]
+__all__ = [
+    "activation",
+    "curvature",
+    "depth",
+    "experts",
+    "initial",
+    "magnitude",
+    "random",
+    "redundancy",
+    "saliency",
+    "training",
+]

@@ -21,8 +21,8 @@ def load() -> None:
 def all_methods(
     *, needs: str | None = None, granularity: str | None = None, family: str | None = None, when: str | None = None
 ) -> list[Part]:
-    """The named methods that fit: ``needs`` is a fact, ``inputs``, ``gradients`` or ``nothing``."""
-    from ..recipe import GRADIENTS, SHAPES
+    """The named methods that fit: ``needs`` is a fact, ``inputs``, ``gradients``, ``training`` or ``nothing``."""
+    from ..recipe import GRADIENTS, SHAPES, TRAINING
 
     load()
     chosen = []
@@ -30,6 +30,7 @@ def all_methods(
         recipe = part.facts["recipe"]
         facts = recipe.needs()
         kind = "nothing" if facts <= SHAPES else "gradients" if facts & GRADIENTS else "inputs"
+        kind = "training" if facts & TRAINING else kind
         if needs is not None and needs != kind and needs not in facts:
             continue
         if (

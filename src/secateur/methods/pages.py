@@ -23,6 +23,7 @@ KINDS = {
     "allocation": ("Allocations", "How much of each pool stays?"),
     "schedule": ("Schedules", "How fast is the target approached?"),
     "driver": ("Drivers", "When does the mask change?"),
+    "hold": ("Holds", "What becomes of weights that are gone, while training goes on?"),
     "solver": ("Solvers", "Do the survivors move?"),
     "recovery": ("Recovery", "How does the model heal?"),
     "gate": ("Gates", "What is learned beside the weights, and says which stay?"),

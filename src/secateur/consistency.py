@@ -1,0 +1,94 @@
+"""What a recipe's parts must agree on, each refusal with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import RecipeError
+from .granularity import Granularity
+from .registry import get
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+#: What criteria that score no single weights say under ``of``, and what they look at.
+OF_UNITS = {
+    "norm": "by the normalization behind them",
+    "map": "by the feature maps that they are",
+    "unit": "by what the loss does without them",
+}
+
+
+def check_parts(recipe: Recipe, pattern: Granularity) -> None:
+    """Raise `RecipeError` where two parts of a recipe exclude each other.
+
+    Args:
+        pattern: the recipe's granularity.
+    """
+    if pattern.keep is not None:
+        fixed = 1.0 - pattern.keep
+        if abs(recipe.sparsity - fixed) > 1e-9:
+            raise RecipeError(
+                f"granularity '{pattern.name}' fixes the sparsity at {fixed:g}, but {recipe.sparsity:g} was asked "
+                "for: leave the sparsity out"
+            )
+    for axis, part in recipe.parts().items():
+        part.knobs_with(recipe.knobs.get(axis, {}))
+    if unknown := {axis for axis, knobs in recipe.knobs.items() if knobs} - set(recipe.parts()):
+        raise RecipeError(f"knobs for {sorted(unknown)}, but this recipe has parts on {sorted(recipe.parts())}")
+    if "sparsity" in recipe.knobs.get("allocation", {}):
+        raise RecipeError("sparsity is a field of the recipe, not a knob of its allocation: write sparsity=")
+    if heals_units(recipe.recovery) and not pattern.coupled:
+        raise RecipeError(
+            f"recovery '{recipe.recovery}' heals a smaller model, and granularity '{pattern.name}' makes none: "
+            "choose another recovery or none"
+        )
+    of = get("criterion", recipe.criterion).facts.get("of") if recipe.criterion is not None else None
+    for kind, name in (("block", "depth"), ("expert", "experts")):
+        if of == kind and pattern.coupled != name:
+            raise RecipeError(
+                f"criterion '{recipe.criterion}' ranks whole {kind}s: choose granularity {name}, or another criterion"
+            )
+    if of in OF_UNITS and (pattern.whole or not pattern.coupled):
+        raise RecipeError(f"criterion '{recipe.criterion}' ranks units {OF_UNITS[of]}: choose granularity coupled")
+    solver = get("solver", recipe.solver)
+    if recipe.gate != "none" and (recipe.criterion is not None or recipe.solver != "rank" or recipe.steps > 1):
+        raise RecipeError(f"gate '{recipe.gate}' itself learns what stays: criterion None, solver rank, steps 1")
+    if recipe.gate != "none":
+        return
+    if "score" in solver.needs and recipe.criterion is None:
+        raise RecipeError(f"solver '{recipe.solver}' ranks by a criterion: name one with --criterion")
+    if "score" in measure_needs(recipe.allocation) and recipe.criterion is None:
+        raise RecipeError(
+            f"allocation '{recipe.allocation}' ranks by a criterion, and solver '{recipe.solver}' chooses by itself: "
+            "name a criterion with --criterion"
+        )
+    if recipe.criterion is not None and not ranks(recipe.solver, recipe.allocation):
+        raise RecipeError(
+            f"solver '{recipe.solver}' chooses the mask by itself and allocation '{recipe.allocation}' does not rank: "
+            f"criterion '{recipe.criterion}' would do nothing; leave it out"
+        )
+    if recipe.steps > 1 and recipe.solver != "rank":
+        raise RecipeError(f"solver '{recipe.solver}' works in one step: leave steps at 1, or use solver rank")
+    if recipe.control != "none" and (recipe.solver != "rank" or recipe.driver != "once" or pattern.coupled):
+        raise RecipeError(f"control '{recipe.control}' is for one mask of weights (driver once) that solver rank makes")
+    if not recipe.nested and pattern.coupled:
+        raise RecipeError("units that an earlier round cut do not come back: leave nested at true")
+    if recipe.steps > 1 and recipe.schedule == "one-shot":
+        raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
+
+
+def heals_units(recovery: str) -> bool:
+    return get("recovery", recovery).facts.get("data") == "units"
+
+
+def measure_needs(allocation: str) -> tuple[str, ...]:
+    measure = get("allocation", allocation).facts.get("measure")
+    return tuple(measure.__code__.co_varnames[: measure.__code__.co_argcount]) if measure else ()
+
+
+def ranks(solver: str, allocation: str) -> bool:
+    """Whether a solver or an allocation looks at the criterion's scores."""
+    measure = get("allocation", allocation).facts.get("measure")
+    names = measure.__code__.co_varnames[: measure.__code__.co_argcount] if measure else ()
+    return "score" in get("solver", solver).needs or "score" in names

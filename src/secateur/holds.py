@@ -1,0 +1,192 @@
+"""What becomes of weights that are gone while training goes on, and what the optimizer is given for all of them.
+
+A hold that names facts is called before each step of the optimizer and returns the weight and the gradient that the
+optimizer works on. Its other facts, in the decorator, say how the parameter is held between the steps:
+
+``weight``: ``zero``, what is gone is zero; ``free``, it is zeroed when masks change and at the end, and goes on
+training in between; ``dense``, the model reads the masked weight, and the session keeps the dense one for the
+optimizer, which is one more copy of each pruned parameter. ``state``: whether the optimizer's memory of what is gone
+is zero too. ``backward``: for which weights training needs gradients, which the count of operations asks.
+``first``: masks change before the optimizer steps, with this step's gradients, and not after it. ``finish``: the
+criterion of the last mask. ``decays``: nothing works without the optimizer's weight decay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registry import register
+
+
+@register("hold", weight="zero", state="zero", backward="sparse")
+def zero() -> None:
+    """What is gone is zero, and so is what the optimizer remembers of it.
+
+    Choose it wherever a method says nothing else: it keeps no copy of the model.
+
+    Source: common practice; momentum alone would revive what is gone.
+    """
+
+
+@register("hold", name="zero-weight", weight="zero", state="free", backward="sparse")
+def zero_weight() -> None:
+    """What is gone is zero, but the optimizer goes on remembering it.
+
+    Choose it for methods that read the optimizer's memory of weights that are not there, as SNFS does.
+
+    Beware: a weight that comes back moves at once by what was remembered.
+
+    Source: Dettmers and Zettlemoyer, SNFS, arXiv 1907.04840, and its official code, which masks weights alone.
+    """
+
+
+@register("hold", weight="free", state="free", backward="dense", paper="1808.06866", survey="B2.3")
+def free() -> None:
+    """What goes is zeroed once, when masks change, and goes on training until they change again.
+
+    Choose it for soft pruning: a unit that was cut too early grows back by itself.
+
+    Beware: between two changes the model is dense; nothing is saved while it trains.
+
+    Source: He et al., Soft filter pruning, arXiv 1808.06866, section 3.3.
+    """
+
+
+@register(
+    "hold", weight="free", state="free", backward="dense", first=True, finish="magnitude", decays=True,
+    paper="1909.12778", survey="B2.1",
+)  # fmt: skip
+def active(weight: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Only chosen weights get the gradient of the loss; the others stay, and shrink by weight decay alone.
+
+    :: g' = mask g, with the mask of this very step
+
+    Choose it for global sparse momentum (GSM): what is never chosen decays to nearly nothing before it is cut.
+
+    Beware: without weight decay in the optimizer nothing decays.
+
+    >>> active(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]))[1].tolist()
+    [[2.0, 0.0]]
+
+    Source: Ding et al., Global sparse momentum SGD, arXiv 1909.12778, equations 6 to 8, and its official code.
+    """
+    return weight, gradient * mask
+
+
+@register("hold", weight="dense", state="free", backward="dense", paper="2006.07253", survey="B2.3")
+def dense(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The model is the masked one; its gradient, taken there, moves the dense weights behind it (straight-through).
+
+    :: w <- w - rate grad L(mask w)
+
+    Choose it where weights that were cut too early are to come back with the values they had.
+
+    Beware: the session keeps the dense weights.
+
+    >>> dense(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]))[1].tolist()
+    [[2.0, 3.0]]
+
+    Source: Lin et al., Dynamic model pruning with feedback, arXiv 2006.07253, equation 3 and algorithm 1.
+    """
+    return weight, gradient
+
+
+@register("hold", weight="dense", state="free", backward="sparse", paper="2005.07683")
+def frozen(weight: Tensor, gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The model is the masked one; what is gone keeps the value it had, and gets no gradient.
+
+    :: g' = mask g
+
+    Choose it for criteria with a memory of their own, such as movement, that decide when a weight comes back.
+
+    Beware: the session keeps the dense weights, and the optimizer's momentum and decay still move them.
+
+    >>> frozen(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]))[1].tolist()
+    [[2.0, 0.0]]
+
+    Source: Sanh et al., Movement pruning, arXiv 2005.07683, section 4: the gradient of a = (w mask) x.
+    """
+    return weight, gradient * mask
+
+
+@register("hold", name="sr-ste", weight="dense", state="free", backward="dense", paper="2102.04010", survey="A2.1")
+def sr_ste(weight: Tensor, gradient: Tensor, mask: Tensor, *, decay: float = 2e-4) -> tuple[Tensor, Tensor]:
+    """Straight-through, and what is gone decays, so that the mask changes less and less.
+
+    :: g' = g + decay (1 - mask) w
+
+    Choose it for training N:M masks from scratch.
+
+    Beware: the session keeps the dense weights. The decay is for plain SGD's scale of gradients.
+
+    >>> sr_ste(torch.tensor([[5.0, 1.0]]), torch.ones(1, 2), torch.tensor([[True, False]]), decay=0.5)[1].tolist()
+    [[1.0, 1.5]]
+
+    Source: Zhou et al., Learning N:M fine-grained structured sparse neural networks from scratch, arXiv 2102.04010,
+    equation 5, and its official code (decay 2e-4).
+    """
+    return weight, gradient + decay * (weight * ~mask)
+
+
+@register("hold", name="top-kast", weight="dense", state="free", backward="reach", paper="2106.03517", survey="B2.2")
+def top_kast(
+    weight: Tensor, gradient: Tensor, mask: Tensor, reach: Tensor, *, size: float = 2.0, penalty: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """A small set of weights computes the model, a larger one around it gets gradients, and both pay for their size.
+
+    :: g' = reach (g + penalty w (mask + (1 - mask) / density))
+
+    ``reach`` is the ``size`` times larger set of the best weights, and holds the mask. The penalty is the gradient of
+    half the sum of squares; what is in reach only pays more, so that a weight must earn its place.
+
+    Choose it for sparse training in which the backward pass is sparse too.
+
+    Beware: the session keeps the dense weights, which the paper keeps on the host. Leave the optimizer's weight decay
+    at 0: it would move weights out of reach.
+
+    >>> mask, reach = torch.tensor([[True, False, False, False]]), torch.tensor([[True, True, False, False]])
+    >>> top_kast(torch.ones(1, 4), torch.zeros(1, 4), mask, reach, penalty=1.0)[1].tolist()
+    [[1.0, 4.0, 0.0, 0.0]]
+
+    Source: Jayakumar et al., Top-KAST, arXiv 2106.03517, sections 2.1 to 2.3: the sets and the 1 / density of the
+    exploration penalty; its weight of 1e-4 is ours.
+    """
+    density = mask.sum() / mask.numel()
+    price = torch.where(mask, 1.0, 1.0 / density.clamp_min(1.0 / mask.numel()))
+    return weight, (gradient + penalty * price.to(weight.dtype) * weight) * reach
+
+
+@register("hold", weight="zero", state="zero", backward="sparse", paper="1711.05136", survey="B2.2")
+def walk(
+    weight: Tensor,
+    gradient: Tensor,
+    mask: Tensor,
+    sign: Tensor,
+    rate: float,
+    generator: torch.Generator,
+    *,
+    l1: float = 1e-5,
+    temperature: float = 2.5e-11,
+) -> tuple[Tensor, Tensor]:
+    """Weights that are there take a random step and one toward zero, beside the optimizer's.
+
+    :: w <- w - rate l1 sign + sqrt(2 rate temperature) N(0, 1)
+
+    ``rate`` is the optimizer's learning rate.
+
+    Choose it for deep rewiring, where a weight whose sign flips is gone.
+
+    Beware: a random number for each weight in each step.
+
+    >>> mask, sign = torch.tensor([[True, False]]), torch.tensor([[True, True]])
+    >>> w, draws = torch.ones(1, 2), torch.Generator()
+    >>> walk(w, torch.zeros(1, 2), mask, sign, 0.5, draws, l1=1.0, temperature=0.0)[0].tolist()
+    [[0.5, 1.0]]
+
+    Source: Bellec et al., Deep rewiring, arXiv 1711.05136, algorithm 1, line 4. The temperature gives the noise of the
+    official script, 1e-5 times the rate, at its rate of 0.5.
+    """
+    noise = torch.randn(weight.shape, generator=generator, device=generator.device).to(weight)
+    toward = (sign.to(weight.dtype) * 2 - 1) * (rate * l1)
+    return weight + mask * ((2 * rate * temperature) ** 0.5 * noise - toward), gradient
