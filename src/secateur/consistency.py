@@ -79,10 +79,12 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
 
 
 def heals_units(recovery: str) -> bool:
+    """Whether a recovery heals what a smaller model lost."""
     return get("recovery", recovery).facts.get("data") == "units"
 
 
 def measure_needs(allocation: str) -> tuple[str, ...]:
+    """The facts that an allocation measures of each layer."""
     measure = get("allocation", allocation).facts.get("measure")
     return tuple(measure.__code__.co_varnames[: measure.__code__.co_argcount]) if measure else ()
 
