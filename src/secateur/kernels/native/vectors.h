@@ -209,6 +209,12 @@ inline dots dot(dots sums, bytes weights, bytes activations) {
 #endif
 }
 
+// The four bytes of a word, again and again.
+inline bytes repeated(uint32_t word) {
+    typedef uint32_t words __attribute__((vector_size(BYTES)));
+    return reinterpret_cast<bytes>(words{} + word);
+}
+
 inline int64_t total(dots v) {
     int64_t found = 0;
     for (int lane = 0; lane < BYTES / 4; lane++) found += v[lane];
