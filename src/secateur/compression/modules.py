@@ -113,10 +113,14 @@ class Sparse(Installed):
 
     def _versions(self) -> list[tuple[int, int]]:
         kept = self._buffers
-        watched = [kept["start"], kept["col"], kept["bits"]]
-        if kept["quad"] is not None:  # it holds the values too
-            watched += [kept["quad"], kept["values"]]
-        return [(id(t), 0 if t.is_inference() else t._version) for t in watched if t is not None]
+        watched = {key: kept[key] for key in ("start", *_INDEXES)}
+        if kept["quad"] is not None:  # it holds the values once more
+            watched["values"] = kept["values"]
+        return [
+            (t.data_ptr() if key == "values" else id(t), 0 if t.is_inference() else t._version)
+            for key, t in watched.items()
+            if t is not None
+        ]
 
     def _arguments(self) -> tuple[Any, ...]:
         if not torch.compiler.is_compiling() and self._versions() != self._seen:

@@ -29,7 +29,7 @@ _PARTS = (
     "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? quad, Tensor? scale, "
     "Tensor? bias, int rows, int cols, int group, int panel, int activation, bool dynamic"
 )
-#: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
+#: Tokens (whole blocks of 64 and 128), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
 #: Inputs that are copied together for each multiplication, above which a convolution reads them where they are.
 _COPIED = 0.03

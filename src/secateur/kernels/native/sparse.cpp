@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int TOKENS = 64;  // of a full block of activations
+// Tokens of a full block: of floats, and of bytes, of which more fit into the first-level cache.
+constexpr int TOKENS = 64, SMALL = LANES == 16 ? 128 : 64;
 
 int64_t panels_of(const Matrix& w) { return (w.cols + w.panel - 1) / w.panel; }
 int64_t groups_of(const Matrix& w) { return (w.rows + w.group - 1) / w.group; }
@@ -21,13 +22,13 @@ struct Group {
 };
 
 struct alignas(64) Sums {
-    float of[64 * TOKENS];
+    float of[64 * std::max(TOKENS, SMALL)];
 };
 
 // What one index of `col` stands for: a value, which is multiplied with floats,
 template <class Value>
 struct Single {
-    static constexpr int COLUMNS = 1;
+    static constexpr int COLUMNS = 1, BLOCK = TOKENS;
     typedef vec sum;
     const Value* value;
     const uint32_t* start;
@@ -39,7 +40,7 @@ struct Single {
 };
 // or the values of four columns, which are multiplied with bytes, four to a token in the place of a float.
 struct Quad {
-    static constexpr int COLUMNS = 4;
+    static constexpr int COLUMNS = 4, BLOCK = SMALL;
     typedef dots sum;
     const uint32_t *total, *start, *value;
     const uint8_t* col;
@@ -59,6 +60,7 @@ bool by_quads(const Matrix& w) { return dynamic(w) && w.quad; }
 
 // Where a panel's columns, or quads of them, lie: one after the other, or anywhere.
 struct Packed {
+    static constexpr bool QUADS = true;
     const float* x;
     int64_t width;
     const float* panel(int64_t first) const { return x + first * width; }
@@ -67,12 +69,11 @@ struct Packed {
         return base + size_t(c) * (V * LANES);
     }
     const uint32_t* table(int64_t) const { return nullptr; }
-    static bool quads(const Matrix& w) { return by_quads(w); }
 };
 struct Scattered {
+    static constexpr bool QUADS = false;
     const float* x;
     const uint32_t* offset;
-    static bool quads(const Matrix&) { return false; }
     const float* panel(int64_t) const { return x; }
     template <int V>
     static const float* column(const float* base, const uint32_t* table, uint8_t c) {
@@ -113,12 +114,20 @@ inline float finish(const Matrix& w, int64_t row, float sum) {
     return w.activation == RELU ? (sum > 0 || sum != sum ? sum : 0.0f) : sum;
 }
 
-template <int V, class Where>
-void multiply(const Matrix& w, const Group& g, const Where& where, float* sums) {
-    if (Where::quads(w)) return multiply<V, Quad>(w, g, where, sums);
-    if (w.kind == FLOAT32) multiply<V, Single<float>>(w, g, where, sums);
-    if (w.kind == BFLOAT16) multiply<V, Single<bfloat16>>(w, g, where, sums);
-    if (w.kind >= INT8) multiply<V, Single<int8_t>>(w, g, where, sums);
+template <int V, class Unit, class Where>
+void multiply(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
+    if (width == V * LANES) return multiply<V, Unit>(w, g, where, sums);
+    if constexpr (V * LANES < Unit::BLOCK) multiply<V + 1, Unit>(w, g, where, sums, width);
+}
+
+// The same for any kind and width.
+template <class Where>
+void multiply(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
+    if constexpr (Where::QUADS)
+        if (by_quads(w)) return multiply<1, Quad>(w, g, where, sums, width);
+    if (w.kind == FLOAT32) multiply<1, Single<float>>(w, g, where, sums, width);
+    if (w.kind == BFLOAT16) multiply<1, Single<bfloat16>>(w, g, where, sums, width);
+    if (w.kind >= INT8) multiply<1, Single<int8_t>>(w, g, where, sums, width);
 }
 
 // The flat positions that a convolution computes; those between two rows of the output are not kept.
@@ -164,16 +173,12 @@ void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
 }
 
 // Tokens in a block: whole vectors, and as few too many in all blocks together as can be.
-int64_t block_of(int64_t n) {
-    const int64_t blocks = std::max<int64_t>(1, (n + TOKENS - 1) / TOKENS);
+int64_t block_of(int64_t n, int64_t most = TOKENS) {
+    const int64_t blocks = std::max<int64_t>(1, (n + most - 1) / most);
     return std::max<int64_t>(1, ((n + blocks - 1) / blocks + LANES - 1) / LANES) * LANES;
 }
 
-template <int V, class Where>
-void multiply_width(const Matrix& w, const Group& g, const Where& where, float* sums, int64_t width) {
-    if (width == V * LANES) return multiply<V>(w, g, where, sums);
-    if constexpr (V * LANES < TOKENS) multiply_width<V + 1>(w, g, where, sums, width);
-}
+int64_t block_of(const Matrix& w, int64_t n) { return block_of(n, by_quads(w) ? SMALL : TOKENS); }
 
 // packed[column][token] of one block; columns past the end and tokens past the last are zero.
 void pack(const float* x, int64_t n, int64_t cols, int64_t first, int64_t last, int64_t width, float* packed) {
@@ -383,12 +388,12 @@ void dynamic_vectors(const Matrix& w, const float* x, float* y, float* scratch, 
 extern "C" {
 
 int64_t scratch_linear(const Matrix* w, int64_t n) {
-    const int64_t width = block_of(n), tokens = (n + width - 1) / width * width;
+    const int64_t width = block_of(*w, n), tokens = (n + width - 1) / width * width;
     return by_quads(*w) ? tokens * (padded(*w) / 2 + 1) : tokens * padded(*w);
 }
 
 void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads) {
-    const int64_t width = block_of(n), blocks = (n + width - 1) / width, panels = panels_of(*w);
+    const int64_t width = block_of(*w, n), blocks = (n + width - 1) / width, panels = panels_of(*w);
     int64_t cols = w->cols, panel = w->panel;
     const float* scale = nullptr;
     if (by_quads(*w)) {  // a quad of bytes takes the place of a float from here on
@@ -410,7 +415,7 @@ void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* 
         const int64_t b = i / groups;
         const Group g(*w, i % groups);
         Sums sums;
-        multiply_width<1>(*w, g, Packed{scratch + b * width * panels * panel, width}, sums.of, width);
+        multiply(*w, g, Packed{scratch + b * width * panels * panel, width}, sums.of, width);
         if (scale) to_floats(sums.of, g.rows, width, scale + b * width);
         unpack(*w, g, sums.of, std::min(width, n - b * width), width, y + b * width * w->rows);
     });
@@ -472,7 +477,7 @@ void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, f
         const float* from = c->extent ? scratch + i / groups * strip : x + image * c->lines * c->length + first;
         const Group g(*w, i % groups);
         Sums sums;
-        multiply_width<1>(*w, g, Scattered{from, c->offset}, sums.of, width);
+        multiply(*w, g, Scattered{from, c->offset}, sums.of, width);
         for (int64_t r = 0; r < g.rows; r++) {
             float* sum = sums.of + r * width;
             finish(*w, g.first + r, sum, width);
