@@ -226,7 +226,11 @@ def test_quads_are_tried_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) ->
     for quads in (True, False):
         monkeypatch.setattr(kernels, "quads", quads)
         assert ("int8-dynamic.quad" in site.ways(["float32", "int8-dynamic"], few=False)) == quads
-        for ways in (site.ways(["int8-dynamic"], True), image.ways(["int8-dynamic"], False), site.ways(["int8"], False)):
+        for ways in (
+            site.ways(["int8-dynamic"], True),
+            image.ways(["int8-dynamic"], False),
+            site.ways(["int8"], False),
+        ):
             assert not any("quad" in way for way in ways)
 
 

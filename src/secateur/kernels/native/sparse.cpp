@@ -321,7 +321,7 @@ float quantize(const float* x, int64_t cols, int64_t padded, int8_t* out) {
     const bool finite = largest < 0x7f800000, any = finite && most > 1e-30f;
     const float inverse = any ? 127 / most : 0;
     for (int64_t i = 0; i < cols; i++) {
-        const float shifted = (any ? x[i] * inverse : 0.0f) + 12582912.0f;  // 1.5 * 2^23: the lowest bits are the integer
+        const float shifted = fused(x[i], inverse, 12582912.0f);  // 1.5 * 2^23: the lowest bits are the integer
         int32_t pattern;
         memcpy(&pattern, &shifted, 4);
         out[i] = int8_t(pattern + OFFSET);

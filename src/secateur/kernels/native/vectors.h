@@ -46,6 +46,15 @@ inline float number(bfloat16 v) {
     return f;
 }
 
+// a b + c, rounded once wherever the processor does that: what lies half way then does not depend on a compiler.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Lane l takes number place[l] of the two vectors one after the other.
 inline vec chosen(vec a, vec b, ivec place) {
 #if defined(__clang__)
