@@ -23,6 +23,8 @@ from sparse_peers import ALLOWED, DENSE, PEERS, SPARSE, Case, Engine, engines, e
 
 SHAPES = [(1536, 576), (3072, 768), (8192, 2048)]
 LEVELS = [0.5, 0.8, 0.9, 0.95]
+#: Of those, at which zeros are also put four together along a row.
+FOURS = [0.8]
 #: Outputs, inputs, how many of them.
 STACKS = [(3072, 768, 16), (8192, 2048, 3)]
 #: Of ResNet-50: inputs, outputs, kernel, stride, size of the image.
@@ -62,10 +64,13 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, pause: float =
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def zeroed(*shape: int, share: float) -> Any:
-    """A random weight with so many zeros."""
+def zeroed(*shape: int, share: float, fours: bool = False) -> Any:
+    """A random weight with so many zeros, of a matrix anywhere or four along a row together."""
     import torch
 
+    if fours:
+        kept = torch.rand(shape[0], shape[1] // 4) >= share
+        return torch.randn(*shape) * kept.repeat_interleave(4, 1)
     return torch.randn(*shape) * (torch.rand(*shape) >= share)
 
 
@@ -78,11 +83,14 @@ def limits() -> dict[str, float]:
     return {"bytes": large.numel() * 4 / found["sum"], "multiplications": 2048**3 / found["product"]}
 
 
-def sparse_linear(weights: list[Any], kind: str = "float32", col: bool = True, bits: bool = False) -> list[Any]:
-    from secateur.compression import SparseLinear
-    from secateur.formats import pack
+def sparse_linear(weights: list[Any], kind: str = "float32", index: str = "col") -> list[Any]:
+    """Packed as the chooser does it."""
+    from torch import nn
 
-    return [SparseLinear(pack(w, kind).indexed(col=col, bits=bits), None) for w in weights]
+    from secateur.compression.candidates import Site
+
+    site = Site("", nn.Linear(1, 1))
+    return [site.made(kind, index, w, None) for w in weights]
 
 
 def beside(
@@ -147,10 +155,13 @@ def linear(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, 
         dense = nn.Linear(inputs, out, bias=False)
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
-            for share in args.levels or LEVELS:
-                dense.weight.data = zeroed(out, inputs, share=share)
+            levels = args.levels or LEVELS
+            for share, fours in [*((s, False) for s in levels), *((s, True) for s in levels if s in FOURS)]:
+                dense.weight.data = zeroed(out, inputs, share=share, fours=fours)
                 sparse = {f"sparse.{k}": sparse_linear([dense.weight], k) for k in ALLOWED}
-                row = beside(args, [dense], x, sparse, {"case": f"{out} x {inputs}, {tokens} tokens", "zeros": share})
+                sparse["sparse.int8-dynamic.quad"] = sparse_linear([dense.weight], "int8-dynamic", "quad")
+                case = f"{out} x {inputs}, {tokens} tokens{', zeros in fours' if fours else ''}"
+                row = beside(args, [dense], x, sparse, {"case": case, "zeros": share})
                 rate = tokens * sparse["sparse.float32"][0].packed.nonzeros / row["seconds"]["sparse.float32"]
                 rows.append({**row, "of limit": rate / limit["multiplications"]})
                 tell(rows[-1])
@@ -171,11 +182,11 @@ def token(args: argparse.Namespace, limit: dict[str, float]) -> list[dict[str, A
                 d.weight.data = zeroed(out, inputs, share=share)
             weights = [d.weight for d in stack]
             sparse = {
-                f"sparse.{kind}.{index}": sparse_linear(weights, kind, index == "col", index == "bits")
+                f"sparse.{kind}.{index}": sparse_linear(weights, kind, index)
                 for kind in ALLOWED
                 for index in ("bits", "col")
             }
-            sparse["sparse.int8-dynamic.bits"] = sparse_linear(weights, "int8-dynamic", False, True)
+            sparse["sparse.int8-dynamic.bits"] = sparse_linear(weights, "int8-dynamic", "bits")
             row = beside(args, stack, x, sparse, {"case": f"{count} x {out} x {inputs}, 1 token", "zeros": share})
             seconds = row["seconds"]
             fast = best(seconds, "float32", own=True)

@@ -206,6 +206,55 @@ def test_a_single_layer_cannot_be_saved(sparse_wins: None, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_quads_serve_many_tokens_and_bits_few() -> None:
+    table = _Rows(
+        {
+            ("a", 128): {"dense": 10.0, "int8-dynamic.col": 5.0, "int8-dynamic.quad": 3.0},
+            ("a", 1): {"dense": 1.0, "int8-dynamic.col": 0.5, "int8-dynamic.bits": 0.3},
+        }
+    )
+    choice = choose([_site("a")], table, ["int8-dynamic"], False, 2)[0]
+    assert (choice.kind, choice.index, choice.reason) == ("int8-dynamic", "quad", "3.33 times as fast")
+    table.known["a", 128].pop("int8-dynamic.quad")
+    assert choose([_site("a")], table, ["int8-dynamic"], False, 2)[0].index == "col+bits"
+
+
+@needs_kernels
+def test_quads_are_tried_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, site, image = library(), _site("a"), Site("b", sparse(nn.Conv2d(4, 4, 3)))
+    assert kernels is not None
+    for quads in (True, False):
+        monkeypatch.setattr(kernels, "quads", quads)
+        assert ("int8-dynamic.quad" in site.ways(["float32", "int8-dynamic"], few=False)) == quads
+        for ways in (
+            site.ways(["int8-dynamic"], True),
+            image.ways(["int8-dynamic"], False),
+            site.ways(["int8"], False),
+        ):
+            assert not any("quad" in way for way in ways)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["kernels", "none"])
+def test_quads_are_not_saved(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not there:
+        monkeypatch.setattr("secateur.kernels.ops.library", lambda: None)
+    fast, x = mlp(), torch.randn(9, 70)
+    for name in ("0", "2"):
+        site = Site(name, fast.get_submodule(name))
+        fast[int(name)] = site.made("int8-dynamic", "quad", site.matrix(), site.module.bias)
+    assert fast[0].quad is not None and fast[0].bits is not None and fast[0].col is None
+    folder = save_compressed(fast, tmp_path / "fast")
+    stored = load_file(folder / "compressed.safetensors")
+    assert {n for n in stored if n.startswith("0.")} == {"0.values", "0.col", "0.counts", "0.scale", "0.bias"}
+    if library() is None:
+        return
+    loaded = secateur.load(folder, mlp())
+    assert torch.equal(loaded[0].quad, fast[0].quad) and "by bits and quad" in repr(loaded)
+    for tokens in (x, x[:2]):
+        assert torch.equal(loaded(tokens), fast(tokens))
+        torch.testing.assert_close(fast(tokens), mlp()(tokens), rtol=0.0, atol=0.02)
+
+
 def test_a_second_index_must_pay_for_its_memory() -> None:
     table = _Rows(
         {

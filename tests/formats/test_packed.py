@@ -110,6 +110,60 @@ def test_a_file_keeps_the_smaller_index(weight: Tensor, kind: str, cut: dict[str
     assert packed.bytes() == size * (nonzeros + PADDING) + 4 * (runs + 1) + nonzeros + by_bits + scales
 
 
+@given(matrices(), CUTS)
+def test_quads_hold_the_values_once_more(weight: Tensor, cut: dict[str, int]) -> None:
+    packed = pack(weight, "int8-dynamic", **cut).indexed(col=False, bits=False, quad=True)
+    assert packed.check() is packed and packed.bits is not None and packed.quad is not None
+    rows, panels = packed.rows, -(-packed.cols // packed.panel)
+    words, runs = packed.quad.tolist(), rows * panels
+    total, start, quads = words[:rows], words[rows : rows + runs + 1], words[rows + runs + 1 :]
+    quads, places = quads[: start[-1]], packed.quad[rows + runs + 1 + start[-1] :].view(torch.uint8).tolist()
+    assert len(words) == rows + runs + 1 + len(quads) + -(-len(quads) // 4) and not any(places[len(quads) :])
+    dense, run = torch.zeros(rows, panels * packed.panel), 0
+    for first in range(0, rows, packed.group):
+        for p in range(panels):
+            for r in range(first, min(rows, first + packed.group)):
+                for k in range(start[run], start[run + 1]):
+                    column = p * packed.panel + 4 * places[k]
+                    dense[r, column : column + 4] = torch.tensor([quads[k]], dtype=torch.int32).view(torch.int8)
+                run += 1
+    assert packed.scale is not None and total == dense.sum(1).int().tolist()
+    assert torch.equal(dense[:, : packed.cols] * packed.scale[:, None], packed.dense())
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 4))
+    assert len(quads) == int((padded.view(rows, -1, 4) != 0).any(2).sum())
+    assert same(packed.indexed(True, True), pack(weight, "int8-dynamic", **cut))
+    assert packed.stored()[0].keys() == packed.indexed(False, True).stored()[0].keys()  # not in a file
+    assert packed.bytes() == packed.indexed(False, True).bytes() + 4 * len(words)
+
+
+@given(matrices(300), CUTS, st.data())
+def test_quads_that_are_not_those_of_the_values(weight: Tensor, cut: dict[str, int], data: st.DataObject) -> None:
+    packed = pack(weight, "int8-dynamic", **cut).indexed(False, True, True)
+    assert packed.quad is not None
+    quad, values = packed.quad.clone(), packed.values.clone()
+    quad[data.draw(st.integers(0, len(quad) - 1))] ^= 1 << data.draw(st.integers(0, 30))
+    values[: packed.nonzeros] -= 1
+    for damaged in ({"quad": quad}, {"quad": packed.quad[:-1]}, {"quad": packed.quad.long()}, {"bits": None}):
+        with pytest.raises(ModelError):
+            dataclasses.replace(packed, **damaged).check()
+    if packed.nonzeros:
+        with pytest.raises(ModelError, match="quads"):
+            dataclasses.replace(packed, values=values).check()
+
+
+def test_which_matrices_have_quads() -> None:
+    for kind in ("float32", "bfloat16", "int8"):
+        with pytest.raises(RecipeError, match="int8-dynamic"):
+            pack(sparse(), kind).indexed(False, True, True)
+    for cols in (1 << 16, (1 << 16) + 1):
+        wide = pack(torch.ones(1, cols), "int8-dynamic")
+        if cols == 1 << 16:
+            wide.indexed(False, True, True).check()
+            continue
+        with pytest.raises(RecipeError, match="65,536 columns"):
+            wide.indexed(False, True, True)
+
+
 def test_counts_belong_to_the_columns() -> None:
     """Ten runs: a bit mask of 80 bytes, and columns with 20 bytes of counts beside them."""
     for nonzeros, index in ((59, {"col": 59, "counts": 10}), (61, {"bits": 80})):

@@ -29,9 +29,16 @@ def layers() -> dict[str, tuple[Sparse, nn.Module, Tensor]]:
             dense.bias.copy_(bias)
             dense.requires_grad_(False)
     packed = pack(weight)
+    whole = (10 * weight).round()  # weights and inputs that int8 holds: whole numbers, the largest 127
+    whole[:, 0], tokens = 127.0, torch.randint(-127, 128, (9, 108), generator=generator).float()
+    tokens[:, 1] = 127.0
+    small = nn.Linear(108, 33).requires_grad_(False)
+    small.weight.copy_(whole)
+    small.bias.copy_(bias)
     return {
         "many": (SparseLinear(packed, bias), line, torch.randn(9, 108, generator=generator)),
         "few": (SparseLinear(packed.indexed(False, True), bias), line, torch.randn(2, 3, 108, generator=generator)),
+        "quad": (SparseLinear(pack(whole, "int8-dynamic").indexed(False, True, True), bias), small, tokens),
         "image": (
             SparseConv2d(packed, bias, (3, 3), (2, 2), (1, 1), (1, 1)), image,
             torch.randn(2, 12, 9, 10, generator=generator),
@@ -39,4 +46,4 @@ def layers() -> dict[str, tuple[Sparse, nn.Module, Tensor]]:
     }  # fmt: skip
 
 
-LAYERS = pytest.mark.parametrize("name", ["many", "few", "image"])
+LAYERS = pytest.mark.parametrize("name", ["many", "few", "quad", "image"])

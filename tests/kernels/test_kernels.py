@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from secateur.compression.modules import SparseConv2d, SparseLinear
 from secateur.errors import SecateurError
 from secateur.formats import KINDS, pack
+from secateur.formats.packed import MOST_OF_QUADS
 from secateur.kernels import build, ops
 from secateur.kernels.library import BUILT, Library, openmp, supported
 from tests.kernels.sample import LAYERS, layers, sparse
@@ -122,32 +123,74 @@ def as_int8(x: Tensor, fused: bool) -> Tensor:
     ``fused``: products are not rounded before they are added, which decides what lies half way.
     """
     most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    inverse = 127 / most
+    inverse = torch.full_like(most, 127.0) / most  # 127 / most would be 127 times the reciprocal
     whole = (x.double() * inverse.double() if fused else x * inverse).round()
     return whole.double() * (most / 127).double()
 
 
-def test_activations_of_int8_are_exact_where_int8_holds_them(kernels: Kernels) -> None:
+@given(
+    SEEDS, st.integers(1, 150), st.integers(1, 400), DENSITIES, st.booleans(), st.integers(1, 9) | st.integers(1, 200),
+    CUTS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.booleans(),
+)  # fmt: skip
+def test_quads(
+    kernels: Kernels, seed: int, rows: int, cols: int, density: float, fours: bool, tokens: int, cut: dict[str, int],
+    col: bool, biased: bool, relu: bool, threads: int, own: bool,
+) -> None:  # fmt: skip
+    """Integer sums for any number of tokens, of zeros anywhere and in fours."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = sparse(generator, rows, cols, density), torch.randn(tokens, cols, generator=generator)
+    if fours:
+        weight = torch.randn(rows, cols, generator=generator) * (weight[:, ::4] != 0).repeat_interleave(4, 1)[:, :cols]
+    bias = torch.randn(rows, generator=generator) if biased else None
+    packed = pack(weight, "int8-dynamic", **cut).indexed(col, True, True)
+    with kernels.on(threads, own):
+        y = SparseLinear(packed, bias, "relu" if relu else "none")(x)
+    x, dense = as_int8(x, kernels.library.isa != "portable"), packed.dense().double()
+    right, size = x @ dense.T, x.abs() @ dense.abs().T
+    if bias is not None:
+        right, size = right + bias.double(), size + bias.double().abs()
+    expect(y, right.relu() if relu else right, size)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_largest_sums_of_quads(kernels: Kernels, sign: float) -> None:
+    """As many columns as there may be, all of them as large as they may be; fewer tokens read the same by bits."""
+    weight, x = torch.full((3, MOST_OF_QUADS), 127.0), torch.full((6, MOST_OF_QUADS), sign * 127.0)
+    x[1], weight[1] = -x[1], -weight[1]
+    x[2] = 0.0
+    layer = SparseLinear(pack(weight, "int8-dynamic").indexed(False, True, True), None)
+    right = (x.double() @ weight.double().T).float()
+    assert torch.equal(layer(x), right) and torch.equal(layer(x[:4]), right[:4])
+
+
+@pytest.mark.parametrize("quad", [False, True], ids=["bits", "quad"])
+def test_activations_of_int8_are_exact_where_int8_holds_them(kernels: Kernels, quad: bool) -> None:
     """Whole numbers up to 127 on both sides: the sums are whole numbers too, and equal to the last bit."""
     generator = torch.Generator().manual_seed(3)
-    for tokens in range(1, 5):
+    for tokens in (5, 64, 65, 129) if quad else range(1, 5):
         weight = torch.randint(-127, 128, (70, 4099), generator=generator).float()
         weight *= torch.rand(weight.shape, generator=generator) < 0.5
         x = torch.randint(-127, 128, (tokens, 4099), generator=generator).float()
         weight[:, 0], x[:, 0] = 127.0, -127.0  # scales of one
-        layer = SparseLinear(pack(weight, "int8-dynamic").indexed(col=False, bits=True), None)
+        layer = SparseLinear(pack(weight, "int8-dynamic").indexed(False, True, quad), None)
         assert torch.equal(layer(x), (x.double() @ weight.double().T).float())
         assert torch.equal(layer(x + 1e-3 * (x.abs() < 127)), layer(x))  # rounded away
 
 
-def test_activations_of_int8_that_are_zero_or_not_finite(kernels: Kernels) -> None:
+@pytest.mark.parametrize("quad", [False, True], ids=["bits", "quad"])
+def test_activations_of_int8_that_are_zero_or_not_finite(kernels: Kernels, quad: bool) -> None:
     bias = torch.tensor([1.0, 2.0])
-    layer = SparseLinear(pack(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), "int8-dynamic").indexed(False, True), bias)
-    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [1.0, float("inf")], [1.0, -1.0]])
+    packed = pack(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), "int8-dynamic").indexed(False, True, quad)
+    layer = SparseLinear(packed, bias)
+    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [1.0, float("-inf")], [1.0, -1.0]])
+    if quad:
+        x = x.repeat(2, 1)
     y = layer(x)
     assert torch.equal(y[0], bias) and bool(y[1:3].isnan().all())
     assert torch.allclose(y[3], torch.tensor([2.0, -1.0]), atol=1e-6)
-    assert bool(layer(torch.full((1, 2), 1e-38)).isfinite().all())
+    if quad:
+        assert torch.equal(y[4:], y[:4]) or bool(y[5:7].isnan().all() and torch.equal(y[[4, 7]], y[[0, 3]]))
+    assert bool(layer(torch.full((9 if quad else 1, 2), 1e-38)).isfinite().all())
 
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))

@@ -64,9 +64,11 @@ class Site:
     def ways(self, kinds: Sequence[str], few: bool) -> list[str]:
         """The candidates beside ``dense``, as ``kind.index``; ``few``: single tokens, which can be read by bits."""
         indexes = [*(("col", "bits") if few else ("col",))] if zeros(self.matrix()) >= _LEAST else []
-        found = []
+        found, kernels = [], library()
+        quads = indexes and self.linear and not few and kernels is not None and kernels.quads
         for kind in kinds:
             found += [f"{kind}.{index}" for index in indexes]
+            found += [f"{kind}.quad"] if quads and kind == "int8-dynamic" else []
             found += [f"{kind}.dense"] if has_dense(kind, self.module) else []
         return found
 
@@ -75,21 +77,22 @@ class Site:
 
         Args:
             kind: of the values.
-            index: ``col``, ``bits``, ``col+bits`` or ``dense``.
+            index: ``col``, ``bits``, ``col+bits``, ``quad`` (with bits, for few tokens) or ``dense``.
             weight: ``(outputs, inputs)``.
         """
         if index == "dense":
             return DenseLinear(weight, bias, kind, activation).eval()
         parts = index.split("+")
-        return self.sparse(self.pack(kind, weight).indexed("col" in parts, "bits" in parts), bias, activation)
+        packed = self.pack(kind, weight, 256 if "quad" in parts else None)
+        return self.sparse(packed.indexed("col" in parts, "bits" in parts, "quad" in parts), bias, activation)
 
-    def pack(self, kind: str, weight: Tensor | None = None) -> Packed:
+    def pack(self, kind: str, weight: Tensor | None = None, panel: int | None = None) -> Packed:
         """Its weight, or another in its place, packed.
 
         Positions of an image keep the threads busy, so that groups of rows may be large.
         """
         weight = self.matrix() if weight is None else weight
-        return pack(weight, kind, group=None if self.linear else 64)
+        return pack(weight, kind, group=None if self.linear else 64, panel=panel)
 
     def sparse(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> Sparse:
         """The same layer with such a weight and bias."""

@@ -19,7 +19,7 @@ class Choice:
     Attributes:
         name, shape, zeros: the layer, its matrix and the share of it that is zero.
         kind: of the values: ``dense`` where nothing was won.
-        index: ``col``, ``bits`` or ``col+bits``; empty where dense.
+        index: ``col``, ``bits``, ``col+bits`` or ``quad``; empty where dense.
         seconds: workload -> candidate -> seconds.
         reason: why.
     """
@@ -115,13 +115,13 @@ def _options(
 
     found = [_Option("dense", "", total(lambda _: "dense"))]
     for kind in kinds:
-        for index in ("col", "bits", "col+bits", "dense"):
+        for index in ("col", "bits", "col+bits", "quad", "dense"):
             found.append(_Option(kind, index, total(lambda row, k=kind, i=index: f"{k}.{_read(row, k, i)}")))  # type: ignore[misc]
     return choice, found
 
 
 def _read(row: dict[str, float], kind: str, index: str) -> str:
-    """Which index the operator reads: bits wherever there are few tokens and they are there."""
+    """Which index the operator reads: bits wherever there are few tokens and they are there, as beside quads."""
     if index == "dense":
         return index
-    return "bits" if "bits" in index and f"{kind}.bits" in row else "col" if "col" in index else ""
+    return "bits" if ("bits" in index or index == "quad") and f"{kind}.bits" in row else index.removesuffix("+bits")

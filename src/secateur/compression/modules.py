@@ -14,7 +14,8 @@ from ..kernels import ops
 from ..kernels.library import ACTIVATIONS
 
 _linear, _conv2d = torch.ops.secateur.sparse_linear.default, torch.ops.secateur.sparse_conv2d.default
-_PARTS = ("values", "start", "col", "bits", "scale")
+_INDEXES = ("col", "bits", "quad")
+_PARTS = ("values", "start", *_INDEXES, "scale")
 #: What a convolution has besides a matrix.
 GEOMETRY = ("kernel", "stride", "padding", "dilation")
 
@@ -76,6 +77,7 @@ class Sparse(Installed):
     start: Tensor
     col: Tensor | None
     bits: Tensor | None
+    quad: Tensor | None
     scale: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None, activation: str = "none") -> None:
@@ -107,12 +109,18 @@ class Sparse(Installed):
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file keeps, but for the bias: the smaller index, and which of them there were."""
         stored, facts = self.packed.stored()
-        return stored, {**facts, "index": [key for key in ("col", "bits") if getattr(self, key) is not None]}
+        return stored, {**facts, "index": [key for key in _INDEXES if getattr(self, key) is not None]}
 
     def _versions(self) -> list[tuple[int, int]]:
         kept = self._buffers
-        indexes = (kept["start"], kept["col"], kept["bits"])
-        return [(id(t), 0 if t.is_inference() else t._version) for t in indexes if t is not None]
+        watched = {key: kept[key] for key in ("start", *_INDEXES)}
+        if kept["quad"] is not None:  # it holds the values once more
+            watched["values"] = kept["values"]
+        return [
+            (t.data_ptr() if key == "values" else id(t), 0 if t.is_inference() else t._version)
+            for key, t in watched.items()
+            if t is not None
+        ]
 
     def _arguments(self) -> tuple[Any, ...]:
         if not torch.compiler.is_compiling() and self._versions() != self._seen:
@@ -126,7 +134,7 @@ class Sparse(Installed):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        kinds = [name for name in ("col", "bits") if getattr(self, name) is not None]
+        kinds = [name for name in _INDEXES if getattr(self, name) is not None]
         values = f"{str(self.values.dtype)[6:]}{'-dynamic' if self.dynamic else ''} by {' and '.join(kinds)}"
         return (
             f"{self.cols} to {self.rows}, {1 - self.packed.density:.1%} zeros, {values}, "

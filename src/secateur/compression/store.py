@@ -156,7 +156,7 @@ def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], p
         if activation not in ACTIVATIONS or (bias is not None and bias.shape != (dense.rows,)):
             raise ValueError(f"layer '{name}'")
         return dense
-    packed = restore(own, facts).indexed(col="col" in index, bits="bits" in index).check()
+    packed = restore(own, facts).indexed(*(name in index for name in ("col", "bits", "quad"))).check()
     if activation not in ACTIVATIONS or (bias is not None and bias.shape != (packed.rows,)):
         raise ValueError(f"layer '{name}'")
     if "form" in facts:

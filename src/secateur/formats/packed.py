@@ -14,12 +14,14 @@ from ..errors import ModelError, RecipeError
 #: Zeros kept behind the values: kernels load whole vectors and may read past the last one.
 PADDING = 256
 
-#: ``int8-dynamic``: where bits are read, a token's activations become int8 too, with one scale a token.
+#: ``int8-dynamic``: where bits or quads are read, a token's activations become int8 too, with one scale a token.
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int8-dynamic": torch.int8}
 #: What may be packed and stored: what the kernels for the CPU read, and what those for GPUs read besides.
 _DTYPES = {**KINDS, "float16": torch.float16}
 
 _MOST = (1 << 31) - 1
+#: Columns up to which sums of products of bytes stay below 2^31.
+MOST_OF_QUADS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,12 @@ class Packed:
         start: ``(runs + 1,)`` int32, where each run begins.
         col: ``(nonzeros,)`` uint8, each value's column within its panel; None where ``bits`` says it.
         bits: ``(runs, panel / 8)`` uint8, a bit for each column, lowest first; None where ``col`` says it.
+        quad: int32, for integer arithmetic with many tokens; beside ``bits``, of dynamic values only, and never in a
+            file: one part after the other, the sum of each row's values ``(rows,)``, where the quads of each run begin
+            ``(runs + 1,)``, the quads (four neighboring columns of which any is kept, as one word), and a byte for
+            each, which one of its panel it is, and zeros up to a whole word.
         scale: ``(rows,)`` float32 by which int8 values are multiplied; None for floats.
-        dynamic: whether the activations of few tokens become int8 as well; of int8 values only.
+        dynamic: whether activations become int8 as well, where bits or quads are read; of int8 values only.
     """
 
     rows: int
@@ -50,6 +56,7 @@ class Packed:
     start: Tensor
     col: Tensor | None
     bits: Tensor | None
+    quad: Tensor | None = None
     scale: Tensor | None = None
     dynamic: bool = False
 
@@ -65,7 +72,7 @@ class Packed:
 
     def bytes(self) -> int:
         """Bytes in memory."""
-        held = (self.values, self.start, self.col, self.bits, self.scale)
+        held = (self.values, self.start, self.col, self.bits, self.quad, self.scale)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def dense(self) -> Tensor:
@@ -79,10 +86,21 @@ class Packed:
         found = whole.view(self.rows, -1)[:, : self.cols].contiguous()
         return found if self.scale is None else found * self.scale[:, None]
 
-    def indexed(self, col: bool, bits: bool) -> Packed:
-        """The same matrix with these indexes: ``col`` for many tokens, ``bits`` for few."""
+    def indexed(self, col: bool, bits: bool, quad: bool = False) -> Packed:
+        """The same matrix with these indexes: ``col`` for many tokens, ``bits`` for few, ``quad`` (with bits) for both.
+
+        Raises:
+            RecipeError: quads of values that are not dynamic, or of too many columns.
+        """
+        if quad and (not self.dynamic or self.cols > MOST_OF_QUADS):
+            raise RecipeError(f"quads are of int8-dynamic values and up to {MOST_OF_QUADS:,} columns")
         mask = _mask(self)
-        return dataclasses.replace(self, col=_columns(mask) if col else None, bits=_bits(mask) if bits else None)
+        return dataclasses.replace(
+            self,
+            col=_columns(mask) if col else None,
+            bits=_bits(mask) if bits or quad else None,
+            quad=_quads(self, mask) if quad else None,
+        )
 
     def check(self) -> Packed:
         """The same, after every index has been found to stay inside.
@@ -136,6 +154,10 @@ class Packed:
             )
         ):
             raise ModelError("the scales of a packed matrix are damaged")
+        if self.quad is not None:
+            able = self.bits is not None and self.dynamic and self.cols <= MOST_OF_QUADS
+            if not able or self.quad.dtype != torch.int32 or not torch.equal(self.quad, _quads(self, masks[0])):
+                raise ModelError("the quads of a packed matrix are not those of its values")
         return self
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -160,7 +182,7 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
         weight: ``(rows, cols)`` of floats. What is exactly zero goes.
         kind: of the values: ``float32``, ``bfloat16`` or ``float16`` (rounded to nearest; the latter for GPUs),
             ``int8`` (one scale a row, symmetric; what rounds to zero stays stored) or ``int8-dynamic`` (the same, and
-            activations of few tokens become int8).
+            activations become int8 where bits or quads are read).
         group, panel: how it is cut, within the bounds of `Packed`; by its shape and density where not given.
 
     Raises:
@@ -199,7 +221,7 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
     start = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
     start[1:] = mask.sum(1).cumsum(0)
     dynamic = kind == "int8-dynamic"
-    return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), scale, dynamic)
+    return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), None, scale, dynamic)
 
 
 def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
@@ -232,7 +254,7 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:
     start = torch.zeros(runs + 1, dtype=torch.int32)
     start[1:] = counts.cumsum(0)
     col, bits, scale = (None if t is None else t.contiguous() for t in (col, bits, tensors.get("scale")))
-    return Packed(rows, cols, group, panel, padded, start, col, bits, scale, bool(facts.get("dynamic"))).check()
+    return Packed(rows, cols, group, panel, padded, start, col, bits, None, scale, bool(facts.get("dynamic"))).check()
 
 
 def _cut(group: int, panel: int) -> bool:
@@ -265,6 +287,28 @@ def _bits(mask: Tensor) -> Tensor:
 
 def _unbits(bits: Tensor, panel: int) -> Tensor:
     return (bits[:, :, None] & _POWERS).ne(0).view(bits.shape[0], panel)
+
+
+def quad_words(quads: int) -> int:
+    """Words that so many quads take, with the byte beside each."""
+    return quads + -(-quads // 4)
+
+
+def _quads(packed: Packed, mask: Tensor) -> Tensor:
+    """The values once more, as `Packed.quad` says."""
+    of_quad = mask.view(mask.shape[0], -1, 4)
+    kept = of_quad.any(2)
+    four = of_quad[kept]
+    values = torch.zeros(four.shape, dtype=torch.int8, device="cpu")
+    values[four] = packed.values[: packed.nonzeros]
+    start = torch.zeros(len(kept) + 1, dtype=torch.int32, device="cpu")
+    start[1:] = kept.sum(1).cumsum(0)
+    run, place = kept.nonzero().T
+    row = _order(packed.rows, packed.cols, packed.group, packed.panel) // -(-packed.cols // packed.panel)
+    total = torch.zeros(packed.rows, dtype=torch.int32, device="cpu")
+    total.index_add_(0, row[run], values.sum(1, dtype=torch.int32))
+    places = torch.nn.functional.pad(place.to(torch.uint8), (0, -len(place) % 4))
+    return torch.cat([total, start, values.view(torch.int32).view(-1), places.view(torch.int32)])
 
 
 def _mask(packed: Packed) -> Tensor:

@@ -40,6 +40,7 @@ class Matrix(ctypes.Structure):
         ("start", _Pointer),
         ("col", _Pointer),
         ("bits", _Pointer),
+        ("quad", _Pointer),
         ("scale", _Pointer),
         ("bias", _Pointer),
     )
@@ -99,6 +100,7 @@ class Library:
         loaded.sparse_isa.restype = ctypes.c_char_p
         self.isa = str(loaded.sparse_isa().decode())
         self.lanes = int(loaded.sparse_lanes())
+        self.quads = self.isa == "avx512vnni"  # others multiply quads too, slower than single values
         pool = openmp()
         loaded.sparse_use_pool.argtypes = (_Pointer,)
         loaded.sparse_use_pool.restype = None

@@ -19,17 +19,17 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SecateurError
-from ..formats.packed import PADDING, Packed
+from ..formats.packed import MOST_OF_QUADS, PADDING, Packed, quad_words
 from .library import DYNAMIC, KINDS, SLACK, Convolution, Library, Matrix, library
 
 #: Tokens up to which each weight is read once for all of them.
 FEW = 4
 
 _PARTS = (
-    "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? scale, Tensor? bias, "
-    "int rows, int cols, int group, int panel, int activation, bool dynamic"
+    "Tensor x, Tensor values, Tensor start, Tensor? col, Tensor? bits, Tensor? quad, Tensor? scale, "
+    "Tensor? bias, int rows, int cols, int group, int panel, int activation, bool dynamic"
 )
-#: Tokens (whole blocks of 64), and floats of images, that are laid out at a time, whatever the size of a batch.
+#: Tokens (whole blocks of 64 and 128), and floats of images, that are laid out at a time, whatever the size of a batch.
 _TOKENS, _FLOATS = 2048, 8 << 20
 #: Multiplications for each input that is copied together, below which a convolution reads inputs where they are.
 _COPIED = 2.0
@@ -41,6 +41,7 @@ _registry.define(f"sparse_linear({_PARTS}) -> Tensor")
 _registry.define(f"sparse_conv2d({_PARTS}, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor")
 
 _Some = Tensor | None
+_Parts = tuple[Tensor, Tensor, _Some, _Some, _Some, _Some, _Some]
 
 
 def _address(tensor: _Some) -> int | None:
@@ -51,18 +52,18 @@ class _Known:
     """The parts of a matrix as the kernels take them; kept at its values, for building it costs as much as a call."""
 
     def __init__(
-        self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some],
-        rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
-    ) -> None:  # fmt: skip
-        values, start, col, bits, scale, bias = parts
+        self, parts: _Parts, rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool
+    ) -> None:
+        values, start, col, bits, quad, scale, bias = parts
         kind = DYNAMIC if dynamic and values.dtype == torch.int8 else KINDS.get(values.dtype)
-        indexes = start.dtype == torch.int32 and all(t is None or t.dtype == torch.uint8 for t in (col, bits))
+        words, bytes_ = (t is None or t.dtype == torch.int32 for t in (start, quad)), (col, bits)
+        indexes = all(words) and all(t is None or t.dtype == torch.uint8 for t in bytes_)
         if kind is None or not indexes or any(t is not None and t.dtype != torch.float32 for t in (scale, bias)):
             raise SecateurError(
                 f"a compressed layer has been converted (its values are {values.dtype}): kernels read float32, "
                 "bfloat16 and int8 values with float32 scales; convert the model before it is compressed"
             )
-        if not _fits(parts, rows, cols, group, panel):
+        if not _fits(parts, rows, cols, group, panel) or (quad is not None and kind != DYNAMIC):
             raise SecateurError(f"the parts of a compressed layer of {rows} x {cols} do not fit together")
         self.parts = parts[1:]
         self.held = [t for t in parts[1:] if t is not None]
@@ -78,7 +79,7 @@ class _Known:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (type(None), ())
 
-    def still(self, parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some], facts: tuple[int, ...]) -> bool:
+    def still(self, parts: _Parts, facts: tuple[int, ...]) -> bool:
         """Whether it describes these parts: the same tensors, and where they were (``t.data = other`` moves one)."""
         return (
             self.facts == facts
@@ -87,11 +88,9 @@ class _Known:
         )
 
 
-def _fits(
-    parts: tuple[Tensor, Tensor, _Some, _Some, _Some, _Some], rows: int, cols: int, group: int, panel: int
-) -> bool:
+def _fits(parts: _Parts, rows: int, cols: int, group: int, panel: int) -> bool:
     """Whether the sizes are those of one matrix: a kernel would read past what is too short."""
-    values, start, col, bits, scale, bias = parts
+    values, start, col, bits, quad, scale, bias = parts
     if min(rows, cols, group) < 1 or group > 64 or panel not in (64, 128, 192, 256) or (col is None and bits is None):
         return False
     runs, nonzeros = rows * -(-cols // panel), values.numel() - PADDING
@@ -100,11 +99,15 @@ def _fits(
         t is None or (t.numel() == size and t.is_contiguous() and t.is_cpu)
         for t, size in (*sizes, (scale, rows), (bias, rows))
     )
+    if quad is not None and right:
+        head = rows + runs + 1
+        right = bits is not None and quad.is_contiguous() and quad.is_cpu and quad.dim() == 1 and len(quad) >= head
+        right = right and len(quad) == head + quad_words(int(quad[head - 1])) and cols <= MOST_OF_QUADS
     return right and int(start[-1]) == nonzeros
 
 
 def _matrix(
-    values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    values: Tensor, start: Tensor, col: _Some, bits: _Some, quad: _Some, scale: _Some, bias: _Some,
     rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
 ) -> _Known:  # fmt: skip
     """The parts as the kernels take them.
@@ -112,7 +115,7 @@ def _matrix(
     Raises:
         SecateurError: a part was converted or moved after it was packed.
     """
-    parts = (values, start, col, bits, scale, bias)
+    parts = (values, start, col, bits, quad, scale, bias)
     facts = (rows, cols, group, panel, activation, dynamic)
     known: _Known | None = getattr(values, "_secateur_matrix", None)
     if known is None or not known.still(parts, facts):
@@ -163,23 +166,23 @@ _scratch = _Scratch()
 
 
 def linear(
-    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, quad: _Some, scale: _Some, bias: _Some,
     rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
 ) -> Tensor:  # fmt: skip
     """``secateur::sparse_linear``: ``(..., cols)`` to ``(..., rows)``, in the dtype of x."""
     shape = x.shape
     if not shape or shape[-1] != cols or not x.is_floating_point():
         refuse(x, cols, -1)
-    known = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation, dynamic)
+    known = _matrix(values, start, col, bits, quad, scale, bias, rows, cols, group, panel, activation, dynamic)
     given = x if x.dtype == torch.float32 and x.is_contiguous() else x.contiguous().float()
     n = given.numel() // cols
     y = given.new_empty((*shape[:-1], rows))
     found = library()
     if found is None:
-        weight = Packed(rows, cols, group, panel, values, start, col, bits, scale).dense().float()
+        weight = Packed(rows, cols, group, panel, values, start, col, bits, None, scale).dense().float()
         y = _activated(F.linear(given, weight, bias), activation)
     elif n:
-        few = n <= FEW or col is None
+        few = n <= FEW or (col is None and quad is None)
         multiply, need = (found.vector, found.scratch_vector) if few else (found.linear, found.scratch_linear)
         count = min(FEW if few else _TOKENS, n)
         room = known.scratch.get((few, count))
@@ -194,7 +197,7 @@ def linear(
 
 
 def conv2d(
-    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, scale: _Some, bias: _Some,
+    x: Tensor, values: Tensor, start: Tensor, col: _Some, bits: _Some, quad: _Some, scale: _Some, bias: _Some,
     rows: int, cols: int, group: int, panel: int, activation: int, dynamic: bool,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
@@ -209,10 +212,10 @@ def conv2d(
     sizes = _out_sizes(x.shape[2:], kernel, stride, padding, dilation)
     if min(sizes) <= 0:
         raise SecateurError(f"a sparse convolution of kernel {tuple(kernel)} was given only {tuple(x.shape[2:])}")
-    place = _matrix(values, start, col, bits, scale, bias, rows, cols, group, panel, activation, dynamic).place
+    place = _matrix(values, start, col, bits, quad, scale, bias, rows, cols, group, panel, activation, dynamic).place
     found = library()
     if found is None or col is None:
-        weight = Packed(rows, cols, group, panel, values, start, col, bits, scale).dense().float()
+        weight = Packed(rows, cols, group, panel, values, start, col, bits, None, scale).dense().float()
         weight = weight.view(rows, channels, *kernel)
         out = F.conv2d(x.float(), weight, bias, tuple(stride), tuple(padding), tuple(dilation))
         return _activated(out, activation).to(x.dtype).contiguous()
@@ -305,13 +308,13 @@ def _activated(y: Tensor, activation: int) -> Tensor:
 
 
 def _fake_linear(x: Tensor, *rest: object) -> Tensor:
-    rows = rest[6]
+    rows = rest[7]
     assert isinstance(rows, int | torch.SymInt)
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _fake_conv2d(x: Tensor, *rest: object) -> Tensor:
-    rows, kernel, stride, padding, dilation = rest[6], *rest[12:]
+    rows, kernel, stride, padding, dilation = rest[7], *rest[13:]
     return x.new_empty((x.shape[0], rows, *_out_sizes(x.shape[2:], kernel, stride, padding, dilation)))  # type: ignore[arg-type]
 
 

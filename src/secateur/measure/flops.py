@@ -280,7 +280,7 @@ def _packed(args: Sequence[Any], out: Tensor, *, rows: int) -> int:
 
 #: The operators of packed layers: where the rows stand among their arguments.
 _PACKED = {
-    "secateur.sparse_linear": 7, "secateur.sparse_conv2d": 7, "secateur.bits_linear": 6, "secateur.semi_linear": 4,
+    "secateur.sparse_linear": 8, "secateur.sparse_conv2d": 8, "secateur.bits_linear": 6, "secateur.semi_linear": 4,
 }  # fmt: skip
 #: Operators whose first operand is added to the product of the others.
 _ADDS = re.compile(r"aten\._?(sparse_)?b?add(b?mm|mv)")

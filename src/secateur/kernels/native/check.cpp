@@ -36,6 +36,7 @@ struct Case {
     Block<char> values{0};
     Block<uint32_t> start{0};
     Block<uint8_t> col{0}, bits{0};
+    Block<uint32_t> quad{0};
     Block<float> scale{0}, bias{0};
 
     // Kept: of a thousand. Every third row keeps nothing where that is less than all.
@@ -65,6 +66,30 @@ struct Case {
                         if (mask[r * cols + c]) keep(run, r, c, next++);
                 }
         start[runs] = next;
+        if (kind == INT8_DYNAMIC) find_quads(runs);
+    }
+
+    void find_quads(int64_t runs) {
+        std::vector<uint32_t> head(rows + runs + 1), words;
+        std::vector<uint8_t> places;
+        const int64_t panels = (cols + panel - 1) / panel;
+        for (int64_t run = 0; run < runs; run++) {
+            const int64_t of_group = run / (group * panels) * group, full = std::min<int64_t>(group, rows - of_group);
+            const int64_t r = of_group + (run - of_group * panels) % full;
+            int last = -1;
+            for (uint32_t k = start[run]; k < start[run + 1]; k++) {
+                const int8_t value = reinterpret_cast<int8_t*>(values.items)[k];
+                if (col[k] / 4 != last) words.push_back(0), places.push_back(uint8_t(last = col[k] / 4));
+                words.back() |= uint32_t(uint8_t(value)) << 8 * (col[k] % 4);
+                head[r] += uint32_t(value);
+            }
+            head[rows + run + 1] = uint32_t(words.size());
+        }
+        places.resize((places.size() + 3) / 4 * 4);
+        quad = Block<uint32_t>(int64_t(head.size() + words.size() + places.size() / 4));
+        std::copy(head.begin(), head.end(), quad.items);
+        std::copy(words.begin(), words.end(), quad.items + head.size());
+        std::copy(places.begin(), places.end(), reinterpret_cast<uint8_t*>(quad.items + head.size() + words.size()));
     }
 
     void keep(int64_t run, int64_t r, int64_t c, uint32_t at) {
@@ -90,10 +115,11 @@ struct Case {
         }
     }
 
-    // with: 1 columns, 2 bits, 4 scale and bias.
+    // with: 1 columns, 2 bits, 4 scale and bias, 8 quads.
     Matrix matrix(int with) {
         return {rows, cols, group, panel, kind, activation, values.items, start.items, with & 1 ? col.items : nullptr,
-                with & 2 ? bits.items : nullptr, with & 4 ? scale.items : nullptr, with & 4 ? bias.items : nullptr};
+                with & 2 ? bits.items : nullptr, with & 8 ? quad.items : nullptr,
+                with & 4 ? scale.items : nullptr, with & 4 ? bias.items : nullptr};
     }
 
     double finished(double sum, int64_t row, int with) {
@@ -171,6 +197,8 @@ int main() {
                     for (int64_t n = 1; n <= 4; n++)
                         for (int with : {1, 2 | 4}) multiplied(c, n, with, false, threads);
                     for (int64_t n : {1, 6, 17, 35, 70}) multiplied(c, n, n % 2 ? 1 : 3 | 4, true, threads);
+                    if (kind == INT8_DYNAMIC)
+                        for (int64_t n : {1, 6, 35, 70, 130}) multiplied(c, n, n % 2 ? 2 | 8 : 2 | 4 | 8, true, threads);
                 }
             }
     Case full(70, 70, 64, 64, FLOAT32, NONE, 1000);  // a full group and full blocks

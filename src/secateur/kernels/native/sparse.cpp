@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int TOKENS = 64;  // of a full block of activations
+// Tokens of a full block: of floats, and of bytes, of which more fit into the first-level cache.
+constexpr int TOKENS = 64, SMALL = LANES == 16 ? 128 : 64;
 
 int64_t panels_of(const Matrix& w) { return (w.cols + w.panel - 1) / w.panel; }
 int64_t groups_of(const Matrix& w) { return (w.rows + w.group - 1) / w.group; }
@@ -21,50 +22,100 @@ struct Group {
 };
 
 struct alignas(64) Sums {
-    float of[64 * TOKENS];
+    float of[64 * std::max(TOKENS, SMALL)];
 };
 
-// Where a panel's columns lie: one after the other, or anywhere.
+// What one index of `col` stands for: a value, which is multiplied with floats,
+template <class Value>
+struct Single {
+    static constexpr int COLUMNS = 1, BLOCK = TOKENS;
+    typedef vec sum;
+    const Value* value;
+    const uint32_t* start;
+    const uint8_t* col;
+    explicit Single(const Matrix& w) : value(static_cast<const Value*>(w.values)), start(w.start), col(w.col) {}
+    sum first(int64_t) const { return sum{}; }
+    float factor(uint32_t k) const { return number(value[k]); }
+    static sum add(sum sums, float factor, const float* x) { return sums + factor * numbers(x); }
+};
+// or the values of four columns, which are multiplied with bytes, four to a token in the place of a float.
+struct Quad {
+    static constexpr int COLUMNS = 4, BLOCK = SMALL;
+    typedef dots sum;
+    const uint32_t *total, *start, *value;
+    const uint8_t* col;
+    explicit Quad(const Matrix& w) : total(w.quad), start(total + w.rows), value(start + w.rows * panels_of(w) + 1) {
+        col = reinterpret_cast<const uint8_t*>(value + start[w.rows * panels_of(w)]);
+    }
+    sum first(int64_t row) const { return sum{} - OFFSET * int32_t(total[row]); }
+    bytes factor(uint32_t k) const { return repeated(value[k]); }
+    static sum add(sum sums, bytes factor, const float* x) {
+        return dot(sums, factor, *reinterpret_cast<const bytes_any*>(x));
+    }
+};
+
+// Whether a few tokens read by bits, and many by quads, become int8. Sums stay below 2^31 up to so many columns.
+bool dynamic(const Matrix& w) { return w.kind == INT8_DYNAMIC && w.bits && w.cols <= 1 << 16; }
+bool by_quads(const Matrix& w) { return dynamic(w) && w.quad; }
+
+// Where a panel's columns, or quads of them, lie: one after the other, or anywhere.
 struct Packed {
+    static constexpr bool QUADS = true;
     template <int V>
     static const float* column(const float* base, const uint32_t*, uint8_t c) {
         return base + size_t(c) * (V * LANES);
     }
 };
 struct Scattered {
+    static constexpr bool QUADS = false;
     template <int V>
     static const float* column(const float* base, const uint32_t* table, uint8_t c) {
         return base + table[c];
     }
 };
 
+// A convolution's columns that were copied together: it knows no quads.
+struct Copied : Packed {
+    static constexpr bool QUADS = false;
+};
+
 // One panel of a group for one block of activations, added to sums[row][V * LANES]; the first panel begins them.
-template <class Where, int V, class Value>
+template <int V, class Unit, class Where>
 void multiply(const Matrix& w, const Group& g, int64_t p, const float* base, const uint32_t* table, float* sums) {
-    const Value* values = static_cast<const Value*>(w.values);
-    const uint32_t* start = w.start + g.run + p * g.rows;
+    typedef typename Unit::sum sum;
+    typedef sum sum_any __attribute__((may_alias));
+    constexpr int SIZE = sizeof(sum) / sizeof(float), N = V * LANES / SIZE;
+    const Unit units(w);
+    const uint32_t* start = units.start + g.run + p * g.rows;
     for (int64_t r = 0; r < g.rows; r++, start++) {
-        vec acc[V];
-        float* sum_r = sums + r * (V * LANES);
-        for (int v = 0; v < V; v++) acc[v] = p ? *reinterpret_cast<vec*>(sum_r + v * LANES) : vec{};
+        sum acc[N];
+        sum_any* sum_r = reinterpret_cast<sum_any*>(sums + r * (V * LANES));
+        for (int v = 0; v < N; v++) acc[v] = p ? sum_r[v] : units.first(g.first + r);
         for (uint32_t k = start[0], end = start[1]; k < end; k++) {
-            const float* x = Where::template column<V>(base, table, w.col[k]);
-            const float a = number(values[k]);
-            for (int v = 0; v < V; v++) acc[v] += a * *reinterpret_cast<const vec_any*>(x + v * LANES);
+            const float* x = Where::template column<V>(base, table, units.col[k]);
+            const auto factor = units.factor(k);
+            for (int v = 0; v < N; v++) acc[v] = Unit::add(acc[v], factor, x + v * SIZE);
         }
-        for (int v = 0; v < V; v++) *reinterpret_cast<vec*>(sum_r + v * LANES) = acc[v];
+        for (int v = 0; v < N; v++) sum_r[v] = acc[v];
     }
 }
 
-// The same for any number of tokens in a block, and any kind of values.
-template <class Where, int V = 1>
+template <int V, class Unit, class Where>
 void multiply(const Matrix& w, const Group& g, int64_t p, const float* base, const uint32_t* table, float* sums,
               int64_t width) {
-    if constexpr (V * LANES < TOKENS)
-        if (width != V * LANES) return multiply<Where, V + 1>(w, g, p, base, table, sums, width);
-    if (w.kind == FLOAT32) multiply<Where, V, float>(w, g, p, base, table, sums);
-    if (w.kind == BFLOAT16) multiply<Where, V, bfloat16>(w, g, p, base, table, sums);
-    if (w.kind >= INT8) multiply<Where, V, int8_t>(w, g, p, base, table, sums);
+    if (width == V * LANES) return multiply<V, Unit, Where>(w, g, p, base, table, sums);
+    if constexpr (V * LANES < Unit::BLOCK) multiply<V + 1, Unit, Where>(w, g, p, base, table, sums, width);
+}
+
+// The same for any kind and width.
+template <class Where>
+void multiply(const Matrix& w, const Group& g, int64_t p, const float* base, const uint32_t* table, float* sums,
+              int64_t width) {
+    if constexpr (Where::QUADS)
+        if (by_quads(w)) return multiply<1, Quad, Where>(w, g, p, base, table, sums, width);
+    if (w.kind == FLOAT32) multiply<1, Single<float>, Where>(w, g, p, base, table, sums, width);
+    if (w.kind == BFLOAT16) multiply<1, Single<bfloat16>, Where>(w, g, p, base, table, sums, width);
+    if (w.kind >= INT8) multiply<1, Single<int8_t>, Where>(w, g, p, base, table, sums, width);
 }
 
 inline float finish(const Matrix& w, int64_t row, float sum) {
@@ -134,10 +185,12 @@ void finish(const Matrix& w, int64_t row, float* sums, int64_t width) {
 }
 
 // Tokens in a block: whole vectors, and as few too many in all blocks together as can be.
-int64_t block_of(int64_t n) {
-    const int64_t blocks = std::max<int64_t>(1, (n + TOKENS - 1) / TOKENS);
+int64_t block_of(int64_t n, int64_t most = TOKENS) {
+    const int64_t blocks = std::max<int64_t>(1, (n + most - 1) / most);
     return std::max<int64_t>(1, ((n + blocks - 1) / blocks + LANES - 1) / LANES) * LANES;
 }
+
+int64_t block_of(const Matrix& w, int64_t n) { return block_of(n, by_quads(w) ? SMALL : TOKENS); }
 
 // packed[column][token] of one block; columns past the end and tokens past the last are zero.
 void pack(const float* x, int64_t n, int64_t cols, int64_t first, int64_t last, int64_t width, float* packed) {
@@ -161,6 +214,16 @@ vec finish(const Matrix& w, int64_t row, vec sums) {
     if (w.bias) sums += *reinterpret_cast<const vec_any*>(w.bias + row);
     if (w.activation == RELU) sums = reinterpret_cast<vec>(reinterpret_cast<ivec>(sums) & ~(sums <= 0));
     return sums;
+}
+
+// Sums of products of integers [rows][width], as floats, each times the scale of its token.
+void to_floats(float* sums, int64_t rows, int64_t width, const float* scale) {
+    typedef ivec ivec_any __attribute__((may_alias));
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t t = 0; t < width; t += LANES, sums += LANES) {
+            const ivec whole = *reinterpret_cast<const ivec_any*>(sums);
+            *reinterpret_cast<vec*>(sums) = __builtin_convertvector(whole, vec) * numbers(scale + t);
+        }
 }
 
 // y[token][row] of one block from sums[row][token].
@@ -258,22 +321,24 @@ struct Quantized {
     float scale[4];
 };
 
-float quantize(const float* x, int64_t cols, int8_t* out) {
-    float most = 0;
-    bool finite = true;
+float quantize(const float* x, int64_t cols, int64_t padded, int8_t* out) {
+    int32_t largest = 0;  // sizes are in the order of their patterns, and those of what is not finite come last
     for (int64_t i = 0; i < cols; i++) {
-        const float size = x[i] < 0 ? -x[i] : x[i];
-        most = size > most ? size : most;
-        finite &= size <= std::numeric_limits<float>::max();
+        int32_t pattern;
+        memcpy(&pattern, x + i, 4);
+        largest = std::max(largest, pattern & 0x7fffffff);
     }
-    const bool any = finite && most > 1e-30f;
+    float most;
+    memcpy(&most, &largest, 4);
+    const bool finite = largest < 0x7f800000, any = finite && most > 1e-30f;
     const float inverse = any ? 127 / most : 0;
     for (int64_t i = 0; i < cols; i++) {
-        const float shifted = (any ? x[i] * inverse : 0.0f) + 12582912.0f;  // 1.5 * 2^23: the lowest bits are the integer
+        const float shifted = fused(x[i], inverse, 12582912.0f);  // 1.5 * 2^23: the lowest bits are the integer
         int32_t pattern;
         memcpy(&pattern, &shifted, 4);
         out[i] = int8_t(pattern + OFFSET);
     }
+    std::fill(out + cols, out + padded, int8_t(0));
     return any ? most / 127 : finite ? 0 : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -322,17 +387,11 @@ void vectors(const Matrix& w, const float* x, float* y, int32_t threads) {
     });
 }
 
-// Sums of a lane stay below 2^31 up to so many columns.
-bool dynamic(const Matrix& w) { return w.kind == INT8_DYNAMIC && w.bits && w.cols <= 1 << 16; }
-
 template <int N>
 void dynamic_vectors(const Matrix& w, const float* x, float* y, float* scratch, int32_t threads) {
     Quantized quantized{reinterpret_cast<int8_t*>(scratch), {}};
-    for (int t = 0; t < N; t++) {
-        int8_t* out = quantized.of + t * padded(w);
-        quantized.scale[t] = quantize(x + t * w.cols, w.cols, out);
-        std::fill(out + w.cols, out + padded(w), int8_t(0));
-    }
+    for (int t = 0; t < N; t++)
+        quantized.scale[t] = quantize(x + t * w.cols, w.cols, padded(w), quantized.of + t * padded(w));
     parallel(groups_of(w), threads, [&](int64_t g) { dynamic_group<N>(w, g, quantized, y); });
 }
 
@@ -341,24 +400,36 @@ void dynamic_vectors(const Matrix& w, const float* x, float* y, float* scratch, 
 extern "C" {
 
 int64_t scratch_linear(const Matrix* w, int64_t n) {
-    const int64_t width = block_of(n);
-    return (n + width - 1) / width * width * padded(*w);
+    const int64_t width = block_of(*w, n), tokens = (n + width - 1) / width * width;
+    return by_quads(*w) ? tokens * (padded(*w) / 2 + 1) : tokens * padded(*w);
 }
 
 void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads) {
-    const int64_t width = block_of(n), blocks = (n + width - 1) / width, panels = panels_of(*w);
+    const int64_t width = block_of(*w, n), blocks = (n + width - 1) / width, panels = panels_of(*w);
+    int64_t cols = w->cols, panel = w->panel;
+    const float* scale = nullptr;
+    if (by_quads(*w)) {  // a quad of bytes takes the place of a float from here on
+        const int64_t all = padded(*w);
+        int8_t* small = reinterpret_cast<int8_t*>(scratch);
+        float* scales = scratch + blocks * width * (all / 4);
+        std::fill(scales + n, scales + blocks * width, 0.0f);
+        parallel(n, threads, [&](int64_t t) { scales[t] = quantize(x + t * w->cols, w->cols, all, small + t * all); });
+        x = scratch, scale = scales, scratch = scales + blocks * width;
+        cols = all / 4, panel /= 4;
+    }
     parallel(blocks * panels, threads, [&](int64_t i) {
         const int64_t b = i / panels, p = i % panels;
-        pack(x + b * width * w->cols, n - b * width, w->cols, p * w->panel, (p + 1) * w->panel, width,
-             scratch + b * width * padded(*w));
+        pack(x + b * width * cols, n - b * width, cols, p * panel, (p + 1) * panel, width,
+             scratch + b * width * panels * panel);
     });
     const int64_t groups = groups_of(*w);
     parallel(blocks * groups, threads, [&](int64_t i) {
         const int64_t b = i / groups;
         const Group g(*w, i % groups);
         Sums sums;
-        const float* x = scratch + b * width * padded(*w);
-        for (int64_t p = 0; p < panels; p++) multiply<Packed>(*w, g, p, x + p * w->panel * width, nullptr, sums.of, width);
+        const float* block = scratch + b * width * panels * panel;
+        for (int64_t p = 0; p < panels; p++) multiply<Packed>(*w, g, p, block + p * panel * width, nullptr, sums.of, width);
+        if (scale) to_floats(sums.of, g.rows, width, scale + b * width);
         unpack(*w, g, sums.of, std::min(width, n - b * width), width, y + b * width * w->rows);
     });
 }
@@ -416,7 +487,7 @@ void sparse_convolution(const Matrix* w, const Convolution* c, const float* x, f
             for (int64_t g = begin; g < last; g++) {
                 float* sums = piece.sums + (g - begin) * w->group * width;
                 if (c->copied)
-                    multiply<Packed>(*w, Group(*w, g), p, piece.panel, nullptr, sums, width);
+                    multiply<Copied>(*w, Group(*w, g), p, piece.panel, nullptr, sums, width);
                 else
                     multiply<Scattered>(*w, Group(*w, g), p, from, table, sums, width);
             }

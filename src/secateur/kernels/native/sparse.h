@@ -5,6 +5,8 @@
 // the activations stays in the first-level cache while a group of rows reads it. Run k keeps the values
 // start[k] .. start[k + 1]; they lie in the order of their columns. Which columns they are is said by `col` (one byte
 // each, within the panel) or by `bits` (panel / 8 bytes a run, lowest column in the lowest bit), or by both.
+// `quad` holds int8 values once more, for integer arithmetic with many tokens: of every four neighboring columns of a
+// panel of which a row keeps any, all four, as one word.
 //
 // No function allocates, throws or checks: the caller gives scratch memory and has checked shapes and contents.
 #pragma once
@@ -14,7 +16,8 @@
 
 extern "C" {
 
-// INT8_DYNAMIC: int8 values; of a few tokens read by bits, the activations become int8 too, with one scale a token.
+// INT8_DYNAMIC: int8 values; of a few tokens read by bits, and of many tokens read by quads, the activations become int8
+// too, with one scale a token.
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT8_DYNAMIC = 3 };
 enum Activation : int32_t { NONE = 0, RELU = 1 };
 
@@ -26,6 +29,8 @@ struct Matrix {
     const uint32_t* start;  // [runs + 1]
     const uint8_t* col;     // [values], or null
     const uint8_t* bits;    // [runs * panel / 8], or null; at any address
+    const uint32_t* quad;   // or null, and then beside bits: the sum of each row's values [rows], where the quads of each
+                            // run begin [runs + 1], the quads, and a byte for each: which one of its panel it is
     const float* scale;     // [rows], or null: what a row's sum is multiplied by
     const float* bias;      // [rows], or null
 };
@@ -33,7 +38,7 @@ struct Matrix {
 // Bytes that may be read past the end of values; nothing else is read past its end.
 enum { SLACK = 256 };
 
-// y[n, rows] = x[n, cols] W^T for many tokens; needs col. Scratch: see scratch_linear.
+// y[n, rows] = x[n, cols] W^T for many tokens; needs col or quad. Scratch: see scratch_linear.
 EXPORT void sparse_linear(const Matrix* w, const float* x, int64_t n, float* y, float* scratch, int32_t threads);
 EXPORT int64_t scratch_linear(const Matrix* w, int64_t n);
 

@@ -46,6 +46,15 @@ inline float number(bfloat16 v) {
     return f;
 }
 
+// a b + c, rounded once wherever the processor does that: what lies half way then does not depend on a compiler.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Lane l takes number place[l] of the two vectors one after the other.
 inline vec chosen(vec a, vec b, ivec place) {
 #if defined(__clang__)
@@ -207,6 +216,12 @@ inline dots dot(dots sums, bytes weights, bytes activations) {
     for (int i = 0; i < BYTES; i++) sums[i / 4] += int(a[i]) * int(b[i]);
     return sums;
 #endif
+}
+
+// The four bytes of a word, again and again.
+inline bytes repeated(uint32_t word) {
+    typedef uint32_t words __attribute__((vector_size(BYTES)));
+    return reinterpret_cast<bytes>(words{} + word);
 }
 
 inline int64_t total(dots v) {
