@@ -64,7 +64,7 @@ def choose(
         if progress is not None:
             progress(done + 1, len(found))
     dense = [sum(ways[0].seconds[w] for ways in options) or 1.0 for w in range(workloads)]
-    taken = [min(ways, key=lambda o: _share(o, dense) * (1 + _GAIN * ("+" in o.index))) for ways in options]
+    taken = [min(ways, key=lambda o: _share(o, dense) * (1 + _GAIN * _second(o.index))) for ways in options]
     for k, (ways, best) in enumerate(zip(options, taken, strict=True)):
         if _share(best, dense) > (1 - _GAIN) * _share(ways[0], dense):
             taken[k] = ways[0]
@@ -88,6 +88,11 @@ def choose(
         elif not choice.reason:
             choice.reason = "it would make a workload slower" if k in given_up else "not faster without its zeros"
     return choices
+
+
+def _second(index: str) -> bool:
+    """Whether a layer keeps two of them."""
+    return "+" in index or index == "quad"
 
 
 def _share(option: _Option, dense: Sequence[float]) -> float:

@@ -56,8 +56,8 @@ class _Known:
     ) -> None:
         values, start, col, bits, quad, scale, bias = parts
         kind = DYNAMIC if dynamic and values.dtype == torch.int8 else KINDS.get(values.dtype)
-        words, bytes_ = (t is None or t.dtype == torch.int32 for t in (start, quad)), (col, bits)
-        indexes = all(words) and all(t is None or t.dtype == torch.uint8 for t in bytes_)
+        whole = ((start, torch.int32), (quad, torch.int32), (col, torch.uint8), (bits, torch.uint8))
+        indexes = all(t is None or t.dtype == dtype for t, dtype in whole)
         if kind is None or not indexes or any(t is not None and t.dtype != torch.float32 for t in (scale, bias)):
             raise SecateurError(
                 f"a compressed layer has been converted (its values are {values.dtype}): kernels read float32, "
@@ -101,8 +101,8 @@ def _fits(parts: _Parts, rows: int, cols: int, group: int, panel: int) -> bool:
     )
     if quad is not None and right:
         head = rows + runs + 1
-        right = bits is not None and quad.is_contiguous() and quad.is_cpu and quad.dim() == 1 and len(quad) >= head
-        right = right and len(quad) == head + quad_words(int(quad[head - 1])) and cols <= MOST_OF_QUADS
+        right = bits is not None and cols <= MOST_OF_QUADS and quad.dim() == 1 and quad.is_contiguous() and quad.is_cpu
+        right = right and len(quad) >= head and len(quad) == head + quad_words(int(quad[head - 1]))
     return right and int(start[-1]) == nonzeros
 
 
