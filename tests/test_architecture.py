@@ -31,7 +31,7 @@ ORDER = (
     ("sources",),
     ("peak",),
     ("figures",),
-    ("when", "learned", "fuse", "families"),
+    ("when", "learned", "fuse", "families", "search"),
     ("methods",),
     ("recommend", "compare"),
     ("demo", "testing", "options"),

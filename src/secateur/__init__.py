@@ -13,6 +13,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
+from .search import Found, search
 from .structured import StructuredPlan
 from .when import Session, attach
 
@@ -21,6 +22,7 @@ _register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Found",
     "Masks",
     "Pruned",
     "Recipe",
@@ -37,4 +39,5 @@ __all__ = [
     "prune",
     "prune_directory",
     "save",
+    "search",
 ]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from .data import windows
 from .errors import DataError, ModelError, OutputError, RecipeError
 from .measure import machine, versions
 from .measure.latency import latency
-from .models import load_model, load_tokenizer, next_token_loss, resolve
+from .models import load_model, load_tokenizer, named, next_token_loss, resolve
 from .recipe import Recipe
 from .record import dumps
 from .structured import StructuredPlan, WholePlan, save
@@ -62,25 +60,12 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
 
 
 def _from_file(path: Path, name: str) -> nn.Module:
-    made = _named(path, name)
+    made = named(path, name)
     if callable(made) and not isinstance(made, nn.Module):
         made = made()
     if not isinstance(made, nn.Module):
         raise ModelError(f"{path} has no callable '{name}' that returns a torch.nn.Module")
     return made.eval()
-
-
-def _named(path: Path, name: str) -> Any:
-    """What a Python file, which the user named, calls so; None when it has no such name."""
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return getattr(module, name, None)
 
 
 def batches_of(source: str, data: str | None, net: nn.Module, count: int, length: int) -> tuple[list[Any], Any]:
@@ -91,7 +76,7 @@ def batches_of(source: str, data: str | None, net: nn.Module, count: int, length
     """
     path, colon, name = (data or "").rpartition(":")
     if colon and path.endswith(".py"):
-        made = _named(Path(path), name)
+        made = named(Path(path), name)
         batches = list(made() if callable(made) else made or [])
         if not batches:
             raise DataError(f"{path} has nothing named '{name}' that gives batches")

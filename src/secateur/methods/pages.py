@@ -25,6 +25,7 @@ KINDS = {
     "driver": ("Drivers", "When does the mask change?"),
     "solver": ("Solvers", "Do the survivors move?"),
     "recovery": ("Recovery", "How does the model heal?"),
+    "search": ("Searches", "Who proposes what each layer keeps, where an evaluation decides?"),
 }
 
 _HEADER = "<!-- Generated from the cards by `python -m secateur.methods.pages`; edit the docstrings instead. -->"

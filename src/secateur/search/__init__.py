@@ -1,0 +1,8 @@
+"""Learn to prune: what each layer keeps is found by search, with the user's own evaluation."""
+
+from . import drawing, learning
+from .explore import Trial, explore
+from .run import Found, search
+from .space import Node, Space, project
+
+__all__ = ["Found", "Node", "Space", "Trial", "drawing", "explore", "learning", "project", "search"]
