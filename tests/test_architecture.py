@@ -36,7 +36,7 @@ ORDER = (
     ("recommend", "compare"),
     ("demo", "testing", "options"),
     ("terminal",),
-    ("cli_measure",),
+    ("cli_measure", "cli_search"),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -75,6 +75,21 @@ def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
     return knobs
 
 
+def pairs(items: list[str]) -> dict[str, Any]:
+    """Knobs of one part.
+
+    >>> pairs(["sigma=0.3", "sampler=gp"])
+    {'sigma': 0.3, 'sampler': 'gp'}
+    """
+    found = {}
+    for item in items:
+        knob, equals, value = item.partition("=")
+        if not (equals and knob):
+            raise RecipeError(f"--option '{item}' is not understood: write --option sigma=0.3")
+        found[knob] = _number(value)
+    return found
+
+
 def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
     """The recipe of a method or a file, with what the options override."""
     given = {k: v for k, v in axes.items() if v is not None and v != []}

@@ -2,7 +2,8 @@
 
 from . import drawing, learning
 from .explore import Trial, explore
+from .known import known_optimum
 from .run import Found, search
 from .space import Node, Space, project
 
-__all__ = ["Found", "Node", "Space", "Trial", "drawing", "explore", "learning", "project", "search"]
+__all__ = ["Found", "Node", "Space", "Trial", "drawing", "explore", "known_optimum", "learning", "project", "search"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections import deque
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def mlp(sizes: list[int], last: nn.Module | None = None) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     steps: list[nn.Module] = []
-    for k, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (i, o) in enumerate(itertools.pairwise(sizes)):
         steps += [nn.ReLU()] if k else []
         steps.append(nn.Linear(i, o))
     return nn.Sequential(*steps, *([last] if last is not None else []))
@@ -35,8 +35,7 @@ class Critic(nn.Module):
 @torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
     """Move a target network a little: ``target = (1 - tau) target + tau source``."""
-    for slow, fast in zip(target.parameters(), source.parameters(), strict=True):
-        slow.lerp_(fast, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
 def truncated_normal(mean: float, sigma: float, generator: torch.Generator) -> float:
@@ -56,28 +55,28 @@ def truncated_normal(mean: float, sigma: float, generator: torch.Generator) -> f
     return round(min(1.0, max(0.0, value)), 8)
 
 
-#: state, action, reward, next state, 0 at the end of an episode and 1 before.
-Transition = tuple[Tensor, float, float, Tensor, float]
-
-
 class Replay:
     """The last transitions, of which batches are drawn without replacement."""
 
-    def __init__(self, capacity: int) -> None:
-        self.rows: deque[Transition] = deque(maxlen=capacity)
+    def __init__(self, states: int, capacity: int) -> None:
+        self._states = states
+        self._rows = torch.zeros(capacity, 2 * states + 3)
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return min(self._count, len(self._rows))
 
-    def add(self, row: Transition) -> None:
-        self.rows.append(row)
+    def add(self, state: Tensor, action: float, reward: float, following: Tensor, more: bool) -> None:
+        """Remember a transition in place of the oldest; ``more`` is false at the end of an episode."""
+        row = torch.cat([state, following, torch.tensor([action, reward, float(more)])])
+        self._rows[self._count % len(self._rows)] = row
+        self._count += 1
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """States, actions, rewards, next states and continuations, a row each; all rows while there are fewer."""
-        chosen = torch.randperm(len(self.rows), generator=generator)[:count].tolist()
-        states, actions, rewards, following, more = zip(*(self.rows[i] for i in chosen), strict=True)
-        column = [torch.tensor(x, dtype=torch.float32)[:, None] for x in (actions, rewards, more)]
-        return torch.stack(states), column[0], column[1], torch.stack(following), column[2]
+        chosen = self._rows[torch.randperm(len(self), generator=generator)[:count]]
+        state, following, rest = chosen.split([self._states, self._states, 3], 1)
+        return state, rest[:, :1], rest[:, 1:2], following, rest[:, 2:]
 
 
 class Agent:
@@ -98,9 +97,9 @@ class Agent:
             self.actor = mlp([states, hidden, hidden, 1], nn.Sigmoid())
             self.critic = Critic(states, hidden)
         self.slow_actor, self.slow_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
-        self._actor_step = torch.optim.Adam(self.actor.parameters(), lr=rates[0])
-        self._critic_step = torch.optim.Adam(self.critic.parameters(), lr=rates[1])
-        self.memory = Replay(capacity)
+        self._actor_step = torch.optim.Adam(self.actor.parameters(), lr=rates[0], fused=True)
+        self._critic_step = torch.optim.Adam(self.critic.parameters(), lr=rates[1], fused=True)
+        self.memory = Replay(states, capacity)
         self.baseline: float | None = None
 
     @torch.no_grad()
@@ -109,9 +108,14 @@ class Agent:
         mean = float(self.actor(state[None]))
         return truncated_normal(mean, sigma, self._generator) if sigma > 0 else mean
 
-    def learn(self) -> None:
-        """One step of critic, actor and targets on a batch; rewards are less their moving average over batches."""
+    def learn(self, scale: float = 1.0) -> None:
+        """One step of critic, actor and targets on a batch; rewards are less their moving average over batches.
+
+        Args:
+            scale: that rewards are divided by.
+        """
         states, actions, rewards, following, more = self.memory.sample(self.batch, self._generator)
+        rewards = rewards / scale
         mean = float(rewards.mean())
         self.baseline = mean if self.baseline is None else self.baseline + 0.5 * (mean - self.baseline)
         with torch.no_grad():
@@ -121,9 +125,11 @@ class Agent:
         self._critic_step.zero_grad()
         error.backward()
         self._critic_step.step()
+        self.critic.requires_grad_(False)  # the actor's step needs no gradient of its weights
         gain = self.critic(states, self.actor(states)).mean()
         self._actor_step.zero_grad()
         (-gain).backward()
+        self.critic.requires_grad_(True)
         self._actor_step.step()
         soft_update(self.slow_actor, self.actor, self.tau)
         soft_update(self.slow_critic, self.critic, self.tau)

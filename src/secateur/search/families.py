@@ -110,9 +110,7 @@ class Families:
 
     def own(self) -> list[float]:
         """What the recipe's own allocation keeps of each family."""
-        _, counts = meet(
-            self.families, self.scores, self.target, self.recipe.allocation, self._multiple, self._count
-        )
+        _, counts = meet(self.families, self.scores, self.target, self.recipe.allocation, self._multiple, self._count)
         return [c / len(f) for c, f in zip(counts, self.families, strict=True)]
 
     @property

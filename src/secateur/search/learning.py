@@ -15,11 +15,10 @@ from .explore import Moves, Trial
 from .space import Space, highest
 
 
-def _standardized(values: Sequence[float]) -> list[float]:
-    """Values with mean 0 and variance 1, so that steps do not depend on the evaluation's unit."""
-    found = torch.tensor(values, dtype=torch.float64)
-    spread = float(found.std()) if len(values) > 1 else 0.0
-    return ((found - found.mean()) / (spread or 1.0)).tolist()
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation, by which steps become independent of the evaluation's unit; 1 where there is none."""
+    found = float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else 0.0
+    return found if found > 0 else 1.0
 
 
 class Walk:
@@ -81,17 +80,18 @@ def amc(
 
     Source: He et al., AMC, arXiv 1802.03494, section 3 and the official code (300 hidden units, Adam at 1e-4 and
     1e-3, tau 0.01, batches of 64). Unlike there what an action leaves of the target is handed out again, the
-    executed action is what is remembered, and rewards are standardized over the episodes so far.
+    executed action is what is remembered, and rewards are divided by their deviation over the episodes so far.
     """
     walk = Walk(space)
     agent = Agent(walk.size, generator, hidden=hidden)
     n, start = len(space), max(2, round(warmup * budget))
     steps = updates if updates is not None else max(1, round(300 / max(1, budget - start)))
-    episodes: list[tuple[list[Tensor], Sequence[float]]] = []
     values: list[float] = []
 
     def remember(counts: Sequence[int], keeps: Sequence[float], value: float) -> None:
-        episodes.append(([walk.state(i, counts[:i]) for i in range(n)], keeps))
+        states = [walk.state(i, counts[:i]) for i in range(n)]
+        for i, (state, keep) in enumerate(zip(states, keeps, strict=True)):
+            agent.memory.add(state, keep, value, states[min(i + 1, n - 1)], i < n - 1)
         values.append(value)
 
     for trial in trials:
@@ -106,16 +106,14 @@ def amc(
                 keep = agent.act(walk.state(i, chosen), sigma * decay ** (episode - start))
             chosen.append(walk.clip(i, chosen, keep))
         trial = yield space.keeps(tuple(chosen))
+        if trial.number < episode:
+            continue  # known already: the noise shows another way
         remember(trial.counts, trial.keeps, trial.value)
         episode += 1
         if episode < start:
             continue
-        agent.memory.rows.clear()
-        for (states, keeps), reward in zip(episodes, _standardized(values), strict=True):
-            for i, (state, keep) in enumerate(zip(states, keeps, strict=True)):
-                agent.memory.add((state, keep, reward, states[min(i + 1, n - 1)], float(i < n - 1)))
         for _ in range(steps * n):
-            agent.learn()
+            agent.learn(_deviation(values))
 
 
 def normalized_adjacency(n: int, edges: Sequence[tuple[int, int]]) -> Tensor:
@@ -143,10 +141,10 @@ class GraphPolicy(nn.Module):
         self.first, self.second = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
         self.head = mlp([hidden + features, hidden, 1])
         self.spread = spread
-        self.register_buffer("adjacency", adjacency)
+        self.adjacency = adjacency
 
     def forward(self, x: Tensor) -> Tensor:
-        a: Tensor = self.adjacency
+        a = self.adjacency
         hidden = torch.tanh(a @ self.second(torch.tanh(a @ self.first(x))))
         found: Tensor = self.spread * torch.tanh(self.head(torch.cat([hidden, x], 1)).squeeze(1))
         return found
@@ -206,8 +204,7 @@ def graph(
             gained.append(trial.value)
             count += 1
         values += gained
-        centre, deviation = sum(values) / len(values), float(torch.tensor(values, dtype=torch.float64).std())
-        advantage = (torch.tensor(gained, dtype=torch.float64) - centre) / (deviation or 1.0)
+        advantage = (torch.tensor(gained, dtype=torch.float64) - sum(values) / len(values)) / _deviation(values)
         actions = torch.stack(drawn)
         before = log_density(actions, mean, width)
         for _ in range(epochs):

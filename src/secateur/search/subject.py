@@ -22,6 +22,7 @@ class Subject(Protocol):
     """A model as a search sees it."""
 
     model: nn.Module
+    recipe: Recipe
     space: Space
     quantity: str
     total: float
