@@ -122,7 +122,7 @@ def on_test(net: Any, found: Any, trial: Any, case: dict[str, Any], common: Any,
 
 
 def show(result: dict[str, Any], args: argparse.Namespace) -> str:
-    """Mean accuracy on the test set; the mean gain over uniform, and its 95 % interval by Student's t over the seeds."""
+    """Mean accuracy on the test set; the mean gain over uniform and its 95 % interval (Student's t over the seeds)."""
     rows = [["dense", "", f"{statistics.mean(result['test']['dense']):.2f}", "", ""]]
     for name in args.cases:
         base = result["test"][f"{name}|uniform"]

@@ -13,7 +13,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
-from .search import Found, search
+from .search import Found, dhp, metapruning, search
 from .structured import StructuredPlan
 from .when import Session, attach
 
@@ -31,10 +31,12 @@ __all__ = [
     "StructuredPlan",
     "attach",
     "compress",
+    "dhp",
     "explain",
     "list_methods",
     "load",
     "measure",
+    "metapruning",
     "plan",
     "prune",
     "prune_directory",

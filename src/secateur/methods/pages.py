@@ -25,6 +25,7 @@ KINDS = {
     "driver": ("Drivers", "When does the mask change?"),
     "solver": ("Solvers", "Do the survivors move?"),
     "recovery": ("Recovery", "How does the model heal?"),
+    "transform": ("Transforms", "What makes another model of a model, beside the axes?"),
     "search": ("Searches", "Who proposes what each layer keeps, where an evaluation decides?"),
 }
 
