@@ -89,6 +89,8 @@ def search(
         "seed": seed,
     }  # fmt: skip
     recipe = read_recipe(method or (None if recipe_file else "magnitude"), recipe_file, axes, knobs or [])
+    if recipe_file is None:  # a method's own recovery would heal each try
+        recipe = recipe.override(recovery="none")
     net = load_module(model)
     batches, loss = batches_of(model, data, net, windows, length)
     given: dict[str, Any] = {} if granularity is None else {"granularity": granularity}
