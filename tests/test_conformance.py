@@ -57,6 +57,13 @@ def test_granularity(name: str) -> None:
     testing.check_granularity(name)
 
 
+@pytest.mark.parametrize("name", parts("search"))
+def test_search(name: str) -> None:
+    if extra := parts("search")[name].facts.get("extra"):
+        pytest.importorskip(extra)
+    testing.check_search(name, {"updates": 2, "hidden": 64} if name == "amc" else None)
+
+
 @pytest.mark.parametrize("name", parts("method"))
 def test_method(name: str) -> None:
     """A method is a recipe under its own name, over parts that exist and facts that can be measured."""

@@ -13,6 +13,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
+from .search import Found, dhp, metapruning, search
 from .structured import StructuredPlan
 from .tasks import Task
 from .when import Session, Trained, attach, train
@@ -22,6 +23,7 @@ _register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Found",
     "Masks",
     "Pruned",
     "Recipe",
@@ -32,13 +34,16 @@ __all__ = [
     "Trained",
     "attach",
     "compress",
+    "dhp",
     "explain",
     "list_methods",
     "load",
     "measure",
+    "metapruning",
     "plan",
     "prune",
     "prune_directory",
     "save",
+    "search",
     "train",
 ]

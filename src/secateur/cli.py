@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_measure, cli_train, registry
+from . import cli_measure, cli_search, cli_train, registry
 from .data import CALIBRATION
 from .errors import SecateurError
 from .granularity import parse
@@ -275,7 +275,7 @@ def methods(
     out_console.print(table)
     if needs is granularity is family is when is None:
         out_console.print()
-        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery"):
+        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery", "search"):
             out_console.print(f"[bold]{kind:12}[/] {', '.join(registry.parts(kind))}")
         out_console.print("\nsecateur explain NAME tells more of any of them", style="dim")
 
@@ -342,6 +342,7 @@ def demo(
 
 cli_measure.register(app)
 cli_train.register(app)
+cli_search.register(app)
 
 
 def main() -> None:

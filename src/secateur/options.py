@@ -85,6 +85,21 @@ def split_knobs(items: list[str]) -> tuple[dict[str, Any], list[str]]:
     return _knobs(own).get("task", {}), [x for x in items if not x.startswith("task.")]
 
 
+def pairs(items: list[str]) -> dict[str, Any]:
+    """Knobs of one part.
+
+    >>> pairs(["sigma=0.3", "sampler=gp"])
+    {'sigma': 0.3, 'sampler': 'gp'}
+    """
+    found = {}
+    for item in items:
+        knob, equals, value = item.partition("=")
+        if not (equals and knob):
+            raise RecipeError(f"--option '{item}' is not understood: write --option sigma=0.3")
+        found[knob] = _number(value)
+    return found
+
+
 def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
     """The recipe of a method or a file, with what the options override."""
     given = {k: v for k, v in axes.items() if v is not None and v != []}

@@ -22,6 +22,7 @@ from .checks import say as _say
 from .errors import RecipeError
 from .granularity import parse
 from .registry import Part, get
+from .search import explore, known_optimum
 from .select import select
 from .solvers.base import Solved
 from .solvers.curvature import Curvature
@@ -339,3 +340,24 @@ def _some_layers(part: Part, facts: Mapping[str, Maker]) -> dict[str, LayerFacts
             (o, i), o * i, kind="linear", block=f"blocks.{number // 2}", sketch=sketch, dims=(o, i)
         )
     return layers
+
+
+def check_search(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """A strategy meets the target with every proposal, repeats itself from a seed, and finds more than it was given.
+
+    Args:
+        options: knobs that make it quick.
+    """
+    part = get("search", name)
+    check_card(part)
+    space, value, optimum = known_optimum()
+    trials = explore(space, name, value, budget=60, seed=1, knobs=options)
+    assert 1 < len(trials) <= 60, _say(part, f"takes {len(trials)} evaluations of 60")
+    for trial in trials:
+        assert trial.cost == space.limit, _say(part, f"spends {trial.cost}, not {space.limit}")
+    record = [t.to_dict() for t in trials[:30]]
+    again = explore(space, name, value, budget=60, seed=1, knobs=options, record=record)
+    same = [t.counts for t in again] == [t.counts for t in trials]
+    assert same, _say(part, "gives different proposals for the same seed, or does not go on where it was stopped")
+    uniform, best = trials[0].value, max(t.value for t in trials)
+    assert best > uniform + 0.3 * (optimum - uniform), _say(part, f"finds {best:.3f}, uniform is {uniform:.3f}")

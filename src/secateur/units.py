@@ -160,5 +160,7 @@ def _refuse(recipe: Recipe, heals: bool, whole: bool, wanted: Target) -> None:
         raise RecipeError(
             "whole blocks and experts go in one step: leave steps at 1 (criterion loss-without looks anew each time)"
         )
+    if recipe.steps > 1 and recipe.allocation == "explicit":
+        raise RecipeError("allocation 'explicit' says what stays in the end: leave steps at 1")
     if recipe.steps > 1 and wanted.quantity in MEASURES:
         raise RecipeError(f"a target in {wanted.quantity} is met in one step: leave steps at 1, or take one in FLOPs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..errors import RecipeError
@@ -76,27 +76,39 @@ def _proportional(
 def explicit(
     layers: Mapping[str, LayerFacts], *, sparsity: float, table: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """A sparsity for each layer by name or glob; what no glob names gets the recipe's sparsity.
+    """A sparsity for each layer (or family of units) by name or glob; what no glob names gets the recipe's sparsity.
 
-    Choose it for a profile that was measured or published elsewhere.
+    Choose it for a profile that was searched, measured or published elsewhere.
 
     Beware: the mean sparsity is what the table makes it.
 
     Source: none; given by the user.
     """
-    table = table or {}
-    keeps = {}
+    found = tabled({name: [name] for name in layers}, table or {}, sparsity)
+    return {name: 1.0 - value for name, value in found.items()}
+
+
+def tabled(names: Mapping[str, Sequence[str]], table: Mapping[str, float], default: float) -> dict[str, float]:
+    """What a table says of each name and of what else it is called: an exact name first, then the last glob that fits.
+
+    Raises:
+        RecipeError: a glob fits nothing, or a value is no sparsity.
+
+    >>> tabled({"a.0": ["a.0"], "0": ["0"]}, {"0": 0.9, "a.*": 0.2}, 0.5)
+    {'a.0': 0.2, '0': 0.9}
+    """
+    found: dict[str, float] = {}
     unused = set(table)
-    for name in layers:
-        keeps[name] = 1.0 - sparsity
-        for pattern, value in table.items():
-            if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}"):
-                if not 0.0 <= float(value) < 1.0:
-                    raise RecipeError(f"allocation asks for sparsity {value} in '{pattern}'; give a fraction in [0, 1)")
-                keeps[name] = 1.0 - float(value)
-                unused.discard(pattern)
+    for pattern, value in table.items():
+        if not 0.0 <= float(value) < 1.0:
+            raise RecipeError(f"allocation asks for sparsity {value} in '{pattern}'; give a fraction in [0, 1)")
+    for name, called in names.items():
+        fits = [p for p in table if any(fnmatchcase(n, p) or fnmatchcase(n, f"*.{p}") for n in called)]
+        unused -= set(fits) | {name}
+        chosen = name if name in table else fits[-1] if fits else None
+        found[name] = default if chosen is None else float(table[chosen])
     if unused:
         raise RecipeError(
             f"allocation names {sorted(unused)}, which no layer matches ('secateur plan MODEL' lists them)"
         )
-    return keeps
+    return found

@@ -28,6 +28,8 @@ KINDS = {
     "recovery": ("Recovery", "How does the model heal?"),
     "gate": ("Gates", "What is learned beside the weights, and says which stay?"),
     "penalty": ("Penalties", "What is added to the loss while the model trains?"),
+    "transform": ("Transforms", "What makes another model of a model, beside the axes?"),
+    "search": ("Searches", "Who proposes what each layer keeps, where an evaluation decides?"),
 }
 
 _HEADER = "<!-- Generated from the cards by `python -m secateur.methods.pages`; edit the docstrings instead. -->"

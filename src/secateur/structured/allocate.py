@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from ..allocation.fixed import tabled
 from ..graph import Family
 from ..select import select
 from .score import Scores
@@ -72,6 +73,34 @@ def isomorphic(families: Sequence[Family], scores: Sequence[Scores], keep: float
         for i, count in zip(members, found, strict=True):
             counts[i] = count
     return counts
+
+
+def sizes(family: Family, multiple: int) -> list[int]:
+    """How many units of a family may stay: multiples of its step from the floor up, and all of them."""
+    step = step_of(family, multiple)
+    return [*range(rounded(family, 0.0, multiple), len(family), step), len(family)]
+
+
+def names_of(families: Sequence[Family]) -> list[str]:
+    """The families' names; of several that are called alike, all but the first have a number."""
+    seen: dict[str, int] = {}
+    found = []
+    for family in families:
+        seen[family.name] = seen.get(family.name, 0) + 1
+        found.append(family.name if seen[family.name] == 1 else f"{family.name} #{seen[family.name]}")
+    return found
+
+
+def explicit(
+    families: Sequence[Family], active: Sequence[int], table: Mapping[str, float], sparsity: float, multiple: int
+) -> list[int]:
+    """What a table says of the active families, to the nearest size; by name, or the name of the tensor."""
+    called = {n: [n, n.split(":")[0], n.split(":")[0].removesuffix(".weight")] for n in names_of(families)}
+    found = list(tabled(called, table, sparsity).values())
+    return [
+        min(sizes(families[i], multiple), key=lambda size: abs(size - (1.0 - found[i]) * len(families[i])))
+        for i in active
+    ]
 
 
 ALLOCATIONS: dict[str, Callable[[Sequence[Family], Sequence[Scores], float, int], list[int]]] = {

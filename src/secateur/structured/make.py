@@ -15,7 +15,7 @@ from ..graph.trace import stored_tensors
 from ..recipe import Recipe
 from ..surgery.prove import Proof, doubled, prove, wake
 from ..surgery.shrink import Mend, kept_by_name
-from .allocate import ALLOCATIONS, gone, meet
+from .allocate import ALLOCATIONS, explicit, gone, meet
 from .choose import chosen, keep_divisible
 from .plan import FamilyPlan, StructuredPlan, inputs
 from .score import Probes, Scores, combined, unit_scores, weight_scores
@@ -61,10 +61,7 @@ def plan_structured(
     case = Case(model, recipe, example)
     found = case.found
     source = model if origin is None else origin
-    probes = Probes(found, source, where, recipe.seed)
-    each = weight_scores(source, recipe, evidence(probes) if callable(evidence) else evidence or {})
-    combine = combined(recipe, each, probes)
-    scores = unit_scores(found, each, where, recipe.allocation == "standardized", combine)
+    scores = case.scores(source, evidence, where)
     active, left = chosen(found, recipe, source, case.remade, origin is None)
     if origin is None:
         keep_divisible(found, model)
@@ -76,14 +73,12 @@ def plan_structured(
     for _ in range(_ROUNDS):
         if not active:
             break
-        labels, kept = meet(
-            [found.families[i] for i in active],
-            [scores[i] for i in active],
-            wanted,
-            recipe.allocation,
-            multiple,
-            case.counted[wanted.quantity],
-        )
+        some, theirs = [found.families[i] for i in active], [scores[i] for i in active]
+        if recipe.allocation == "explicit":
+            kept = explicit(found.families, active, named_table(recipe), recipe.sparsity, multiple)
+            labels = gone(some, theirs, kept)
+        else:
+            labels, kept = meet(some, theirs, wanted, recipe.allocation, multiple, case.counted[wanted.quantity])
         counts = dict(zip(active, kept, strict=True))
         proof = case.prove(labels, quick=True)
         if proof.proven:
@@ -104,6 +99,11 @@ def plan_structured(
     return plan
 
 
+def named_table(recipe: Recipe) -> Mapping[str, float]:
+    """What the recipe's allocation ``explicit`` says of families by name."""
+    return recipe.knobs_of("allocation")["table"] or {}
+
+
 #: The proof of a plan that cuts nothing.
 NOTHING = Proof(False, None, 0.0, (), "")
 
@@ -117,8 +117,9 @@ class Case:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, example: Any) -> None:
-        if recipe.allocation not in ALLOCATIONS:
-            raise RecipeError(f"coupled units are allocated {', '.join(ALLOCATIONS)}; not '{recipe.allocation}'")
+        if recipe.allocation not in (*ALLOCATIONS, "explicit"):
+            known = ", ".join((*ALLOCATIONS, "explicit"))
+            raise RecipeError(f"coupled units are allocated {known}; not '{recipe.allocation}'")
         self.model, self.recipe = model, recipe
         self.args, self.kwargs = inputs(example)
         self._emptied: list[Place] = []
@@ -133,6 +134,14 @@ class Case:
             "flops": self.found.flops,
             "bytes": lambda gone: self.found.parameters(gone, bytes_of),
         }
+
+    def scores(self, source: nn.Module, evidence: Evidence | None, where: str) -> list[Scores]:
+        """A score for every unit of every family; layers are looked for in ``source``."""
+        recipe, found = self.recipe, self.found
+        probes = Probes(found, source, where, recipe.seed)
+        each = weight_scores(source, recipe, evidence(probes) if callable(evidence) else evidence or {})
+        combine = combined(recipe, each, probes)
+        return unit_scores(found, each, where, recipe.allocation == "standardized", combine)
 
     def _trace(self, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         twin.eval()

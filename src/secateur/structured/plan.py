@@ -72,14 +72,9 @@ class StructuredPlan:
 
         What stays gets the values that a recovery gave it.
         """
+        zero(self.model, self.kept)
         tensors = stored_tensors(self.model)
         with torch.no_grad():
-            for name, axes in self.kept.items():
-                tensor = tensors[name]
-                if isinstance(tensor, nn.Parameter):
-                    for axis, positions in axes.items():
-                        lost = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
-                        tensor.index_fill_(axis, torch.from_numpy(lost).to(tensor.device), 0)
             for name, values in self.healed.items():
                 tensor, axes = tensors[name], self.kept.get(name, {})
                 index = np.ix_(*[np.asarray(axes.get(a, np.arange(n))) for a, n in enumerate(tensor.shape)])
@@ -147,6 +142,18 @@ class StructuredPlan:
         lines += proof_line(self.proof.proven, self.proof.error)
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+@torch.no_grad()
+def zero(model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> None:
+    """Set to zero, in place, every position of a parameter that is not among those that stay."""
+    tensors = stored_tensors(model)
+    for name, axes in kept.items():
+        tensor = tensors[name]
+        if isinstance(tensor, nn.Parameter):
+            for axis, positions in axes.items():
+                lost = np.setdiff1d(np.arange(tensor.shape[axis]), positions)
+                tensor.index_fill_(axis, torch.from_numpy(lost).to(tensor.device), 0)
 
 
 def header(recipe: Recipe, target: Target, before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
