@@ -74,8 +74,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def go(*words: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-        monkeypatch.setattr(cli.out_console, "file", sys.stdout)
-        monkeypatch.setattr(cli.err_console, "file", sys.stderr)
+        # The attribute behind ``file``, which gives a file of this test where none is set: undone, it would stay.
+        monkeypatch.setattr(cli.out_console, "_file", sys.stdout)
+        monkeypatch.setattr(cli.err_console, "_file", sys.stderr)
         try:
             cli.main()
             status = 0

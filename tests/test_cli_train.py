@@ -72,7 +72,7 @@ def test_a_recipe_file_and_prunes_default(run: Run, tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (("train", "digts"), "no task named 'digts'; did you mean 'digits'?"),
-        (("train", "digits", "-m", "gpm"), "no method named 'gpm'; did you mean 'gmp'?"),
+        (("train", "digits", "-m", "riggl"), "no method named 'riggl'; did you mean 'rigl'?"),
         (("train", "digits", "--set", "driver.every=3"), "--set driver.every=3 belongs to a method, and none is named"),
         (("train", "digits", "--sparsity", "0.5"), "sparsity belongs to a method, and none is named"),
         (("train", "digits", "--masks", "none.safetensors"), "there is no file none.safetensors"),

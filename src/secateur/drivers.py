@@ -196,7 +196,7 @@ def early_bird(
     Beware: at the end of the run the mask is drawn whatever the distances are.
 
     >>> early_bird(100, 400, (0.3, 0.08, 0.06), window=3), early_bird(100, 400, (0.08, 0.2), window=3)
-    (Update(progress=1.0, swap=0.0), None)
+    (Update(progress=1.0, swap=0.0, fresh=False), None)
 
     Source: You et al., Drawing early-bird tickets, arXiv 1909.11957, section 3.2 and algorithm 1, and the authors'
     code, in which five masks are kept and the newest is compared with the other four.

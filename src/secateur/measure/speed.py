@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,12 +92,13 @@ class Generation:
 
 
 def _step(model: nn.Module, ids: Tensor, cache: Any) -> Any:
-    """One step of greedy decoding: the cache that it leaves."""
-    # transformers calls it ``cache`` from 5.24 on.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    out = model(input_ids=ids, use_cache=True, **{name: cache})
+    """One step of greedy decoding: the cache that it leaves, by the name that the model has for it."""
+    out = model(input_ids=ids, use_cache=True, **(cache or {}))
     int(out.logits[0, -1].argmax())
-    return getattr(out, name)
+    for name in ("cache", "past_key_values"):  # transformers from 5.24 on, and before
+        if (left := getattr(out, name, None)) is not None:
+            return {name: left}
+    return None
 
 
 def can_generate(model: nn.Module) -> bool:
