@@ -8,7 +8,6 @@ evaluation, and on the test set, the statistics of batch norms are measured anew
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
@@ -34,10 +33,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10000, help="of the training set")
     parser.add_argument("--held-out", type=int, default=500, help="images of the training set that searches look at")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=40, help="evaluations of each search")
+    parser.add_argument("--budget", type=int, default=30, help="evaluations of each search")
     parser.add_argument("--calibration", type=int, default=256, help="training images for batch norms")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "search.json")
     return parser.parse_args()
 

@@ -201,9 +201,10 @@ def test_clipped_actions_always_leave_enough(keeps: list[float]) -> None:
         chosen.append(walk.clip(i, chosen, keep))
         assert chosen[-1] <= max(1, keep * space.nodes[i].units + 1e-6)
     assert space.cost(tuple(chosen)) <= space.limit
+    assert walk.keep(0.5) == pytest.approx(0.25) and walk.action(walk.keep(0.3)) == pytest.approx(0.3)
     state = walk.state(3, chosen[:3])
     saved = sum(space.nodes[i].units - chosen[i] for i in range(3))
-    assert state[-3] == pytest.approx(saved / 4000) and state[-1] == pytest.approx(chosen[2] / 100)
+    assert state[-3] == pytest.approx(saved / 4000) and state[-1] == pytest.approx((chosen[2] / 100) ** 0.5)
     assert state[-2] == pytest.approx((399 + 599) / 4000)
 
 

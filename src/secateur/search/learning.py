@@ -12,7 +12,7 @@ from ..registry import register
 from .ddpg import Agent, mlp
 from .describe import scaled_facts
 from .explore import Moves, Trial
-from .space import Space, highest
+from .space import Space, highest, project
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -36,14 +36,25 @@ class Walk:
             self._whole - space.cost((*most[:i], least[i], *most[i + 1 :])) for i in range(n)
         ]  # fmt: skip
         self.size = self._static.shape[1] + 3
+        uniform = sorted(space.keeps(project(space, [1.0] * n)))[n // 2]
+        #: keep = action^power, so that one half is the uniform keep at any target.
+        self.power = max(1e-3, math.log(min(0.999, uniform)) / math.log(0.5))
 
     def state(self, index: int, chosen: Sequence[int]) -> Tensor:
         """Facts of a layer; what earlier layers saved, what later ones could, and the last action."""
         counts = (*chosen, *self.space.most[len(chosen) :])
         reduced = (self._whole - self.space.cost(counts)) / max(self._whole, 1e-12)
         rest = sum(self.saves[index + 1 :]) / max(self._whole, 1e-12)
-        last = chosen[-1] / self.space.nodes[index - 1].units if index else 1.0
+        last = self.action(chosen[-1] / self.space.nodes[index - 1].units) if index else 1.0
         return torch.cat([self._static[index], torch.tensor([reduced, rest, last], dtype=torch.float32)])
+
+    def keep(self, action: float) -> float:
+        """What an action means: nothing stays at 0, all at 1, the uniform keep at one half."""
+        return float(action**self.power)
+
+    def action(self, keep: float) -> float:
+        """The inverse of `keep`."""
+        return float(keep ** (1 / self.power))
 
     def clip(self, index: int, chosen: Sequence[int], keep: float) -> int:
         """The largest size up to ``keep`` with which later layers, at their smallest, still meet the target."""
@@ -67,7 +78,8 @@ def amc(
 ) -> Moves:
     """A DDPG agent goes through the layers, sees what each is and what is left to spend, and says what it keeps.
 
-    :: s_t = (t, n, c, h, w, stride, k, FLOPs_t, reduced, rest, a_{t-1});  a_t ~ TN(mu(s_t), sigma^2, 0, 1)
+    :: s_t = (t, n, c, h, w, stride, k, FLOPs_t, reduced, rest, a_{t-1});  a_t ~ TN(mu(s_t), sigma^2, 0, 1);
+    keep_t = a_t^p
 
     An episode is one evaluation; its value is the reward of every step (the paper's R_err: at a target that is met,
     the cost says nothing). Actions are cut so that the target can still be met. The first quarter of the budget is
@@ -79,8 +91,9 @@ def amc(
     Beware: at a few dozen evaluations it is little more than its random start.
 
     Source: He et al., AMC, arXiv 1802.03494, section 3 and the official code (300 hidden units, Adam at 1e-4 and
-    1e-3, tau 0.01, batches of 64). Unlike there what an action leaves of the target is handed out again, the
-    executed action is what is remembered, and rewards are divided by their deviation over the episodes so far.
+    1e-3, tau 0.01, batches of 64). Unlike there ``p`` makes an action of one half the uniform keep (at one half it is
+    1, as there), what an action leaves of the target is handed out again, the executed action is what is remembered,
+    and rewards are divided by their deviation over the episodes so far.
     """
     walk = Walk(space)
     agent = Agent(walk.size, generator, hidden=hidden)
@@ -91,7 +104,7 @@ def amc(
     def remember(counts: Sequence[int], keeps: Sequence[float], value: float) -> None:
         states = [walk.state(i, counts[:i]) for i in range(n)]
         for i, (state, keep) in enumerate(zip(states, keeps, strict=True)):
-            agent.memory.add(state, keep, value, states[min(i + 1, n - 1)], i < n - 1)
+            agent.memory.add(state, walk.action(keep), value, states[min(i + 1, n - 1)], i < n - 1)
         values.append(value)
 
     for trial in trials:
@@ -101,10 +114,10 @@ def amc(
         chosen: list[int] = []
         for i in range(n):
             if episode < start:
-                keep = float(torch.rand((), generator=generator))
+                action = float(torch.rand((), generator=generator))
             else:
-                keep = agent.act(walk.state(i, chosen), sigma * decay ** (episode - start))
-            chosen.append(walk.clip(i, chosen, keep))
+                action = agent.act(walk.state(i, chosen), sigma * decay ** (episode - start))
+            chosen.append(walk.clip(i, chosen, walk.keep(action)))
         trial = yield space.keeps(tuple(chosen))
         if trial.number < episode:
             continue  # known already: the noise shows another way
