@@ -87,6 +87,28 @@ method(
     recovery="distill",
 )
 method(
+    "obert",
+    "Train, then remove in rounds the weights without which the loss can be held best, move the others to hold it, and "
+    "let the dense model teach what stays.",
+    choose="Choose it for transformers and other trained networks at high sparsity, when there is a loss and time for "
+    "fine-tuning.",
+    beware="the Fisher is that of the calibration batches: raise their number (--calibration) to the block size (50) "
+    "or more. The official recipe takes 1,024 batches of 8, prunes the encoder alone (use skip), starts at 70 %, and "
+    "trains four epochs after each of seven cuts, with a schedule of the learning rate of their own, as here.",
+    source="Kurtic et al., The optimal BERT surgeon, arXiv 2203.07259, and the official code and recipe of 30 epochs: "
+    "cuts, cubic schedule, global ranking, distillation from the dense model's outputs alone.",
+    paper="2203.07259",
+    family="curvature",
+    criterion="obert",
+    allocation="global",
+    solver="obs",
+    recovery="distill",
+    steps=7,
+    schedule="cubic",
+    sparsity=0.9,
+    knobs={"recovery": {"length": 0.25, "rate": 1.0, "logits": 1.0, "temperature": 2.0}},
+)
+method(
     "early-bird",
     "Draw the mask of channels as soon as it no longer changes, cut them away, and train the smaller network.",
     choose="Choose it to save most of the dense run.",
