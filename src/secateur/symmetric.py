@@ -96,4 +96,5 @@ def factor(matrix: Tensor) -> Tensor:
         raise NumericalError(
             "a block of the Fisher is not positive definite: raise fisher_damp, or scale the loss down"
         )
-    return lower
+    found: Tensor = lower
+    return found

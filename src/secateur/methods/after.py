@@ -109,6 +109,34 @@ method(
     knobs={"recovery": {"length": 0.25, "rate": 1.0, "logits": 1.0, "temperature": 2.0}},
 )
 method(
+    "cofi",
+    "Train, then learn which heads and neurons go by hard concrete gates under a size that comes down to the target, "
+    "with the dense model as teacher, cut them, and let it teach what stays.",
+    choose="Choose it for transformers that are to become much smaller, when there is time for two more runs.",
+    beware="heads, neurons and widths of heads; the paper also has gates on whole attention and feed-forward layers "
+    "and on the hidden width, and matches layers anew while it distills: here blocks are compared one by one, by "
+    "relative squared error, and layers weigh as much as the output. Labels are not looked at again, as in the "
+    "official code.",
+    source="Xia et al., Structured pruning learns compact and accurate models (CoFi), arXiv 2204.00408, and the "
+    "settings of its official code.",
+    paper="2204.00408",
+    family="learned",
+    granularities=("coupled", "filter", "channel"),
+    criterion=None,
+    granularity="coupled",
+    allocation="raw",
+    driver="gradual",
+    schedule="linear",
+    gate="l0",
+    penalty="lagrangian",
+    recovery="distill",
+    skip=("@residual",),
+    knobs={
+        "driver": {"every": 1},
+        "recovery": {"logits": 1.0, "temperature": 2.0, "features": 1.0, "length": 0.5, "rate": 0.5},
+    },
+)
+method(
     "early-bird",
     "Draw the mask of channels as soon as it no longer changes, cut them away, and train the smaller network.",
     choose="Choose it to save most of the dense run.",
