@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_gates_say_how_much_each_family_keeps() -> None:
     assert even.counts([np.random.default_rng(1).random(n) for n in sizes]) == [
         round(even.keeps[p.name] * n) for p, n in zip(even.pools, sizes, strict=True)
     ]
+
+
+def test_no_copy_of_the_model_is_kept_to_count() -> None:
+    model = nn.Sequential(nn.Linear(61, 48), nn.ReLU(), nn.Linear(48, 3))
+    units = find_units(model, Recipe.of("cofi", sparsity=0.5), torch.zeros(1, 61))
+    gc.collect()
+    wide = [
+        x
+        for x in gc.get_objects()
+        if type(x) in (Tensor, nn.Parameter) and x.numel() == 61 * 48 and x.device.type == "cpu"
+    ]
+    assert units.counts([np.arange(48.0)])[0] < 48
+    assert [id(x) for x in wide] == [id(model[0].weight)]
 
 
 def test_the_teacher_teaches_while_gates_are_learned() -> None:

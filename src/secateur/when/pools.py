@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from .. import granularity
 from ..allocation import Sketch
 from ..errors import ModelError, RecipeError
 from ..granularity import Granularity
+from ..graph import Dependencies
 from ..layers import Layer, located
 from ..learned.gated import form_of, wide
 from ..recipe import Recipe
@@ -218,7 +219,8 @@ def find_units(model: nn.Module, recipe: Recipe, example: object) -> Units:
     scores = [p.read().detach().square().sum(-1).sqrt()[0].double().cpu().numpy() for p in pools]
     target = Target.parse(f"params {100 * recipe.sparsity:g}%") if recipe.sparsity else None
     families = [found.families[i] for i in kept]
-    measured = case.counted["params"]
+    _forget(found)
+    measured = found.parameters
 
     def counts(scores: Sequence[NDArray[np.float64]]) -> list[int]:
         if target is None:
@@ -227,3 +229,13 @@ def find_units(model: nn.Module, recipe: Recipe, example: object) -> Units:
 
     keeps = {p.name: c / len(f) for p, c, f in zip(pools, counts(scores), families, strict=True)}
     return Units(tuple(pools), tuple(makers), keeps, counts)
+
+
+def _forget(found: Dependencies) -> None:
+    """Let go of the copy of the model that was analysed: to count, shapes are enough."""
+    shapes: dict[int, Tensor] = {}
+    for s in found.slots:
+        bare = torch.empty_like(s.tensor, device="meta", requires_grad=False)
+        shapes[id(s.tensor)] = nn.Parameter(bare) if s.is_parameter else bare
+    found.trace.slots[:] = [replace(s, tensor=shapes[id(s.tensor)]) for s in found.slots]
+    found.trace.outputs.clear()
