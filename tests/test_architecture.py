@@ -59,6 +59,7 @@ NARROW = {
 #: under ``if TYPE_CHECKING``.
 UPWARD = {
     ("criteria/curvature.py", "solvers"): "an annotation: the engine makes the factorization and hands it in",
+    ("criteria/curvature.py", "granularity"): "an annotation: how the matrix is cut is handed in",
     ("consistency.py", "recipe"): "an annotation: a recipe asks whether its parts agree",
     ("recipe.py", "methods"): "the named methods are made of recipes, and `Recipe.of` looks one up by name",
 }

@@ -23,6 +23,9 @@ from .solve import layer_generator
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
+#: Knobs of a criterion that say how gradients are measured.
+_MEASURING = ("probes", "fisher_block", "fisher_damp")
+
 
 def evidence_of(
     model: nn.Module,
@@ -56,7 +59,7 @@ def evidence_of(
         with nullcontext() if granularity.parse(recipe.granularity).coupled else settling(model):
             if gradients := needs & set(of_source("gradients")):
                 assert loss is not None
-                options = {"generator": generator, "directions": directions, **_knobs(knobs, "probes")}
+                options = {"generator": generator, "directions": directions, **_knobs(knobs, *_MEASURING)}
                 found.append(gather_gradients(model, layers, gradients, batches, loss, **options))
                 if "gradient" in needs and not any(bool(g["gradient"].any()) for g in found[-1].values()):
                     raise NumericalError(

@@ -68,8 +68,8 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
             f"solver '{recipe.solver}' chooses the mask by itself and allocation '{recipe.allocation}' does not rank: "
             f"criterion '{recipe.criterion}' would do nothing; leave it out"
         )
-    if recipe.steps > 1 and recipe.solver != "rank":
-        raise RecipeError(f"solver '{recipe.solver}' works in one step: leave steps at 1, or use solver rank")
+    if recipe.steps > 1 and recipe.solver != "rank" and not solver.facts.get("rounds"):
+        raise RecipeError(f"solver '{recipe.solver}' works in one step: leave steps at 1, or use solver rank or obs")
     if recipe.control != "none" and (recipe.solver != "rank" or recipe.driver != "once" or pattern.coupled):
         raise RecipeError(f"control '{recipe.control}' is for one mask of weights (driver once) that solver rank makes")
     if not recipe.nested and pattern.coupled:

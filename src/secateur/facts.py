@@ -28,6 +28,7 @@ FACTS: dict[str, Fact] = {
     "granularity": Fact("how the matrix is cut into units", "engine"),
     "generator": Fact("a random generator of the layer's own", "engine"),
     "pool_shape": Fact("how many pools, and units in each, the granularity cuts the matrix into", "engine"),
+    "mask": Fact("what is left, by earlier rounds, bool, (o, i)", "engine"),
     "curvature": Fact("the damped Gram matrix of the input and its factors", "engine"),
     "count": Fact("how many pieces go", "engine"),
     "block_free": Fact("which blocks of a list may go, bool, (blocks,)", "engine"),
@@ -50,6 +51,11 @@ FACTS: dict[str, Fact] = {
     ),
     "fisher_inverse": Fact(
         "diagonal of the inverse of the damped, block-wise empirical Fisher, (o, i)", "gradients", loss=True
+    ),
+    "fisher_blocks": Fact(
+        "the damped empirical Fisher in blocks of successive weights, row after row, (blocks, b, b), float64",
+        "gradients",
+        loss=True,
     ),
     "hessian": Fact("diagonal of the Hessian of the loss, estimated with random signs, (o, i)", "gradients", loss=True),
     "hessian_gradient": Fact(

@@ -212,9 +212,9 @@ def recipe_of(
     given = dict(axes)
     recipe = method.override(**given) if isinstance(method, Recipe) else Recipe.of(method, **given)
     if recipe.driver != "once" or recipe.gate != "none":
+        way = "attach(model" if get("recovery", recipe.recovery).facts.get("data") != "task" else "train(task"
         raise RecipeError(
-            f"method '{recipe.method}' prunes while the model trains: use secateur.attach(model, "
-            f"'{recipe.method}', ...)"
+            f"method '{recipe.method}' prunes while the model trains: use secateur.{way}, '{recipe.method}', ...)"
         )
     if only := sorted(recipe.needs() & TRAINING):
         raise RecipeError(

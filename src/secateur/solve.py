@@ -80,6 +80,9 @@ class Facts(Mapping[str, Any]):
             return layer_generator(self._recipe.seed, self._layer.name, self._layer.stored.device)
         if name == "score":
             return self._score()
+        if name == "mask":
+            everything = torch.ones(self._layer.shape, dtype=torch.bool, device=self._layer.stored.device)
+            return everything if self._mask is None else self._mask
         if name == "curvature":
             return Curvature(self["gram"], self._layer.name)
         if self._evidence is None:

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .errors import NumericalError
+
 _LEAF = 144  # a smaller block costs more in calls than its half saves
+_CHUNK = 2048  # blocks of a block-diagonal matrix that are worked on at a time, in float64
 
 
 def upper_blocks(size: int, leaf: int = _LEAF) -> Iterator[tuple[int, int, int, int]]:
@@ -64,3 +67,34 @@ def invert_upper(upper: Tensor, leaf: int = 64) -> Tensor:
     inverse[middle:, middle:] = last = invert_upper(upper[middle:, middle:], leaf)
     inverse[:middle, middle:] = (first @ upper[:middle, middle:] @ last).neg_()
     return inverse
+
+
+def in_blocks(fisher_blocks: Tensor, *matrices: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Parts of matrices ``(o, i)`` as the Fisher's blocks cut them, ``(p, b)``, padded with zeros, and the blocks."""
+    blocks, block, _ = fisher_blocks.shape
+    flat = [
+        torch.nn.functional.pad(m.reshape(-1), (0, blocks * block - m.numel())).view(blocks, block) for m in matrices
+    ]
+    for a in range(0, blocks, _CHUNK):
+        yield [m[a : a + _CHUNK] for m in flat], fisher_blocks[a : a + _CHUNK].double()
+
+
+def among(fisher: Tensor, stays: Tensor) -> Tensor:
+    """Blocks of which only the rows and columns that stay are left; the others become those of the identity."""
+    s = stays.to(fisher.dtype)
+    return fisher * s[:, :, None] * s[:, None, :] + torch.diag_embed(1 - s)
+
+
+def factor(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factors of blocks.
+
+    Raises:
+        NumericalError: a block is not positive definite.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info.max()):
+        raise NumericalError(
+            "a block of the Fisher is not positive definite: raise fisher_damp, or scale the loss down"
+        )
+    found: Tensor = lower
+    return found

@@ -54,6 +54,12 @@ def _gram(shape: tuple[int, int], g: torch.Generator, dtype: torch.dtype) -> Ten
     return x.t() @ x  # statistics of inputs are float32 whatever the weight is
 
 
+def _fisher_blocks(shape: tuple[int, int], g: torch.Generator, block: int = 10) -> Tensor:
+    count = -(-shape[0] * shape[1] // block)
+    x_pnb = torch.randn(count, 2 * block, block, generator=g)
+    return x_pnb.mT @ x_pnb / (2 * block) + 0.1 * torch.eye(block)
+
+
 _MAKERS: dict[str, Maker] = {
     "weight": _normal,
     "score": _positive,
@@ -65,6 +71,8 @@ _MAKERS: dict[str, Maker] = {
     "tangent": _normal,
     "fisher": _positive,
     "fisher_inverse": _positive,
+    "fisher_blocks": lambda s, g, d: _fisher_blocks(s, g),
+    "granularity": lambda s, g, d: parse("element"),
     "input_norm": lambda s, g, d: _positive(s[1:], g, d),
     "input_mean": lambda s, g, d: _normal(s[1:], g, d),
     "input_var": lambda s, g, d: _positive(s[1:], g, d),

@@ -35,9 +35,9 @@ class GradientEvidence:
     ``update`` takes the gradient of one batch; ``merge`` of two is the evidence of both lists of batches
     together. The Fisher is that of batches: give batches of one example for the textbook's.
 
-    For ``fisher_inverse`` the blocks of ``sum g g^T`` are kept and inverted when asked for. That is the
-    matrix which WoodFisher's rank-one recursion arrives at, at the same cost in memory, but the number of
-    batches need not be known before, it merges, and rounding errors do not build up.
+    For ``fisher_inverse`` and ``fisher_blocks`` the blocks of ``sum g g^T`` are kept, and inverted when asked
+    for. That is the matrix which WoodFisher's rank-one recursion arrives at, at the same cost in memory, but the
+    number of batches need not be known before, it merges, and rounding errors do not build up.
 
     Args:
         shape: ``(o, i)``.
@@ -70,7 +70,7 @@ class GradientEvidence:
         blocks = -(-shape[0] * shape[1] // block)
         self._sum = zeros(*shape) if "gradient" in self.needs else None
         self._square = zeros(*shape) if "fisher" in self.needs else None
-        self._outer = zeros(blocks, block, block) if "fisher_inverse" in self.needs else None
+        self._outer = zeros(blocks, block, block) if self.needs & {"fisher_inverse", "fisher_blocks"} else None
         self._curve = zeros(*shape) if "hessian" in self.needs else None
         self._lines: dict[str, dict[int, list[Tensor]]] = {}
 
@@ -126,6 +126,8 @@ class GradientEvidence:
         if fact == "fisher_inverse" and self._outer is not None:
             diagonal = torch.cat([x.diagonal(dim1=1, dim2=2).reshape(-1).float() for x in self._inverses()])
             return diagonal[: self.shape[0] * self.shape[1]].reshape(self.shape)
+        if fact == "fisher_blocks" and self._outer is not None:
+            return torch.cat(list(self._damped()))
         raise KeyError(fact)
 
     def inverse_blocks(self) -> Tensor:
@@ -133,11 +135,7 @@ class GradientEvidence:
         return torch.cat([x.float() for x in self._inverses()])
 
     def _inverses(self) -> Iterator[Tensor]:
-        if self._outer is None:
-            raise KeyError("fisher_inverse")
-        for part in self._outer.split(_CHUNK):
-            fisher = part.double() / max(self.batches, 1)
-            fisher.diagonal(dim1=1, dim2=2).add_(self.damp)
+        for fisher in self._damped():
             lower, info = torch.linalg.cholesky_ex(fisher)
             if int(info.max()):
                 raise NumericalError(
@@ -145,6 +143,15 @@ class GradientEvidence:
                     "its gradients are too large; scale the loss down"
                 )
             yield torch.cholesky_inverse(lower)
+
+    def _damped(self) -> Iterator[Tensor]:
+        """Blocks of the damped Fisher, some at a time, in float64."""
+        if self._outer is None:
+            raise KeyError("fisher_blocks")
+        for part in self._outer.split(_CHUNK):
+            fisher = part.double() / max(self.batches, 1)
+            fisher.diagonal(dim1=1, dim2=2).add_(self.damp)
+            yield fisher
 
     def check_finite(self, name: str) -> None:
         """Raise `NumericalError` naming the layer when a gradient was NaN or infinite."""
@@ -167,6 +174,8 @@ def gather_gradients(
     generator: torch.Generator | None = None,
     probes: int = 4,
     directions: Directions | None = None,
+    fisher_block: int = 50,
+    fisher_damp: float = 1e-5,
 ) -> dict[str, GradientEvidence]:
     """Backpropagate ``loss(model, batch)`` for every batch and gather evidence of all ``layers`` at once.
 
@@ -184,9 +193,10 @@ def gather_gradients(
         probes: draws for each batch; the estimate's variance falls with ``probes * batches``.
         directions: for ``unit_curvature``: what ``H`` is multiplied by, ``probes`` of them for each batch. Kept is
             ``w * (H v)``, summed along each axis.
+        fisher_block, fisher_damp: ``block`` and ``damp`` of `GradientEvidence`.
 
     Raises:
-        RecipeError: fewer than one probe.
+        RecipeError: fewer than one probe, or blocks or damping of nothing.
         DataError: there are no batches, or the loss is not one number.
         ModelError: a layer received no gradient from any batch (an expert that no token chose has zeros).
         NumericalError: a gradient is NaN or infinite.
@@ -196,8 +206,14 @@ def gather_gradients(
     curved = estimated or "unit_curvature" in needs
     if curved and probes < 1:
         raise RecipeError(f"curvature is estimated with at least one probe, not {probes}")
+    if fisher_block < 1 or not fisher_damp > 0:
+        raise RecipeError(
+            f"blocks of the Fisher have at least one weight and a damping above 0, not {fisher_block} and "
+            f"{fisher_damp:g}"
+        )
     generator = generator or torch.Generator().manual_seed(0)
-    found = {x.name: GradientEvidence(x.shape, needs, x.stored.device, name=x.name) for x in layers}
+    blocks: dict[str, Any] = {"block": fisher_block, "damp": fisher_damp}
+    found = {x.name: GradientEvidence(x.shape, needs, x.stored.device, name=x.name, **blocks) for x in layers}
     # Experts are slices of one parameter: differentiate with respect to each parameter once.
     parameters = {id(p): p for p in (getattr(x.module, x.parameter) for x in layers)}
     reached: set[int] = set()

@@ -87,6 +87,56 @@ method(
     recovery="distill",
 )
 method(
+    "obert",
+    "Train, then remove in rounds the weights without which the loss can be held best, move the others to hold it, and "
+    "let the dense model teach what stays.",
+    choose="Choose it for transformers and other trained networks at high sparsity, when there is a loss and time for "
+    "fine-tuning.",
+    beware="the Fisher is that of the calibration batches: raise their number (--calibration) to the block size (50) "
+    "or more. The official recipe takes 1,024 batches of 8, prunes the encoder alone (use skip), starts at 70 %, and "
+    "trains four epochs after each of seven cuts, with a schedule of the learning rate of their own, as here.",
+    source="Kurtic et al., The optimal BERT surgeon, arXiv 2203.07259, and the official code and recipe of 30 epochs: "
+    "cuts, cubic schedule, global ranking, distillation from the dense model's outputs alone.",
+    paper="2203.07259",
+    family="curvature",
+    criterion="obert",
+    allocation="global",
+    solver="obs",
+    recovery="distill",
+    steps=7,
+    schedule="cubic",
+    sparsity=0.9,
+    knobs={"recovery": {"length": 0.25, "rate": 1.0, "logits": 1.0, "temperature": 2.0}},
+)
+method(
+    "cofi",
+    "Train, then learn which heads and neurons go by hard concrete gates under a size that comes down to the target, "
+    "with the dense model as teacher, cut them, and let it teach what stays.",
+    choose="Choose it for transformers that are to become much smaller, when there is time for two more runs.",
+    beware="heads, neurons and widths of heads; the paper also has gates on whole attention and feed-forward layers "
+    "and on the hidden width, and matches layers anew while it distills: here blocks are compared one by one, by "
+    "relative squared error, and layers weigh as much as the output. Labels are not looked at again, as in the "
+    "official code.",
+    source="Xia et al., Structured pruning learns compact and accurate models (CoFi), arXiv 2204.00408, and the "
+    "settings of its official code.",
+    paper="2204.00408",
+    family="learned",
+    granularities=("coupled", "filter", "channel"),
+    criterion=None,
+    granularity="coupled",
+    allocation="raw",
+    driver="gradual",
+    schedule="linear",
+    gate="l0",
+    penalty="lagrangian",
+    recovery="distill",
+    skip=("@residual",),
+    knobs={
+        "driver": {"every": 1},
+        "recovery": {"logits": 1.0, "temperature": 2.0, "features": 1.0, "length": 0.5, "rate": 0.5},
+    },
+)
+method(
     "early-bird",
     "Draw the mask of channels as soon as it no longer changes, cut them away, and train the smaller network.",
     choose="Choose it to save most of the dense run.",

@@ -181,6 +181,23 @@ units(
     allocation="global",
 )
 units(
+    "kwon",
+    "Remove the heads and neurons whose masks carry least Fisher information for their FLOPs, exchange some for others "
+    "that go better together, and fit what reads them.",
+    choose="Choose it for trained transformers, with minutes and some labelled data at hand, and no training.",
+    beware="give it a target in FLOPs and hundreds of small batches. The last step of the paper scales heads and "
+    "neurons by least squares; here recovery refit fits all weights that read them. Widths of heads compete too where "
+    "the model lets them go, and a tenth of each layer stays.",
+    source="Kwon et al., A fast post-training pruning framework for transformers, arXiv 2204.09656, and its official "
+    "code.",
+    paper="2204.09656",
+    family="saliency",
+    criterion="mask-fisher",
+    granularity="channel",
+    allocation="raw",
+    skip=("@residual",),
+)
+units(
     "unit-hessian",
     "Remove the coupled units without which the loss changes least, to second order.",
     choose="Choose it for trained networks with a loss, when first order says too little: near a minimum.",

@@ -44,6 +44,11 @@ def distill(
     run.fit(length, rate=rate, loss=taught(run, logits, temperature, features, attention, layers))
 
 
+def lessons(run: Training, *, length: float, rate: float, **knobs: Any) -> Loss:
+    """The loss of `distill`, by all of its knobs, for a run of another length: while gates are learned."""
+    return taught(run, **knobs)
+
+
 def taught(run: Training, logits: float, temperature: float, features: float, attention: float, layers: str) -> Loss:
     """The loss of `distill`."""
     teacher = run.teacher()

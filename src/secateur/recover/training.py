@@ -18,13 +18,15 @@ class Training(Protocol):
 
     Attributes:
         model: pruned; its masks hold while `fit` runs.
-        loss: the task's.
         seed: of the run.
     """
 
     model: nn.Module
-    loss: Loss
     seed: int
+
+    @property
+    def loss(self) -> Loss:
+        """The task's."""
 
     def fit(
         self, length: float, *, begin: float = 0.0, rate: float = 1.0, loss: Loss | None = None, masks: bool = True

@@ -8,7 +8,20 @@ from .curvature import Curvature, output_error
 from .dsnot import dsnot
 from .least_squares import least_squares, refit
 from .obc import obc
+from .obs import obs
 from .rank import rank
 from .sparsegpt import sparsegpt
 
-__all__ = ["Curvature", "Solved", "admm", "dsnot", "least_squares", "obc", "output_error", "rank", "refit", "sparsegpt"]
+__all__ = [
+    "Curvature",
+    "Solved",
+    "admm",
+    "dsnot",
+    "least_squares",
+    "obc",
+    "obs",
+    "output_error",
+    "rank",
+    "refit",
+    "sparsegpt",
+]

@@ -15,6 +15,11 @@ from ..recipe import Recipe
 RESIDUAL = "@residual"
 
 
+def layer_globs(globs: Sequence[str]) -> tuple[str, ...]:
+    """The globs that name layers, not units of several blocks."""
+    return tuple(g for g in globs if g != RESIDUAL)
+
+
 def chosen(
     found: Dependencies, recipe: Recipe, model: nn.Module, remade: Collection[str] = (), stock: bool = True
 ) -> tuple[list[int], dict[int, str]]:

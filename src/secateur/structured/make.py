@@ -80,11 +80,16 @@ def plan_structured(
         else:
             labels, kept = meet(some, theirs, wanted, recipe.allocation, multiple, case.counted[wanted.quantity])
         counts = dict(zip(active, kept, strict=True))
+        picked = list(scores)
+        if combine is not None:  # how many go is known: which of them go best together?
+            for i, count in counts.items():
+                picked[i] = combine.chosen(i, scores[i], count)
+            labels = gone([found.families[i] for i in active], [picked[i] for i in active], kept)
         proof = case.prove(labels, quick=True)
         if proof.proven:
             break
         # A family that cannot be cut fails in every way to mend the whole: it is found sooner by itself.
-        failing = _failing(case, scores, counts)
+        failing = _failing(case, picked, counts)
         left.update(failing)
         if not failing and (proof := case.prove(labels)).proven:
             break

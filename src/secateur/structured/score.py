@@ -239,23 +239,39 @@ def unit_scores(
     return result
 
 
-def combined(recipe: Recipe, scores: Mapping[str, Scored], probes: Probes) -> Callable[[Scores, int], Scores] | None:
-    """How a criterion that looks at whole units makes one score of what is measured of each; None for others."""
+class Combined:
+    """How a criterion that looks at whole units makes one score of what is measured of each, family by family."""
+
+    def __init__(self, part: Part, recipe: Recipe, rows: Mapping[str, int], probes: Probes) -> None:
+        self._part, self._knobs, self._rows, self._probes = part, recipe.knobs_of("criterion"), rows, probes
+        self._given: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, sums: Scores, family: int) -> Scores:
+        given: dict[str, Tensor] = {}
+        if "unit_flops" in self._part.needs:
+            given["unit_flops"] = self._probes.flops(family)
+        for fact, count in self._rows.items():
+            mine, sums = sums[:count], sums[count:]
+            if fact == "unit_curvature":
+                mine = mine * self._probes.signs(family, count)
+            given[fact] = torch.from_numpy(mine[0] if fact in _SINGLE else mine)
+        self._given[family] = given
+        found: Scores = self._part(given, **self._knobs).double().numpy()
+        return found
+
+    def chosen(self, family: int, score: Scores, count: int) -> Scores:
+        """Scores of a family whose best ``count`` are those that go together best, where the criterion tells."""
+        together = self._part.facts.get("together")
+        if together is None:
+            return score
+        kept = together(self._given[family], count, **self._knobs)
+        found: Scores = kept.double().numpy()
+        return found
+
+
+def combined(recipe: Recipe, scores: Mapping[str, Scored], probes: Probes) -> Combined | None:
+    """For a criterion that looks at whole units; None for others."""
     part = get("criterion", recipe.criterion or "")
     if part.facts.get("of") != "unit":
         return None
-    rows = next(iter(scores.values())).rows if scores else {}
-
-    def score(sums: Scores, family: int) -> Scores:
-        given: dict[str, Tensor] = {}
-        if "unit_flops" in part.needs:
-            given["unit_flops"] = probes.flops(family)
-        for fact, count in rows.items():
-            mine, sums = sums[:count], sums[count:]
-            if fact == "unit_curvature":
-                mine = mine * probes.signs(family, count)
-            given[fact] = torch.from_numpy(mine[0] if fact in _SINGLE else mine)
-        found: Scores = part(given, **recipe.knobs_of("criterion")).double().numpy()
-        return found
-
-    return score
+    return Combined(part, recipe, next(iter(scores.values())).rows if scores else {}, probes)

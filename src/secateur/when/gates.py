@@ -90,6 +90,7 @@ class Gates:
             )
         self.places: list[Place] = []
         self._keeps: dict[str, float] = {}
+        self._counts = None if units is None else units.counts
         self._group: dict[str, Any] | None = None
         self._frozen: list[nn.Parameter] = []
         made = self._of_layers(layers) if units is None else self._of_units(units)
@@ -276,11 +277,12 @@ class Gates:
 
     def _final_units(self) -> list[tuple[Tensor, Tensor]]:
         final = {}
-        for place in self.places:
-            trained, gate = place.trained, place.trained.gate
-            score = gate.score(place.weight(), trained.learned)
-            kept = select(score, keep_count(self._keeps[place.name], score.shape[1]))
-            final[id(trained)] = (self._factor(place, kept) * kept)[0]
+        scores = [torch.sigmoid(self._scores()[p.name].double()) for p in self.places]  # above 0, in the same order
+        assert self._counts is not None
+        counts = self._counts([s[0].cpu().numpy() for s in scores])
+        for place, score, count in zip(self.places, scores, counts, strict=True):
+            kept = select(score, int(count))
+            final[id(place.trained)] = (self._factor(place, kept) * kept)[0]
         values: list[tuple[Tensor, Tensor]] = []
         for whole, gates in self._insertion.plain():
             value = wide(whole)

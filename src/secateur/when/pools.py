@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import granularity
 from ..allocation import Sketch
 from ..errors import ModelError, RecipeError
 from ..granularity import Granularity
+from ..graph import Dependencies
 from ..layers import Layer, located
 from ..learned.gated import form_of, wide
 from ..recipe import Recipe
@@ -115,11 +117,17 @@ class UnitPool:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Families of units of a model: the pools, what makes each unit, and how many would stay."""
+    """Families of units of a model: the pools, what makes each unit, and how many would stay.
+
+    Attributes:
+        keeps: the fraction of each pool by the norms of its units.
+        counts: how many units of each pool stay by other scores, within the same target.
+    """
 
     pools: tuple[UnitPool, ...]
     makers: tuple[UnitPool, ...]
     keeps: dict[str, float]
+    counts: Callable[[Sequence[NDArray[np.float64]]], list[int]]
 
 
 def scale_pools(model: nn.Module, penalty: str) -> list[Pool]:
@@ -211,8 +219,23 @@ def find_units(model: nn.Module, recipe: Recipe, example: object) -> Units:
     scores = [p.read().detach().square().sum(-1).sqrt()[0].double().cpu().numpy() for p in pools]
     target = Target.parse(f"params {100 * recipe.sparsity:g}%") if recipe.sparsity else None
     families = [found.families[i] for i in kept]
-    counts = [len(f) for f in families]
-    if target is not None:
-        _, counts = meet(families, scores, target, recipe.allocation, _MULTIPLE, case.counted["params"])
-    keeps = {p.name: c / len(f) for p, c, f in zip(pools, counts, families, strict=True)}
-    return Units(tuple(pools), tuple(makers), keeps)
+    _forget(found)
+    measured = found.parameters
+
+    def counts(scores: Sequence[NDArray[np.float64]]) -> list[int]:
+        if target is None:
+            return [len(f) for f in families]
+        return meet(families, scores, target, recipe.allocation, _MULTIPLE, measured)[1]
+
+    keeps = {p.name: c / len(f) for p, c, f in zip(pools, counts(scores), families, strict=True)}
+    return Units(tuple(pools), tuple(makers), keeps, counts)
+
+
+def _forget(found: Dependencies) -> None:
+    """Let go of the copy of the model that was analysed: to count, shapes are enough."""
+    shapes: dict[int, Tensor] = {}
+    for s in found.slots:
+        bare = torch.empty_like(s.tensor, device="meta", requires_grad=False)
+        shapes[id(s.tensor)] = nn.Parameter(bare) if s.is_parameter else bare
+    found.trace.slots[:] = [replace(s, tensor=shapes[id(s.tensor)]) for s in found.slots]
+    found.trace.outputs.clear()

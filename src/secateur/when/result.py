@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..errors import OutputError
+from ..errors import ModelError, OutputError
+from ..layers import find_layers
 from ..masks import Masks
 from ..recipe import Recipe
 from ..record import dumps
 from ..report import write_report
+from ..solve import LayerRecord
 from ..store import save_module
 from ..structured import save as save_smaller
 
@@ -88,3 +93,26 @@ def refuse(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists: choose another directory")
+
+
+def layer_record(name: str, shape: tuple[int, int], mask: Tensor) -> LayerRecord:
+    """What a run says of a masked layer."""
+    kept = int(mask.count_nonzero())
+    return LayerRecord(name, None, shape, mask.numel(), kept, 1 - kept / mask.numel(), None, 0.0)
+
+
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """What was removed is zero at the end, whatever trained it."""
+    layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
+    for name, mask in masks.items():
+        if bool((layers[name].weight() != 0)[~mask.to(layers[name].stored.device)].any()):
+            raise ModelError(f"{name} has weights where its mask has none: this is a defect of the recovery")
+
+
+def digest_of(state: Mapping[str, Tensor] | None) -> str:
+    """What tells given masks, or a given model, from others."""
+    total = hashlib.sha256()
+    for name in sorted(state or {}):
+        tensor = (state or {})[name].detach().cpu().contiguous()
+        total.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16] if state else ""

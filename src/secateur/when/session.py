@@ -21,6 +21,7 @@ from ..recipe import TRAINING, Recipe
 from ..registry import get
 from ..stream import find_blocks
 from ..structured import StructuredPlan
+from ..structured.choose import layer_globs
 from .cost import Ledger, TrainingFlops
 from .history import EVERY_STEP, History, check_momentum, finite_gradients
 from .hold import Holding
@@ -114,7 +115,8 @@ class Session:
         self._due: Update | None = None
         self._check(optimizer)
         blocks = None if units is not None else find_blocks(model)
-        self.layers, _ = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
+        only, skip = (recipe.only, recipe.skip) if units is None else map(layer_globs, (recipe.only, recipe.skip))
+        self.layers, _ = find_layers(model, only, skip, None if blocks is None else blocks.paths())
         first = self._asked(0)
         hold = get("hold", recipe.hold)
         knobs = recipe.knobs_of("criterion") if recipe.criterion is not None else {}

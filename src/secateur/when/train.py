@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, RecipeError
+from ..errors import RecipeError
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
@@ -25,16 +25,16 @@ from ..measure import Peak, count_parameters
 from ..prune import prune
 from ..recipe import Recipe
 from ..record import run_record
+from ..recover.distill import lessons
 from ..registry import get, parts
 from ..schedule import sparsity_at
-from ..solve import LayerRecord
 from ..tasks import Fitted, Live, Task, find, fit
 from ..tasks.base import placed
 from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN, Leg
 from .early import EarlyBird
 from .healing import NO_WAY_BACK, Healing, fitting, fresh_model
-from .result import Trained, refuse
+from .result import Trained, check_zeros, digest_of, layer_record, refuse
 from .session import attach
 
 #: Called with what is being done, the steps done and their number.
@@ -136,16 +136,22 @@ def _recipe(
     named = parts("method").get(recipe.method)
     own = named.facts["when"] if named is not None else "after"
     early = "distances" in get("driver", recipe.driver).needs
-    if recipe.driver != "once" and not early:
+    asked = early or _gated(recipe)
+    if recipe.driver != "once" and not (early or (own == "after" and asked)):
         own = "during"
     moment = when or own
-    if moment == "after" and recipe.driver != "once" and not early:
+    if moment == "after" and recipe.driver != "once" and not asked:
         raise RecipeError(f"driver '{recipe.driver}' works while the model trains, not after: choose driver once")
     return recipe, moment
 
 
 def _trains(recipe: Recipe) -> bool:
     return get("recovery", recipe.recovery).facts.get("data") == "task"
+
+
+def _gated(recipe: Recipe) -> bool:
+    """Whether gates say which units of the whole model go."""
+    return recipe.gate != "none" and bool(parse(recipe.granularity).coupled)
 
 
 class _Course:
@@ -172,12 +178,12 @@ class _Course:
         self.tags = {
             "task": {**task.describe(), "options": {k: str(v) for k, v in task.options.items()}},
             "recipe": recipe.digest, "epochs": epochs, "when": moment,
-            "given": [_digest(x) for x in (masks, None if model is None else model.state_dict())],
+            "given": [digest_of(x) for x in (masks, None if model is None else model.state_dict())],
         }  # fmt: skip
 
     def go(self) -> nn.Module:
         made = self._after() if self.moment == "after" else self._along()
-        _check_zeros(made, self.masks)
+        check_zeros(made, self.masks)
         return made
 
     # -- legs --------------------------------------------------------------------------------------
@@ -223,6 +229,8 @@ class _Course:
     def _along(self) -> nn.Module:
         model, recipe = self._fresh(), self.recipe.override(recovery="none") if _trains(self.recipe) else self.recipe
         session: Callable[[Any, int], Live] | None = None
+        if _gated(self.recipe):
+            return self._healed(self._learned("train", model))
         if self.ticket is not None:
             held, lost = fitting(self.ticket, model)
             self.notes += (
@@ -240,9 +248,28 @@ class _Course:
         made = self._fit("train", model, attach=session)
         if made.masks is not None:
             self.masks = dict(made.masks)
+        return self._healed(model)
+
+    def _healed(self, model: nn.Module) -> nn.Module:
         if _trains(self.recipe):
             self._heal(model, "recovery", 1)
         return model
+
+    def _learned(self, name: str, model: nn.Module) -> nn.Module:
+        """Train gates on units, with the dense model as their teacher where it teaches, and cut what they close."""
+        recipe, teaches = self.recipe, get("recovery", self.recipe.recovery).facts.get("teacher")
+        example = placed(self.task.example_input(), self.device)
+        alone = recipe.override(recovery="none")
+        session = lambda optimizer, steps: attach(  # noqa: E731
+            model, alone, optimizer=optimizer, steps=steps, example=example
+        )
+        loss = lessons(self._healing(model, name, 1), **recipe.knobs_of("recovery")) if teaches else None
+        self._fit(name, model, attach=session, loss=loss)
+        closed = Recipe(
+            method=recipe.method, granularity="filter", allocation="global", sparsity=recipe.sparsity, only=recipe.only,
+            skip=recipe.skip, knobs={"criterion": {"p": 2.0}},
+        )  # fmt: skip
+        return self._cut(prune(copy.deepcopy(model), closed, example=example))
 
     def _smaller(self, model: nn.Module) -> nn.Module:
         """Take coupled units away; what training heals is not healed by anything else first."""
@@ -251,7 +278,9 @@ class _Course:
         if recipe.recovery != "none":
             evidence = {"data": self._batches(), "loss": self.task.loss}
         example = placed(self.task.example_input(), self.device)
-        plan = prune(copy.deepcopy(model), recipe, example=example, **evidence)
+        return self._cut(prune(copy.deepcopy(model), recipe, example=example, **evidence))
+
+    def _cut(self, plan: Any) -> nn.Module:
         self.notes += plan.notes
         small: nn.Module = plan.shrink()
         return small
@@ -267,10 +296,7 @@ class _Course:
         if part.facts.get("teacher"):
             self._dense = copy.deepcopy(model)
         if parse(self.recipe.granularity).coupled:
-            model = self._smaller(model)
-            if _trains(self.recipe):
-                self._heal(model, "recovery", 1)
-            return model
+            return self._healed(self._learned("gates", model) if _gated(self.recipe) else self._smaller(model))
         recipe = self.recipe.override(driver="once")
         if not _trains(recipe):
             self.masks = dict(prune(model, recipe, **self._evidence()).masks)
@@ -299,18 +325,20 @@ class _Course:
             self.notes.append(f"the ticket was drawn after step {made.at} of the dense run")
         return model
 
-    def _heal(self, model: nn.Module, name: str, number: int) -> None:
-        part = get("recovery", self.recipe.recovery)
+    def _healing(self, model: nn.Module, name: str, number: int) -> Healing:
         legs = iter(range(1, 100))
 
         def leg(epochs: float, **fields: Any) -> Leg:
             count = next(legs)
             return self._leg(name if count == 1 else f"{name}-{count}", epochs, number, **fields)
 
-        healing = Healing(
+        return Healing(
             self.task, model, self.masks, self.epochs, self.recipe.seed, leg, self._teacher,
             None if self.early is None else lambda to: self.early or {}, self._doing(name),
         )  # fmt: skip
+
+    def _heal(self, model: nn.Module, name: str, number: int) -> None:
+        part, healing = get("recovery", self.recipe.recovery), self._healing(model, name, number)
         part.function(healing, **self.recipe.knobs_of("recovery"))
         self.curves += [{"leg": name, **row} for row in healing.rows]
         self.rounds.append({
@@ -336,7 +364,7 @@ class _Course:
     def record(self, model: nn.Module, memory: int, command: str) -> dict[str, Any]:
         """The content of ``run.json``."""
         layers, skipped = find_layers(model, only=("*",))
-        records = [_record(x.name, x.shape, self.masks[x.name]) for x in layers if x.name in self.masks]
+        records = [layer_record(x.name, x.shape, self.masks[x.name]) for x in layers if x.name in self.masks]
         run = run_record(
             recipe=self.recipe,
             model={"source": f"task {self.task.name}", "class": type(model).__name__,
@@ -350,28 +378,6 @@ class _Course:
             **run, "task": self.task.describe(), "epochs": self.epochs, "when": self.moment, "curves": self.curves,
             "rounds": self.rounds, **({"distances": distances} if distances else {}),
         }  # fmt: skip
-
-
-def _record(name: str, shape: tuple[int, int], mask: Tensor) -> LayerRecord:
-    kept = int(mask.count_nonzero())
-    return LayerRecord(name, None, shape, mask.numel(), kept, 1 - kept / mask.numel(), None, 0.0)
-
-
-def _check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """What was removed is zero at the end, whatever trained it."""
-    layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
-    for name, mask in masks.items():
-        if bool((layers[name].weight() != 0)[~mask.to(layers[name].stored.device)].any()):
-            raise ModelError(f"{name} has weights where its mask has none: this is a defect of the recovery")
-
-
-def _digest(state: Mapping[str, Tensor] | None) -> str:
-    """What tells given masks, or a given model, from others."""
-    total = hashlib.sha256()
-    for name in sorted(state or {}):
-        tensor = (state or {})[name].detach().cpu().contiguous()
-        total.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16] if state else ""
 
 
 def supermask(task: Any, masks: Mapping[str, Tensor], *, seed: int = 0, signed: bool = False) -> float:
