@@ -75,7 +75,7 @@ class Families:
             raise ModelError("nothing can be removed: " + "; ".join(plan.notes or ["no family is free"]))
         self.found = self.case.found
         keep_divisible(self.found, model)
-        scores = self.case.scores(model, evidence, where)
+        scores, _ = self.case.scores(model, evidence, where)
         active = [i for i, family in enumerate(plan.families) if not family.reason]
         self.families = [self.found.families[i] for i in active]
         self.scores = [scores[i] for i in active]

@@ -18,7 +18,7 @@ from ..surgery.shrink import Mend, kept_by_name
 from .allocate import ALLOCATIONS, explicit, gone, meet
 from .choose import chosen, keep_divisible
 from .plan import FamilyPlan, StructuredPlan, inputs
-from .score import Probes, Scores, combined, unit_scores, weight_scores
+from .score import Combined, Probes, Scores, combined, unit_scores, weight_scores
 from .targets import Target
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def plan_structured(
     case = Case(model, recipe, example)
     found = case.found
     source = model if origin is None else origin
-    scores = case.scores(source, evidence, where)
+    scores, combine = case.scores(source, evidence, where)
     active, left = chosen(found, recipe, source, case.remade, origin is None)
     if origin is None:
         keep_divisible(found, model)
@@ -140,13 +140,14 @@ class Case:
             "bytes": lambda gone: self.found.parameters(gone, bytes_of),
         }
 
-    def scores(self, source: nn.Module, evidence: Evidence | None, where: str) -> list[Scores]:
-        """A score for every unit of every family; layers are looked for in ``source``."""
+    def scores(self, source: nn.Module, evidence: Evidence | None, where: str) -> tuple[list[Scores], Combined | None]:
+        """A score for every unit of every family, and what made them of whole units; layers are looked for in
+        ``source``."""
         recipe, found = self.recipe, self.found
         probes = Probes(found, source, where, recipe.seed)
         each = weight_scores(source, recipe, evidence(probes) if callable(evidence) else evidence or {})
         combine = combined(recipe, each, probes)
-        return unit_scores(found, each, where, recipe.allocation == "standardized", combine)
+        return unit_scores(found, each, where, recipe.allocation == "standardized", combine), combine
 
     def _trace(self, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         twin.eval()
