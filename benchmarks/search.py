@@ -66,7 +66,7 @@ def main() -> None:
     common = {"data": [images[: args.calibration]], "example": images[:1]}
     result: dict[str, Any] = {
         "environment": environment(args.threads),
-        "settings": {k: str(v) for k, v in vars(args).items()},
+        "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
         "test": {},
         "held out": {},
         "seconds": {},

@@ -48,7 +48,7 @@ def evolution(
     half around the given allocations. ``population`` is a fifth of the budget and ``parents`` a fifth of that, unless
     given; no mutant has less than one changed gene in the mean.
 
-    Choose it as the default: it asks for nothing but an evaluation, and is hard to beat.
+    Choose it as the default: it asks for nothing but an evaluation.
 
     Beware: what it finds fits the data of ``evaluate``: report on other data.
 
