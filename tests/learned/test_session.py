@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -436,9 +435,8 @@ def test_recipes_with_gates_and_penalties_are_data() -> None:
 
 
 def _trained(rank: int, world: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for method in ("l0", "str"):
         model = net()
         optimizer = sgd(model)
@@ -461,11 +459,6 @@ def _trained(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
 def test_two_processes_are_one_on_the_union_of_the_data(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.multiprocessing.spawn(_trained, (2, str(tmp_path)), nprocs=2)
     for method in ("l0", "str"):
         model = net()

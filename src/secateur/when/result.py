@@ -85,6 +85,18 @@ class Trained:
         return "\n".join(lines)
 
 
+def paced(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with at least forty changes of the masks in a run of so many steps, where it does not say how often.
+
+    >>> [paced(Recipe.of("gmp"), steps).knobs_of("driver")["every"] for steps in (200, 9000)]
+    [5, 100]
+    """
+    every = recipe.knobs_of("driver").get("every")
+    if every is None or "every" in recipe.knobs.get("driver", {}):
+        return recipe
+    return recipe.override(knobs={"driver": {"every": min(every, max(1, steps // 40))}})
+
+
 def refuse(out: Path) -> None:
     """Say so when a directory holds something.
 

@@ -34,7 +34,7 @@ from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN, Leg
 from .early import EarlyBird
 from .healing import NO_WAY_BACK, Healing, fitting, fresh_model
-from .result import Trained, check_zeros, digest_of, layer_record, refuse
+from .result import Trained, check_zeros, digest_of, layer_record, paced, refuse
 from .session import attach
 
 #: Called with what is being done, the steps done and their number.
@@ -243,7 +243,7 @@ class _Course:
         elif recipe.method != "dense":
             data = self._batches()
             session = lambda optimizer, steps: attach(  # noqa: E731
-                model, recipe, optimizer=optimizer, steps=steps, data=data, loss=self.task.loss
+                model, paced(recipe, steps), optimizer=optimizer, steps=steps, data=data, loss=self.task.loss
             )
         made = self._fit("train", model, attach=session)
         if made.masks is not None:
