@@ -86,7 +86,7 @@ class Trained:
 
 
 def paced(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with at least forty changes of the masks in a run of so many steps, where it does not say how often.
+    """The recipe whose masks may change in every fortieth of a run of so many steps, where it does not say how often.
 
     >>> [paced(Recipe.of("gmp"), steps).knobs_of("driver")["every"] for steps in (200, 9000)]
     [5, 100]
