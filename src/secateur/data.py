@@ -138,11 +138,13 @@ def windows(
     *,
     count: int | None = None,
     length: int = 512,
+    seed: int | None = None,
 ) -> Windows:
     """Cut data into windows of ``length`` tokens.
 
     Text is tokenized by the model's own tokenizer without special tokens, documents one after another;
-    ``count`` windows are spread evenly over it (None: all of them, one after another).
+    ``count`` windows are spread evenly over it (None: all of them, one after another). With a ``seed`` they are drawn
+    at random instead, none of them twice.
 
     Raises:
         DataError: the text is shorter than one window, or there are fewer windows than asked for.
@@ -154,11 +156,13 @@ def windows(
             raise DataError(f"data '{source}' is text, and the model has no tokenizer: give token tensors")
         text = read_text(source)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
-        return _cut(ids, source, str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__), count, length)
+        return _cut(ids, source, str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__), count, length, seed)
     return _given(source, count)
 
 
-def _cut(ids: Tensor, source: str, tokenizer: str, count: int | None, length: int) -> Windows:
+def _cut(
+    ids: Tensor, source: str, tokenizer: str, count: int | None, length: int, seed: int | None = None
+) -> Windows:  # fmt: skip
     if length < 1 or (count is not None and count < 1):
         raise DataError(f"{count} windows of {length} tokens were asked for: ask for at least one of one token")
     fit = ids.numel() // length
@@ -171,6 +175,8 @@ def _cut(ids: Tensor, source: str, tokenizer: str, count: int | None, length: in
         )
     wanted = fit if count is None else count
     starts = [round(k * (fit - wanted) / max(wanted - 1, 1)) + k for k in range(wanted)]
+    if seed is not None:
+        starts = torch.randperm(fit, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
     cut = torch.stack([ids[s * length : (s + 1) * length] for s in starts])
     return Windows(cut, source, digest(cut), tokenizer, ids.numel())
 

@@ -35,5 +35,9 @@ class NumericalError(SecateurError):
     """NaN, infinity or a matrix that cannot be factorized, with the layer's name."""
 
 
+class StudyError(SecateurError):
+    """A comparison that is not understood, or cannot be made."""
+
+
 class OutputError(SecateurError):
     """An output that would overwrite something, or cannot be written."""

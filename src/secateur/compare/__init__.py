@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .engine import Comparison, Tick, compare, load
 from .rows import Row, read_rows, write_rows
+from .study import Budget, Contender, Study, Subject
 
-__all__ = ["Row", "read_rows", "write_rows"]
+__all__ = ["Budget", "Comparison", "Contender", "Row", "Study", "Subject", "Tick", "compare", "load", "read_rows", "write_rows"]  # fmt: skip  # noqa: E501

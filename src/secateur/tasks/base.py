@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,21 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     return right / total
 
 
+def by_class(names: Sequence[str] = ()) -> Callable[[nn.Module, Iterable[Any]], dict[str, float]]:
+    """A measure of what is lost where: the accuracy of each class, by its name or its number."""
+
+    def measure(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        right: dict[int, int] = {}
+        total: dict[int, int] = {}
+        for inputs, labels in batches:
+            for label, hit in zip(labels.flatten().tolist(), (model(inputs).argmax(-1) == labels).flatten().tolist(), strict=True):  # fmt: skip  # noqa: E501
+                total[label] = total.get(label, 0) + 1
+                right[label] = right.get(label, 0) + int(hit)
+        return {names[k] if k < len(names) else f"class {k}": right[k] / total[k] for k in sorted(total)}
+
+    return measure
+
+
 def sgd(model: nn.Module) -> Optimizer:
     """Momentum and weight decay as networks for images are trained."""
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -71,6 +86,8 @@ class Task:
         optimizer: ``optimizer(model)``, with the highest learning rate that the run has.
         schedule: share of the run -> factor of the learning rate.
         epochs: how long a run is, unless it is asked for another length.
+        groups: ``groups(model, batches)``, the metric of parts of the data by their names, such as of each class; None
+            for what the metric itself suggests.
         metric_name, higher_is_better: what the metric is called, and which way is better.
         name, options: what the task is called, and the sizes that it was made with.
         example: inputs of one forward pass; None for the first input of the validation data.
@@ -83,6 +100,7 @@ class Task:
     optimizer: Callable[[nn.Module], Optimizer] = sgd
     schedule: Callable[[float], float] = triangle
     epochs: int = 5
+    groups: Callable[[nn.Module, Iterable[Any]], Mapping[str, float]] | None = None
     metric_name: str = "accuracy"
     higher_is_better: bool = True
     name: str = "task"

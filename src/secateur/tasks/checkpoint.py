@@ -47,7 +47,7 @@ class Checkpoint:
         """
         tensors: dict[str, Tensor] = {}
         plain = _flat(state, "", tensors)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")  # two runs may keep one dense model
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"state": json.dumps(plain)})
         os.replace(temporary, self.path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..registry import register
 from .arrays import batched
-from .base import Split, Task, adamw
+from .base import Split, Task, adamw, by_class
 from .nets import VisionTransformer, resnet, vgg
 
 #: Where Fashion-MNIST lies; read when data is asked for.
@@ -66,6 +66,12 @@ def _fashion(images: int, batch: int) -> Callable[[Split, int, int], Any]:
     return batches
 
 
+#: The ten kinds of clothes, by label.
+CLOTHES = (
+    "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+
+
 def _image() -> Tensor:
     return torch.zeros(1, 1, 28, 28)
 
@@ -80,7 +86,7 @@ def fashion_resnet(*, images: int = 60000, width: int = 16, depth: int = 3, epoc
 
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; He et al., arXiv 1512.03385, section 4.2, for the network.
     """
-    return Task(lambda seed: resnet(width, depth), _fashion(images, batch), epochs=epochs, example=_image)
+    return Task(lambda seed: resnet(width, depth), _fashion(images, batch), epochs=epochs, example=_image, groups=by_class(CLOTHES))
 
 
 @register("task", name="fashion-vgg")
@@ -92,7 +98,7 @@ def fashion_vgg(*, images: int = 60000, width: int = 16, epochs: int = 5, batch:
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; Simonyan and Zisserman, arXiv 1409.1556, configuration D, a
     quarter as wide, with batch norm and one linear layer.
     """
-    return Task(lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image)
+    return Task(lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image, groups=by_class(CLOTHES))
 
 
 @register("task", name="fashion-vit")
@@ -105,7 +111,7 @@ def fashion_vit(*, images: int = 60000, width: int = 64, depth: int = 4, epochs:
     """
     return Task(
         lambda seed: VisionTransformer(width, depth), _fashion(images, batch), optimizer=adamw, epochs=epochs,
-        example=_image,
+        example=_image, groups=by_class(CLOTHES),
     )  # fmt: skip
 
 

@@ -1,0 +1,270 @@
+"""The engine: which runs are missing, who makes them, and what becomes of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, StudyError
+from ..record import dumps
+from .execute import Outcome
+from .local import Executor, Local
+from .plan import Left, Run, chosen_knobs, left_out, runs_of
+from .rows import Row, read_rows, write_rows
+from .store import Store
+from .study import Study
+
+#: Seconds between two signs of life.
+BEAT = 5.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """How far a study is: runs that are over, failed ones among them, of all; seconds left, None while unknown."""
+
+    done: int
+    failed: int
+    total: int
+    left: float | None
+    doing: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A study with what its runs found.
+
+    Attributes:
+        rows: of the runs that are over, failed ones among them.
+        missing: how many runs have not been made.
+        left_out: what the study does not try, and why.
+    """
+
+    study: Study
+    rows: list[Row]
+    missing: int
+    left_out: list[Left]
+
+    def __str__(self) -> str:
+        from .tables import table
+
+        return table(self.study, self.rows, self.missing)
+
+
+def compare(
+    study: Study | Mapping[str, Any] | str | Path,
+    out: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    ray: str | None = None,
+    retry: bool = False,
+    progress: Callable[[Tick], None] | None = None,
+) -> Comparison:
+    """Make the runs of a study that are missing, and read those that are there.
+
+    Args:
+        study: a `Study`, its plain data, or the file that says it.
+        out: a directory; of a file, its own name without the ending by default. It may be shared by several processes,
+            and by studies that have runs in common.
+        workers: processes that work at once; one for two processors by default.
+        threads: of each of them; the processors are shared out evenly by default.
+        ray: the address of a Ray cluster that works in place of processes here (``auto``, ``local``).
+        retry: try failed runs again.
+        progress: called whenever a run has ended.
+
+    Raises:
+        StudyError, OutputError: before any run is made.
+    """
+    asked = _study(study)
+    target = Path(out) if out is not None else _beside(study)
+    target.mkdir(parents=True, exist_ok=True)
+    _keep_protocol(asked, target)
+    store = Store(target / "runs.sqlite")
+    runner: Executor | None = None
+    try:
+        runs = _planned(asked, store)
+        store.add(runs)
+        if retry:
+            store.retry(r.digest for r in runs)
+        if any(status in ("pending", "running") for status in _states(store, runs)):
+            runner = _executor(target, workers, threads, ray)
+            _work(asked, store, runner, target, progress or (lambda _: None))
+    finally:
+        if runner is not None:
+            runner.close()
+        store.release()
+        found = _collect(asked, store)
+        store.close()
+    write_rows(target / "rows.jsonl", found.rows)
+    if not found.missing:
+        shutil.rmtree(target / "work", ignore_errors=True)
+    return found
+
+
+def load(path: str | Path) -> Comparison:
+    """The study of a directory that `compare` wrote; its runs from the store, or from ``rows.jsonl`` where that is all.
+
+    Raises:
+        StudyError: it is no study.
+    """
+    folder = Path(path)
+    file = folder / "study.yaml"
+    if not file.is_file():
+        raise StudyError(f"{folder} is not the directory of a study: it has no study.yaml")
+    study = Study.load(file)
+    if (folder / "runs.sqlite").is_file():
+        store = Store(folder / "runs.sqlite")
+        try:
+            return _collect(study, store)
+        finally:
+            store.close()
+    if not (folder / "rows.jsonl").is_file():
+        raise StudyError(f"{folder} has no runs: secateur compare {file} makes them")
+    rows = read_rows(folder / "rows.jsonl")
+    return Comparison(study, rows, 0, left_out(study))
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+def _work(
+    study: Study, store: Store, runner: Executor, target: Path, progress: Callable[[Tick], None]
+) -> None:  # fmt: skip
+    runs = _planned(study, store)
+    flying: dict[str, Run] = {}
+    times: list[float] = []
+    beaten = time.monotonic()
+    while True:
+        while len(flying) < runner.slots:
+            run = store.claim(runs, _free)
+            if run is None:
+                break
+            flying[run.digest] = run
+            runner.start(run.digest, run.spec)
+            progress(_tick(store, runs, times, runner.slots, f"{run.label} {run.target}".strip()))
+        if not flying:
+            more = _planned(study, store)
+            if len(more) > len(runs):  # tuning has chosen: the final runs are known now
+                store.add(more)
+                runs = more
+                continue
+            if not any(s in ("pending", "running") for s in _states(store, runs)):
+                return
+            time.sleep(0.5)  # another process has the rest, or what the rest waits for
+        for outcome in runner.wait(0.5) if flying else ():
+            run = flying.pop(outcome.digest)
+            _enter(store, target, outcome)
+            times.append(outcome.seconds)
+            progress(_tick(store, runs, times, runner.slots, f"{run.label} {run.target}".strip()))
+        if time.monotonic() - beaten > BEAT:
+            store.beat()
+            beaten = time.monotonic()
+
+
+def _free(run: Run, status: Mapping[str, str]) -> bool:
+    """Whether what a run begins with is there."""
+    return run.after is None or status.get(run.after) in ("done", "failed")
+
+
+def _enter(store: Store, target: Path, outcome: Outcome) -> None:
+    if outcome.record:
+        folder = target / "artifacts"
+        folder.mkdir(exist_ok=True)
+        part = folder / f".{outcome.digest}.{os.getpid()}.tmp"
+        part.write_text(dumps(outcome.record), encoding="utf-8")
+        part.replace(folder / f"{outcome.digest}.json")
+    store.finish(outcome.digest, outcome.status, outcome.reason, outcome.result, outcome.seconds)
+
+
+def _tick(store: Store, runs: list[Run], times: list[float], slots: int, doing: str) -> Tick:
+    counts = store.counts(runs)
+    waiting = counts["pending"] + counts["running"]
+    left = statistics.mean(times) * waiting / slots if times else None
+    return Tick(counts["done"] + counts["failed"], counts["failed"], sum(counts.values()), left, doing)
+
+
+def _planned(study: Study, store: Store) -> list[Run]:
+    """All runs that are known now."""
+    first = runs_of(study)
+    if not any(c.tune for c in study.contenders):
+        return first
+    return runs_of(study, chosen_knobs(study, _rows(first, store)))
+
+
+def _rows(runs: Iterable[Run], store: Store) -> list[Row]:
+    over = store.outcomes()
+    found = []
+    for run in runs:
+        if run.digest in over:
+            status, reason, result, _ = over[run.digest]
+            found.append(run.row(status, reason, result))
+    return found
+
+
+def _states(store: Store, runs: Iterable[Run]) -> list[str]:
+    return [s for s, count in store.counts(runs).items() for _ in range(count)]
+
+
+def _collect(study: Study, store: Store) -> Comparison:
+    runs = _planned(study, store)
+    rows = _rows(runs, store)
+    missing = len({r.digest for r in runs}) - len({r.digest for r in rows})
+    return Comparison(study, rows, missing, left_out(study))
+
+
+# -- where -----------------------------------------------------------------------------------------
+
+
+def _study(given: Study | Mapping[str, Any] | str | Path) -> Study:
+    from ..methods import load as load_methods
+
+    load_methods()
+    if isinstance(given, Study):
+        return given
+    if isinstance(given, Mapping):
+        return Study.of(given)
+    path = Path(given)
+    if not path.is_file():
+        raise StudyError(f"there is no study file {path}")
+    return Study.load(path)
+
+
+def _beside(study: Any) -> Path:
+    if isinstance(study, (str, Path)):
+        return Path(study).with_suffix("")
+    raise StudyError("say where the runs are kept: out=")
+
+
+def _keep_protocol(study: Study, target: Path) -> None:
+    """Write what was asked beside the runs; a directory that holds something else is refused."""
+    file = target / "study.yaml"
+    if not file.exists() and any(target.iterdir()):
+        raise OutputError(f"{target} exists, and is not the directory of a study: choose another --out")
+    part = target / f".study.{os.getpid()}.tmp"
+    part.write_text(study.dump(), encoding="utf-8")
+    part.replace(file)
+
+
+def _executor(target: Path, workers: int | None, threads: int | None, ray: str | None) -> Executor:
+    cores = os.cpu_count() or 1
+    count = workers or max(1, cores // 2)
+    if count < 1 or (threads is not None and threads < 1):
+        raise StudyError("workers and threads are at least 1")
+    each = threads or max(1, cores // count)
+    if ray is not None:
+        from .on_ray import Cluster
+
+        return Cluster(ray, target / "work", workers, each)
+    return Local(target / "work", count, each)
+
+
+def summary(row: Row) -> dict[str, Any]:
+    """A row without what only plots need."""
+    light = {k: v for k, v in row.result.items() if k not in ("layers", "sketch", "groups")}
+    return asdict(replace(row, result=light))

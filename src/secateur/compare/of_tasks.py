@@ -1,0 +1,196 @@
+"""One run on a task: trained, pruned as the recipe says, and measured on the test data once, at the end."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import StudyError
+from ..layers import find_layers
+from ..recipe import Recipe
+from ..registry import get
+from ..tasks import Task, find
+from ..tasks.base import accuracy, by_class
+from ..when import train
+from ..when.train import recipe_and_moment
+from .measured import sizes, speed, surroundings
+
+
+def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The result of a run, as `Row` has it, and its record (curves, notes, layers)."""
+    options = dict(spec["options"])
+    task = find(spec["source"], **options)
+    budget, tuning = spec["budget"], spec["role"] == "tune"
+    recipe = None if spec["recipe"] is None else Recipe.from_dict(spec["recipe"])
+    chosen, moment = recipe_and_moment(recipe, {} if recipe is not None else {"seed": spec["seed"]}, None, spec["when"])
+    epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
+    if budget["total_epochs"] is not None:
+        epochs = float(budget["total_epochs"]) / training_runs(chosen, moment)
+    given: dict[str, Any] = {
+        "epochs": epochs, "options": options, "dense": work / "dense", "calibration": budget["samples"],
+        "score": "valid" if tuning else "test",
+    }  # fmt: skip
+    out = work / name
+    for old in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(old, ignore_errors=True)  # it ended just before an earlier attempt was stopped
+    begun = time.perf_counter()
+    found: Any = None
+    if spec["masks"] is not None:
+        found = _elsewhere(spec, recipe, epochs, work)
+    if recipe is None:
+        made = train(spec["source"], None, out=out, seed=spec["seed"], **given)
+    elif found is not None:
+        made = train(spec["source"], None, out=out, seed=spec["seed"], masks=found, **given)
+    else:
+        made = train(
+            spec["source"], recipe, out=out, when=spec["when"], **given,
+            **({"target": spec["target"]} if spec["target"] else {}),
+        )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    shutil.rmtree(out, ignore_errors=True)
+    run = made.run
+    masks: dict[str, Tensor] = dict(made.masks)
+    example = task.example_input()
+    passed = _epochs(run["curves"])
+    count = _examples(spec["source"], tuple(sorted(options.items())), "train")
+    seen = round(sum(passed.values()) * count)
+    if recipe is not None and recipe.needs_data:
+        seen += budget["samples"] * max(1, recipe.steps) * _batch(task)
+    result = {
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "test": None if tuning else made.metric, "test_count": None if tuning else _count(task, "test"),
+        "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
+        **sizes(made.model, masks, _layers(made.model, masks), example),
+        "latency": _speed(spec, work, given, made.model, bool(masks), example) if spec["latency"] and recipe else None,
+        "cost": {
+            "seconds": seconds, "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "epochs": round(sum(passed.values()), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4) if moment == "after" else 0.0,
+        },
+        "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget)},
+        "data": {s: _hash(spec["source"], tuple(sorted(options.items())), s) for s in ("train", "valid", "test")},
+        "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
+    }  # fmt: skip
+    return result, run
+
+
+def training_runs(recipe: Recipe, moment: str) -> float:
+    """How many trainings of full length a method asks for: the dense one, and what its recovery takes in each round.
+
+    >>> training_runs(Recipe.of("rigl"), "during"), training_runs(Recipe.of("magnitude-finetune"), "after")
+    (1.0, 1.5)
+
+    Raises:
+        StudyError: its recovery trains until the FLOPs of dense training are spent, which is not known before.
+    """
+    part, knobs = get("recovery", recipe.recovery), recipe.knobs_of("recovery")
+    share = 0.0
+    if part.facts.get("data") == "task":
+        if knobs.get("budget", "epochs") != "epochs":
+            raise StudyError(
+                "with total_epochs, recovery 'scratch' takes budget epochs: flops are not known beforehand"
+            )
+        share = float(knobs["length"]) if "length" in knobs else 1.0 - float(knobs.get("to", 0.0))
+    rounds = recipe.steps if moment == "after" else 1
+    teacher = 1.0 if moment != "after" and part.facts.get("teacher") else 0.0  # it is trained for its own sake
+    return 1.0 + rounds * share + teacher
+
+
+def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Mapping[str, Tensor]:
+    """The masks that the method finds on another task."""
+    if recipe is None:
+        raise StudyError("masks from another task belong to a method")
+    options = {k: v for k, v in spec["masks"].items() if k != "task"}
+    made = train(
+        spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=options, dense=work / "dense",
+        calibration=spec["budget"]["samples"], score="valid",
+    )  # fmt: skip
+    return dict(made.masks)
+
+
+def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    rows = []
+    for layer in find_layers(model, only=("*",))[0]:
+        if masks and layer.name not in masks:
+            continue
+        kept = layer.numel if not masks else int(masks[layer.name].count_nonzero())
+        rows.append({"name": layer.name, "parameters": layer.numel, "kept": kept})
+    return rows
+
+
+def _speed(
+    spec: Mapping[str, Any], work: Path, given: dict[str, Any], made: nn.Module, masked: bool, example: Any
+) -> dict[str, Any] | None:
+    dense = train(
+        spec["source"], None, seed=spec["seed"], **{**given, "score": "valid"}
+    )  # kept: it is read, not trained
+    return speed(dense.model, copy.deepcopy(made), masked, example)
+
+
+def _epochs(curves: list[dict[str, Any]]) -> dict[str, float]:
+    """Leg -> epochs that it trained."""
+    legs: dict[str, list[float]] = {}
+    for row in curves:
+        legs.setdefault(row["leg"], []).append(row["epoch"])
+    found = {}
+    for leg, at in legs.items():
+        step = at[1] - at[0] if len(at) > 1 else min(1.0, at[0])
+        found[leg] = at[-1] - at[0] + step
+    return found
+
+
+def _given(budget: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in budget.items() if v is not None and k != "epochs"}
+
+
+def _groups(task: Task, model: nn.Module) -> dict[str, float] | None:
+    """The metric by class of the test data, where the task says how, or classes are what it is about."""
+    measure = task.groups or (by_class() if task.metric is accuracy else None)
+    if measure is None:
+        return None
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        found = dict(measure(model, task.batches("test", 0, 0)))
+    model.train(was)
+    return {str(k): float(v) for k, v in found.items()}
+
+
+def _batch(task: Task) -> int:
+    first = next(iter(task.batches("train", 0, 0)))
+    return len(next(x for x in tree_leaves(first) if isinstance(x, Tensor)))
+
+
+def _count(task: Task, split: Any) -> int:
+    """Labels of a split; of text each position is one."""
+    total = 0
+    for batch in task.batches(split, 0, 0):
+        total += [x for x in tree_leaves(batch) if isinstance(x, Tensor)][-1].numel()
+    return total
+
+
+@cache
+def _examples(source: str, options: tuple[tuple[str, Any], ...], split: Any) -> int:
+    task = find(source, **dict(options))
+    return sum(len(next(x for x in tree_leaves(b) if isinstance(x, Tensor))) for b in task.batches(split, 0, 0))
+
+
+@cache
+def _hash(source: str, options: tuple[tuple[str, Any], ...], split: Any) -> str:
+    """Of the data of a split, in the order of its first epoch."""
+    total = hashlib.sha256()
+    for batch in find(source, **dict(options)).batches(split, 0, 0):
+        for x in tree_leaves(batch):
+            if isinstance(x, Tensor):
+                total.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""Runs on a Ray cluster: the same study, the same store, other machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import StudyError
+from .execute import Outcome
+
+
+def _remote(job: str, work: str, threads: int) -> str:
+    """What runs on the cluster: text in, text out."""
+    import torch
+
+    from secateur.compare.execute import execute
+    from secateur.methods import load
+
+    torch.set_num_threads(threads)
+    load()
+    asked = json.loads(job)
+    return json.dumps(asdict(execute(asked["digest"], asked["spec"], Path(work))))
+
+
+class Cluster:
+    """So many runs at once as the cluster has room for, each on its own processors.
+
+    secateur, the model's files and the data must be at hand on every machine; dense models and checkpoints of runs
+    under way lie in the study's directory where that is shared, and on each machine otherwise.
+
+    Args:
+        address: ``auto`` (the cluster of this machine), an address of Ray, or ``local`` for one that is started here.
+        workers: runs at once; as many as there are processors for when None.
+    """
+
+    def __init__(self, address: str, work: Path, workers: int | None, threads: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise StudyError("--ray needs the package 'ray': pip install 'secateur[ray]'") from None
+        self._ray = ray
+        own: dict[str, Any] = {"address": address}
+        if address == "local":
+            own = {"num_cpus": (workers or 1) * threads, "include_dashboard": False}
+        try:
+            ray.init(log_to_driver=False, ignore_reinit_error=True, **own)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise StudyError(f"no Ray cluster at '{address}': {str(error).splitlines()[0]}") from None
+        room = int(ray.cluster_resources().get("CPU", 1) // threads)
+        self.slots = max(1, min(room, workers or room))
+        self._work, self._threads = str(work.absolute()), threads
+        self._call = ray.remote(num_cpus=threads, max_retries=0)(_remote)
+        self._flying: dict[Any, tuple[str, Any]] = {}
+
+    def start(self, digest: str, spec: Mapping[str, Any]) -> None:
+        job = json.dumps({"digest": digest, "spec": dict(spec)})
+        self._flying[self._call.remote(job, self._work, self._threads)] = (digest, spec)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
+        found = []
+        for reference in ready:
+            digest, _ = self._flying.pop(reference)
+            try:
+                found.append(Outcome(**json.loads(self._ray.get(reference))))
+            except self._ray.exceptions.RayError as error:
+                found.append(Outcome(digest, "failed", f"the cluster lost it: {str(error).strip().splitlines()[0]}"))
+        return found
+
+    def close(self) -> None:
+        for reference in self._flying:
+            self._ray.cancel(reference, force=True)
+        self._ray.shutdown()

@@ -1,0 +1,210 @@
+"""From a study to its runs: each one small dictionary of plain data, named by a digest of what decides its outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import read_text
+from ..frozen import plain, thawed
+from ..recipe import Recipe
+from .rows import Row
+from .study import NOT_ASKED, Contender, Study, Subject, axes_of, structured
+
+#: Counts up when the same description would give other figures than before.
+PROTOCOL = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study, not yet made.
+
+    Attributes:
+        digest: of what decides the outcome: runs of two studies with one digest are the same run.
+        spec: what a worker needs to know.
+        subject, label, target, seed, role: as in `Row`. Two entries of a study may share a run: a method that takes
+            neither data nor chance does the same with each seed.
+        after: the digest of the run that has to end before this one begins; None for none.
+    """
+
+    digest: str
+    spec: Mapping[str, Any]
+    subject: str
+    label: str
+    target: str
+    seed: int
+    role: str
+    after: str | None = None
+
+    def row(self, status: str, reason: str | None, result: Mapping[str, Any]) -> Row:
+        """The row of what became of it."""
+        spec = self.spec
+        return Row(
+            self.digest, self.subject, spec["kind"], self.label, spec["recipe"], self.target, self.seed, self.role,
+            status, reason, result,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Left:
+    """A method that is not tried at a target, and why."""
+
+    subject: str
+    label: str
+    target: str
+    reason: str
+
+
+def runs_of(study: Study, chosen: Mapping[tuple[str, str, str], Mapping[str, Any]] | None = None) -> list[Run]:
+    """The entries of a study: dense ones first, then seed by seed, so that one that is stopped early has all methods.
+
+    Args:
+        chosen: the knobs that tuning found, by subject, label and target. A method that has knobs to tune has no final
+            run at a target before they are there.
+    """
+    made: list[Run] = []
+    facts = _Facts()
+    for subject in study.subjects:
+        made += [facts.run(study, subject, None, "", seed) for seed in study.seeds]
+    first = {(r.subject, r.seed): r.digest for r in made}
+    for contender, target, subject in itertools.product(study.contenders, study.targets, study.subjects):
+        if contender.tune and study.leaves_out(contender, subject, target) is None:
+            for knobs in grid(contender.tune):
+                made.append(facts.run(study, subject, contender, target, study.seeds[0], knobs, role="tune"))
+    for k, contender, target, subject in itertools.product(
+        range(len(study.seeds)), study.contenders, study.targets, study.subjects
+    ):
+        if study.leaves_out(contender, subject, target) is not None:
+            continue
+        cell = (subject.name, contender.label, target)
+        if not contender.tune:
+            made.append(facts.run(study, subject, contender, target, study.seeds[k]))
+        elif chosen is not None and cell in chosen:
+            made.append(facts.run(study, subject, contender, target, study.seeds[k], chosen[cell]))
+    return [_after(run, first) for run in made]
+
+
+def left_out(study: Study) -> list[Left]:
+    """What the study does not try."""
+    found = []
+    for subject, contender, target in itertools.product(study.subjects, study.contenders, study.targets):
+        reason = study.leaves_out(contender, subject, target)
+        if reason is not None and reason != NOT_ASKED:
+            found.append(Left(subject.name, contender.label, target, reason))
+    return found
+
+
+def chosen_knobs(study: Study, rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What tuning found, for the cells whose trials are all over: the knobs with the best score on validation data."""
+    trials: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.role == "tune":
+            trials.setdefault((row.subject, row.label, row.target), []).append(row)
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    labels = {c.label: c for c in study.contenders}
+    for cell, tried in trials.items():
+        if cell[1] not in labels or len(tried) < len(list(grid(labels[cell[1]].tune))):
+            continue
+        good = [r for r in tried if r.done and r.figure("valid") is not None]
+        if not good:
+            found[cell] = {}  # all of them failed: the final runs take the method's own knobs, and will say why
+            continue
+        sign = 1.0 if good[0].higher_is_better else -1.0
+        best = max(good, key=lambda r: sign * (r.figure("valid") or 0.0))
+        recipe = best.recipe or {}
+        names = labels[cell[1]].tune
+        found[cell] = nested({n: recipe["knobs"][n.partition(".")[0]][n.partition(".")[2]] for n in names})
+    return found
+
+
+def grid(tune: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All combinations of knobs, as a recipe takes them.
+
+    >>> list(grid({"solver.damp": (0.01, 0.1)}))
+    [{'solver': {'damp': 0.01}}, {'solver': {'damp': 0.1}}]
+    """
+    for values in itertools.product(*tune.values()):
+        yield nested(dict(zip(tune, values, strict=True)))
+
+
+def nested(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """``axis.knob`` -> value, as axis -> knob -> value."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in knobs.items():
+        axis, _, knob = name.partition(".")
+        found.setdefault(axis, {})[knob] = value
+    return found
+
+
+def _seed_matters(subject: Subject, recipe: Recipe | None) -> bool:
+    """Whether another seed can give another outcome: not of a given model that is pruned without data and chance."""
+    if subject.kind == "task":
+        return True
+    if recipe is None:
+        return False
+    random = "random" in (recipe.criterion or "") or recipe.control != "none"
+    return recipe.needs_data or random or recipe.recovery != "none"
+
+
+def _after(run: Run, first: Mapping[tuple[str, int], str]) -> Run:
+    if run.spec["recipe"] is None or run.spec["kind"] != "task":
+        return run
+    return replace(run, after=first.get((run.subject, run.seed)))
+
+
+class _Facts:
+    """Digests of files, each read once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+
+    def code(self, source: str) -> str | None:
+        path, colon, _ = source.rpartition(":")
+        return self._of(Path(path)) if colon and path.endswith(".py") and Path(path).is_file() else None
+
+    def _of(self, path: Path) -> str:
+        key = str(path)
+        if key not in self.known:
+            self.known[key] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return self.known[key]
+
+    def text(self, source: str) -> dict[str, str]:
+        if source not in self.known:
+            self.known[source] = hashlib.sha256(read_text(source).encode()).hexdigest()[:16]
+        return {"source": source, "sha256": self.known[source]}
+
+    def run(
+        self, study: Study, subject: Subject, contender: Contender | None, target: str, seed: int,
+        knobs: Mapping[str, Any] | None = None, role: str = "final",
+    ) -> Run:  # fmt: skip
+        recipe: Recipe | None = None
+        if contender is not None:
+            own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
+            recipe = contender.recipe(**own)
+        matters = _seed_matters(subject, recipe)
+        drawn = seed if matters else 0
+        recipe = None if recipe is None else recipe.override(seed=drawn)
+        budget = study.budget
+        spent: dict[str, Any] = {"seconds": budget.seconds}
+        if subject.kind == "task":
+            spent |= {"epochs": budget.epochs, "total_epochs": budget.total_epochs, "samples": budget.samples}
+        else:
+            spent |= {"windows": budget.windows, "length": budget.length, "eval_windows": budget.eval_windows}
+        masks = thawed(contender.masks) if contender is not None and contender.masks else None
+        spec: dict[str, Any] = {
+            "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
+            "code": self.code(subject.source), "recipe": None if recipe is None else recipe.to_dict(), "seed": drawn,
+            "target": structured(target) if target else None, "role": role, "latency": study.latency,
+            "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
+        }  # fmt: skip
+        if subject.kind == "model":
+            spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
+        decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": recipe and recipe.steps}
+        text = json.dumps(plain(decides), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:20]
+        return Run(digest, spec, subject.name, "dense" if contender is None else contender.label, target, seed, role)

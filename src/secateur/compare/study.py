@@ -1,0 +1,389 @@
+"""A study: what is compared, on what, at which targets, with which seeds and budget. One file says it all."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ..data import EVALUATION
+from ..errors import RecipeError, StudyError, UnknownName
+from ..frozen import frozen, thawed
+from ..granularity import parse
+from ..recipe import Recipe
+from ..registry import parts
+from ..structured import Target
+
+#: Why a cell is empty that the study never meant to fill.
+NOT_ASKED = "the study does not ask for it"
+Kind = Literal["task", "model"]
+_BUDGET = "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows and seconds"
+_NM = re.compile(r"\d+:\d+")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is pruned: a task, which is trained here, or a language model, which was trained before.
+
+    Attributes:
+        source: the name of a ready task, ``FILE.py:NAME``, or a model as ``secateur prune`` takes it.
+        options: sizes of a ready task.
+    """
+
+    kind: Kind
+    source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """In tables and in rows: the source, with the sizes that are not the task's own."""
+        sizes = ",".join(f"{k}={v}" for k, v in sorted(self.options.items()))
+        return f"{self.source} ({sizes})" if sizes else self.source
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in the study.
+
+    Attributes:
+        label: its name in tables.
+        method: the named method.
+        axes: fields of the recipe that it changes.
+        tune: ``axis.knob`` -> values that are tried on validation data, with the study's first seed.
+        when: ``before``, ``during`` or ``after`` training, where that is not the method's own.
+        targets: those of the study's that it is tried at; None for all.
+        masks: take the masks that this contender finds on another task: ``{"task": NAME, ...options}``.
+    """
+
+    label: str
+    method: str
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    when: str | None = None
+    targets: tuple[str, ...] | None = None
+    masks: Mapping[str, Any] | None = None
+
+    def recipe(self, **more: Any) -> Recipe:
+        """The method with its axes, and more of them."""
+        axes = {**thawed(self.axes), **more}
+        knobs: dict[str, dict[str, Any]] = {}
+        for given in (thawed(self.axes).get("knobs", {}), more.get("knobs", {})):
+            for axis, own in given.items():
+                knobs[axis] = {**knobs.get(axis, {}), **own}
+        return Recipe.of(self.method, **({**axes, "knobs": knobs} if knobs else axes))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may spend; one for all.
+
+    Attributes:
+        epochs: of one training run of a task: the dense one, and what a method's recovery is measured in.
+        total_epochs: of all training that a method asks for, dense training and every round of recovery together; in
+            place of ``epochs``. A method of two runs then has two short ones.
+        samples: training batches that a method measures on, of a task.
+        windows, length: of calibration text, for language models.
+        eval_windows: of held-out text: the first third is for validation, the rest for the test.
+        seconds: wall time of one run; one that takes longer is stopped, and fails.
+    """
+
+    epochs: float | None = None
+    total_epochs: float | None = None
+    samples: int = 8
+    windows: int = 32
+    length: int = 512
+    eval_windows: int = 36
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.total_epochs is not None:
+            raise StudyError("budget: epochs is of one run, total_epochs of all runs of a method: give one of them")
+        for name, value in asdict(self).items():
+            whole = name in ("samples", "windows", "length", "eval_windows")
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+                raise StudyError(f"budget: {name} is a {'whole ' if whole else ''}number above 0, not {value!r}")
+        if self.eval_windows < 3:
+            raise StudyError("budget: eval_windows is at least 3: a third is for validation, the rest for the test")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The protocol of a comparison; `load` reads it, `dump` writes it.
+
+    Attributes:
+        name: of the study.
+        subjects: what is pruned.
+        contenders: the methods.
+        targets: ``0.9`` (sparsity), ``2:4``, ``flops 50%``, ``params 50%``, ``latency 50%``.
+        seeds: of training, and of what is drawn; each language model is calibrated on other text with each.
+        budget: what each method may spend.
+        data: calibration text of language models.
+        evaluation: held-out text of language models.
+        latency: whether the speed of each result is measured beside the dense model.
+        extra: (label, target) pairs that are left out, and why.
+    """
+
+    name: str
+    subjects: tuple[Subject, ...]
+    contenders: tuple[Contender, ...]
+    targets: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: Budget = Budget()
+    data: str = "text:calibration"
+    evaluation: str = EVALUATION
+    latency: bool = False
+
+    def __post_init__(self) -> None:
+        for what, given in (("subject", self.subjects), ("method", self.contenders), ("target", self.targets)):
+            if not given:
+                raise StudyError(f"a study needs at least one {what}")
+        if not self.seeds:
+            raise StudyError("a study needs at least one seed")
+        for what, names in (
+            ("subject", [s.name for s in self.subjects]),
+            ("label", [c.label for c in self.contenders]),
+            ("target", list(self.targets)),
+            ("seed", list(self.seeds)),
+        ):
+            twice = next((n for k, n in enumerate(names) if n in names[:k]), None)
+            if twice is not None:
+                raise StudyError(f"{what} {twice!r} is there twice: name each once")
+        if any(c.label == "dense" for c in self.contenders):
+            raise StudyError("'dense' is the baseline, which every study has: name no method so")
+        for text in self.targets:
+            axes_of(text)
+        for c in self.contenders:
+            c.recipe()
+            if strange := [t for t in c.targets or () if t not in self.targets]:
+                raise StudyError(f"'{c.label}' has the target {strange[0]}, which is not one of the study's")
+
+    def leaves_out(self, contender: Contender, subject: Subject, target: str) -> str | None:
+        """Why a method is not tried at a target; None where it is.
+
+        >>> study = Study.of({"tasks": ["digits"], "methods": ["magnitude"], "targets": ["flops 50%"]})
+        >>> study.leaves_out(study.contenders[0], study.subjects[0], "flops 50%")
+        'it takes single weights away (element), and flops 50% is for units of the whole model'
+        """
+        if contender.targets is not None and target not in contender.targets:
+            return NOT_ASKED
+        try:
+            own = contender.recipe()
+            recipe = contender.recipe(**axes_of(target))
+        except RecipeError as error:
+            return str(error)
+        pattern = parse(own.granularity)
+        if not _is_sparsity(target) and not pattern.coupled:
+            return f"it takes single weights away ({own.granularity}), and {target} is for units of the whole model"
+        if _NM.fullmatch(target):
+            known = parts("method").get(contender.method)
+            if pattern.coupled:
+                return f"it takes units of the whole model away, and {target} is a pattern of single weights"
+            if known is not None and "N:M" not in known.facts["granularities"]:
+                return (
+                    f"method '{contender.method}' works on {', '.join(known.facts['granularities'])}, not on {target}"
+                )
+        if subject.kind == "model" and (recipe.driver != "once" or recipe.learns):
+            return "it works while the model trains, and this one was trained before"
+        if subject.kind == "model" and parts("recovery")[recipe.recovery].facts.get("data") == "task":
+            return "its recovery trains on a task, and this is a model"
+        return None
+
+    # -- as data ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Study:
+        """A study of plain data, as a file or a command line gives it.
+
+        Raises:
+            StudyError: something is unknown, missing or of another kind.
+        """
+        known = {
+            "study", "task", "tasks", "model", "models", "options", "methods", "targets", "seeds", "budget", "data",
+            "evaluation", "latency",
+        }  # fmt: skip
+        if unknown := sorted(set(map(str, data)) - known):
+            raise UnknownName("field of a study", unknown[0], known, ", ".join(sorted(known)))
+        options = data.get("options") or {}
+        if not isinstance(options, Mapping):
+            raise StudyError("options are sizes of a ready task: write {images: 6000}")
+        subjects = [
+            *(_subject("task", x, options) for x in _list(data, "task") + _list(data, "tasks")),
+            *(_subject("model", x, {}) for x in _list(data, "model") + _list(data, "models")),
+        ]
+        seeds = data.get("seeds", 3)
+        budget = data.get("budget") or {}
+        if not isinstance(budget, Mapping) or (wrong := set(budget) - set(Budget.__dataclass_fields__)):
+            raise StudyError(_BUDGET + (f", not {sorted(wrong)[0]}" if isinstance(budget, Mapping) else ""))
+        return Study(
+            name=str(data.get("study", "study")),
+            subjects=tuple(subjects),
+            contenders=tuple(_contender(x) for x in _list(data, "methods")),
+            targets=tuple(_target(x) for x in _list(data, "targets")),
+            seeds=tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else _seeds(seeds),
+            budget=Budget(**budget),
+            data=str(data.get("data", "text:calibration")),
+            evaluation=str(data.get("evaluation", EVALUATION)),
+            latency=bool(data.get("latency", False)),
+        )
+
+    @staticmethod
+    def load(source: str | Path) -> Study:
+        """Read YAML 1.2 text, or a file. A study is data: it names files of code only as tasks do.
+
+        Raises:
+            StudyError: it cannot be read, or is not understood.
+        """
+        try:
+            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"the study {source} cannot be read: {error}") from None
+        try:
+            data = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise StudyError(f"not a YAML study: {str(error).splitlines()[0]}") from None
+        if not isinstance(data, dict):
+            raise StudyError("a study is a mapping with tasks or models, methods and targets; see docs/compare.md")
+        return Study.of(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `of` reads back."""
+        own = asdict(Budget())
+        tasks = [{"task": s.source, **({"options": dict(s.options)} if s.options else {})} for s in self.subjects if s.kind == "task"]  # fmt: skip  # noqa: E501
+        models = [s.source for s in self.subjects if s.kind == "model"]
+        methods: list[Any] = []
+        for c in self.contenders:
+            more: dict[str, Any] = {
+                **thawed(c.axes), **({"tune": {k: list(v) for k, v in c.tune.items()}} if c.tune else {}),
+                **({"when": c.when} if c.when else {}),
+                **({"targets": list(c.targets)} if c.targets is not None else {}),
+                **({"masks": dict(c.masks)} if c.masks else {}),
+            }  # fmt: skip
+            if c.label != c.method:
+                more["label"] = c.label
+            methods.append({"method": c.method, **more} if more else c.method)
+        found: dict[str, Any] = {
+            "study": self.name, **({"tasks": tasks} if tasks else {}), **({"models": models} if models else {}),
+            "methods": methods, "targets": list(self.targets), "seeds": list(self.seeds),
+            "budget": {k: v for k, v in asdict(self.budget).items() if v != own[k]},
+        }  # fmt: skip
+        if models:
+            found |= {"data": self.data, "evaluation": self.evaluation}
+        return {**found, **({"latency": True} if self.latency else {})}
+
+    def dump(self) -> str:
+        """YAML 1.2 text; `load` reads it back to an equal study."""
+        stream = io.StringIO()
+        yaml = YAML(typ="safe")
+        yaml.default_flow_style = None
+        yaml.width = 120
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.to_dict(), stream)
+        return stream.getvalue()
+
+    def with_seeds(self, seeds: Iterable[int]) -> Study:
+        """The same study with other seeds."""
+        return replace(self, seeds=tuple(seeds))
+
+
+def axes_of(target: str) -> dict[str, Any]:
+    """What a target says on the axes of a recipe.
+
+    >>> axes_of("2:4"), axes_of("0.9"), axes_of("flops 50%")
+    ({'granularity': '2:4', 'sparsity': 0.5}, {'sparsity': 0.9}, {})
+
+    Raises:
+        StudyError: it is none.
+    """
+    if _NM.fullmatch(target):
+        try:
+            parse(target)
+        except RecipeError as error:
+            raise StudyError(str(error)) from None
+        n, m = (int(x) for x in target.split(":"))
+        return {"granularity": target, "sparsity": 1 - n / m}
+    if _is_sparsity(target):
+        value = float(target)
+        if not 0 < value < 1:
+            raise StudyError(f"target {target} is a sparsity, and must lie between 0 and 1 (0.5 removes half)")
+        return {"sparsity": value}
+    try:
+        Target.parse(target)
+    except RecipeError as error:
+        raise StudyError(f"{error}; or a sparsity such as 0.9, or a pattern such as 2:4") from None
+    return {}
+
+
+def structured(target: str) -> str | None:
+    """The target as `prune` takes it for units of the whole model; None for a sparsity or a pattern."""
+    return None if _is_sparsity(target) else target
+
+
+def _is_sparsity(target: str) -> bool:
+    if _NM.fullmatch(target):
+        return True
+    try:
+        float(target)
+    except ValueError:
+        return False
+    return True
+
+
+def _list(data: Mapping[str, Any], key: str) -> list[Any]:
+    found = data.get(key)
+    if found is None:
+        return []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _target(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise StudyError(f"a target is written 0.9, 2:4 or 'flops 50%', not {value!r}")
+    return value.strip() if isinstance(value, str) else f"{value:g}"
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise StudyError(f"seeds are how many, or a list of whole numbers, not {value!r}")
+    return tuple(value)
+
+
+def _subject(kind: Kind, value: Any, options: Mapping[str, Any]) -> Subject:
+    if isinstance(value, str):
+        return Subject(kind, value, frozen(dict(options)))
+    if isinstance(value, Mapping) and isinstance(value.get(kind), str) and set(value) <= {kind, "options"}:
+        return Subject(kind, value[kind], frozen({**options, **(value.get("options") or {})}))
+    raise StudyError(f"a {kind} is a name, or {{{kind}: NAME, options: {{...}}}}, not {value!r}")
+
+
+def _contender(value: Any) -> Contender:
+    if isinstance(value, str):
+        return Contender(value, value)
+    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+        raise StudyError(f"a method is a name, or {{method: NAME, allocation: owl, label: ...}}, not {value!r}")
+    rest = {k: v for k, v in value.items() if k not in ("method", "label", "tune", "when", "targets", "masks")}
+    if taken := {"sparsity", "seed"} & set(rest):
+        raise StudyError(f"method '{value['method']}': {sorted(taken)[0]} is the study's to say (targets, seeds)")
+    tune = value.get("tune") or {}
+    if not isinstance(tune, Mapping) or not all(
+        "." in str(k) and isinstance(v, (list, tuple)) and v for k, v in tune.items()
+    ):
+        raise StudyError(
+            f"method '{value['method']}': tune is axis.knob -> values, such as {{solver.damp: [0.01, 0.1]}}"
+        )
+    masks = value.get("masks")
+    if masks is not None and not (isinstance(masks, Mapping) and isinstance(masks.get("task"), str)):
+        raise StudyError(f"method '{value['method']}': masks says on which task they are found: {{task: NAME}}")
+    return Contender(
+        str(value.get("label", value["method"])), value["method"], frozen(rest),
+        frozen({str(k): list(v) for k, v in tune.items()}), value.get("when"),
+        None if value.get("targets") is None else tuple(_target(x) for x in _list(value, "targets")),
+        None if masks is None else frozen(dict(masks)),
+    )  # fmt: skip
