@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from secateur import Masks, Recipe
+from secateur.measure import count_parameters
+from secateur.tasks import find
+from secateur.when.healing import fresh_model
 from tests.conftest import Run
 from tests.tasks.conftest import _one_thread  # noqa: F401  each test on one thread
 
@@ -59,6 +62,20 @@ def test_prune_in_rounds_then_train_the_ticket(run: Run, tmp_path: Path) -> None
     assert all((first[n] == second[n]).all() for n in first)
 
 
+def test_a_target_of_units_scored_on_the_validation_data(run: Run, tmp_path: Path) -> None:
+    words = ("--target", "params 30%", "--multiple", "2", *SMALL, "--json", "-o")
+    status, text, _ = run("train", "digits", "-m", "sfp", "--score", "valid", *words, tmp_path / "a")
+    record = json.loads(text)
+    assert status == 0 and (record["target"], record["score"]) == ("params 30%", "valid")
+    dense = count_parameters(fresh_model(find("digits", images=200, width=4), 0))[0]
+    assert 0.5 * dense < record["after"]["parameters"] <= 0.7 * dense
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "accuracy on the validation data" in page and "on the test data" not in page
+    status, text, _ = run("prune", "digits", "-m", "l1-norm", *words, tmp_path / "b")
+    record = json.loads(text)
+    assert status == 0 and record["after"]["parameters"] <= 0.7 * record["before"]["parameters"]
+
+
 def test_a_recipe_file_and_prunes_default(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(Recipe.of("magnitude-finetune", sparsity=0.6).dump())
@@ -77,6 +94,7 @@ def test_a_recipe_file_and_prunes_default(run: Run, tmp_path: Path) -> None:
         (("train", "digits", "--sparsity", "0.5"), "sparsity belongs to a method, and none is named"),
         (("train", "digits", "--masks", "none.safetensors"), "there is no file none.safetensors"),
         (("train", "digits", "--set", "task.size=3"), "task 'digits' has no knob 'size'"),
+        (("train", "digits", "-m", "gmp", "--target", "flops 50%"), "a target is for units of the whole model"),
         (("train", "digits", "-m", "gmp", "--recovery", "refit"), "heals a smaller model"),
         (("train", "digits", "-m", "wanda", "--when", "during", "--solver", "sparsegpt"), "attach() masks"),
     ],

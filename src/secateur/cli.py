@@ -107,8 +107,8 @@ def prune(
     }  # fmt: skip
     if names_a_task(model):
         return cli_train.train_source(
-            model, method or "magnitude", recipe_file, axes, knobs or [], out, epochs=epochs, when="after",
-            device=device, force=force, as_json=as_json,
+            model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
+            epochs=epochs, when="after", device=device, target=target, multiple=multiple,
         )  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)

@@ -16,9 +16,11 @@ from .masks import Masks
 from .options import (
     Alloc,
     Crit,
+    Goal,
     Gran,
     Json,
     Method,
+    Multiple,
     Only,
     RecipeFile,
     Recovery,
@@ -58,12 +60,17 @@ def train(
     only: Only = None,
     skip: Skip = None,
     knobs: Set = None,
+    target: Goal = None,
+    multiple: Multiple = 8,
     when: Annotated[
         str | None, typer.Option("--when", help="before, during or after training (default: the method's own).")
     ] = None,
     masks: Annotated[
         Path | None, typer.Option("--masks", help="A masks.safetensors to train under in place of a method.")
     ] = None,
+    score: Annotated[
+        str, typer.Option("--score", help="What the result is measured on: test, or valid to choose a setting by.")
+    ] = "test",
     device: Device = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     as_json: Json = False,
@@ -78,17 +85,17 @@ def train(
         "only": only, "skip": skip,
     }  # fmt: skip
     train_source(
-        task, method, recipe_file, axes, knobs or [], out, epochs=epochs, when=when, masks=masks, device=device,
-        force=force, as_json=as_json,
+        task, method, recipe_file, axes, knobs or [], out, force=force, as_json=as_json, epochs=epochs, when=when,
+        masks=None if masks is None else Masks.load(masks), device=device, target=target, multiple=multiple,
+        score=score,
     )  # fmt: skip
 
 
 def train_source(
     task: str, method: str | None, recipe_file: Path | None, axes: dict[str, Any], knobs: list[str], out: Path, *,
-    epochs: float | None = None, when: str | None = None, masks: Path | None = None, device: str = "cpu",
-    force: bool = False, as_json: bool = False,
+    force: bool = False, as_json: bool = False, **more: Any,
 ) -> None:  # fmt: skip
-    """What ``train`` and ``prune`` do with a task."""
+    """What ``train`` and ``prune`` do with a task; ``more`` is for `secateur.train`."""
     given = {k: v for k, v in axes.items() if v is not None and v != []}
     options, own = split_knobs(knobs)
     chosen: str | Recipe | None = method
@@ -101,8 +108,8 @@ def train_source(
     again = f"stopped: {out} was not written; the same command goes on where it was"
     with interruptible(again), bar(method or "dense", None, not as_json) as show:
         made = run(
-            task, chosen, epochs=epochs, when=when, out=out, device=device, options=options, command=command(),
-            masks=None if masks is None else Masks.load(masks), progress=lambda name, done, of: show(done, of), **given,
+            task, chosen, out=out, options=options, command=command(),
+            progress=lambda name, done, of: show(done, of), **more, **given,
         )  # fmt: skip
     if as_json:
         print(json.dumps(made.run))

@@ -16,6 +16,7 @@ from secateur import Recipe, Task, train
 from secateur.errors import RecipeError
 from secateur.measure import count_parameters
 from secateur.recover.distill import lessons, taught
+from secateur.when.course import Course
 from secateur.when.healing import Healing
 from secateur.when.pools import find_units
 from secateur.when.train import _recipe
@@ -57,17 +58,15 @@ def test_a_smaller_model_of_the_size_that_was_asked_for(method: str) -> None:
 
 def test_what_gates_close_is_what_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything heals, the smaller model computes what the gated one does at its end."""
-    from secateur.when.train import _Course
-
     seen: list[nn.Module] = []
-    cut = _Course._learned
+    cut = Course._learned
 
     def spy(self: Any, name: str, model: nn.Module) -> nn.Module:
         small = cut(self, name, model)
         seen.extend([model, small])
         return small
 
-    monkeypatch.setattr(_Course, "_learned", spy)
+    monkeypatch.setattr(Course, "_learned", spy)
     train(TASK, "l0-units", sparsity=0.5)
     x = next(iter(batches("test")))[0]
     gated, small = (m.eval() for m in seen)

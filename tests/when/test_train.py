@@ -14,8 +14,11 @@ from torch import Tensor, nn
 import secateur
 from secateur import Masks, Recipe, Task, Trained, drivers, train
 from secateur.errors import DataError, ModelError, NumericalError, OutputError, RecipeError
+from secateur.graph import dependencies, trace
 from secateur.layers import find_layers
+from secateur.measure import count_parameters
 from secateur.when import supermask
+from secateur.when.course import Course
 from secateur.when.early import EarlyBird, channel_mask
 from secateur.when.healing import fitting, fresh_model
 from secateur.when.train import _recipe
@@ -219,6 +222,66 @@ def test_smaller_models_heal(recovery: str) -> None:
     assert made.run["after"]["parameters"] < 0.7 * dense and not made.masks
 
 
+UNITS: dict[str, Any] = {"epochs": 1, "options": {"images": 200, "width": 16}}
+
+
+@pytest.mark.parametrize(
+    "method", ["l1-norm", "sfp", "gradual-structured", "l0-units", "slimming", "greg", "early-bird"]
+)
+def test_a_target_of_units_is_met_whenever_they_go(method: str) -> None:
+    """Before, while, or after the model trains: and what goes is set by FLOPs, not by parameters."""
+    task, x = secateur.tasks.find("digits", width=16), torch.zeros(1, 1, 12, 12)
+    total = secateur.plan(task.model(0), "l1-norm", sparsity=0.5, example=x).before
+    made = train("digits", method, target="flops 40%", multiple=4, **UNITS)
+    count = dependencies(trace(made.model, (x,), {})).flops()
+    assert 0.5 * total["flops"] < count <= 0.6 * total["flops"]
+    assert made.run["target"] == "flops 40%" and made.masks == {}
+    assert made.run["after"]["parameters"] < total["params"]
+
+
+@pytest.mark.parametrize(("method", "leg"), [("gradual-structured", "train"), ("sfp", "train"), ("slimming", "train")])
+def test_units_go_while_the_model_trains(method: str, leg: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model is trained, and what training has settled is what is cut: the outputs stay."""
+    seen: list[nn.Module] = []
+    cut = Course._cut
+
+    def spy(self: Any, plan: Any) -> nn.Module:
+        small = cut(self, plan)
+        seen.extend([plan.model, small])
+        return small
+
+    monkeypatch.setattr(Course, "_cut", spy)
+    made = train("digits", method, sparsity=0.4, **UNITS)
+    masked, small = (m.eval() for m in seen)
+    assert made.run["curves"][-1]["leg"] == leg and small is made.model
+    whole, x = fresh_model(secateur.tasks.find("digits", width=16), 0), torch.randn(4, 1, 12, 12)
+    assert count_parameters(masked)[0] == count_parameters(whole)[0] > count_parameters(small)[0]
+    assert not torch.equal(masked.state_dict()["0.weight"], whole.state_dict()["0.weight"])
+    with torch.no_grad():
+        assert torch.allclose(masked(x), small(x), atol=1e-5)
+    if method != "slimming":  # and training itself had zeroed it
+        final = made.run["curves"][-1]["sparsity"]
+        assert final > 0.2
+
+
+def test_scored_on_the_validation_data_nothing_sees_the_test_data() -> None:
+    asked: list[str] = []
+
+    def seen(split: str, seed: int = 0, epoch: int = 0) -> Any:
+        asked.append(split)
+        return batches(split, seed, epoch)
+
+    task = Task(network, seen, epochs=1)
+    for method in ("lth", "gmp", "snip", None):
+        extra: dict[str, Any] = {} if method is None else {"sparsity": 0.5}
+        made = train(task, method, score="valid", **extra)
+        assert made.metric == task.measure(made.model, "valid") and made.run["score"] == "valid"
+        assert "accuracy, valid" in str(made)
+    assert set(asked) == {"train", "valid"}
+    train(task)
+    assert "test" in asked
+
+
 # -- refusals ------------------------------------------------------------------------------------------
 
 
@@ -229,6 +292,10 @@ def test_smaller_models_heal(recovery: str) -> None:
         ({"method": "gmp", "when": "later"}, RecipeError, "when is before, during or after, not 'later'"),
         ({"method": "gmp", "when": "after"}, RecipeError, "driver 'gradual' works while the model trains, not after"),
         ({"method": "gmp", "masks": {}}, RecipeError, "masks stand in place of a method"),
+        ({"score": "train"}, RecipeError, "score is valid or test, not 'train'"),
+        ({"method": "gmp", "target": "flops 50%"}, RecipeError, "and method 'gmp' works on 'element': give a sparsity"),
+        ({"target": "flops 50%"}, RecipeError, "and no method is named that removes some"),
+        ({"method": "sfp", "target": "flops"}, RecipeError, "target 'flops' is not understood"),
         ({"epochs": 0}, RecipeError, "a run takes more than no time: epochs is 0"),
         ({"epochs": float("inf")}, RecipeError, "a run takes more than no time"),
         ({"method": "early-bird", "granularity": "filter", "recovery": "rewind"}, RecipeError, "prune single weights"),

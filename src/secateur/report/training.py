@@ -10,8 +10,13 @@ _POINTS = 60  # of a curve; more would be a band
 
 
 def metric_of(run: Record, when: str) -> float | None:
-    """The task's metric on the test data, ``before`` or ``after``."""
+    """The task's metric, ``before`` or ``after``."""
     return v.figure(run, when, "metric", "value")
+
+
+def _split(run: Record) -> str:
+    """What the metric was measured on."""
+    return "validation" if v.dig(run, "score") == "valid" else "test"
 
 
 def headline(run: Record, who: str) -> str | None:
@@ -20,7 +25,7 @@ def headline(run: Record, who: str) -> str | None:
     if name is None or after is None:
         return None
     task, before = v.dig(run, "task", "name"), metric_of(run, "before")
-    where = f"{who} on task {task}: {name} on the test data {v.small(after)}"
+    where = f"{who} on task {task}: {name} on the {_split(run)} data {v.small(after)}"
     if before is None:
         return f"{where}."
     return f"{where}, against {v.small(before)} of the dense model that it was made of."
@@ -34,7 +39,8 @@ def tile(run: Record) -> dict[str, str] | None:
     way = "higher" if v.dig(run, "task", "higher_is_better") else "lower"
     before = metric_of(run, "before")
     dense = f"{v.small(before)} dense; " if before is not None else ""
-    return {"name": f"{str(name).capitalize()}, test", "value": v.small(after), "detail": f"{dense}{way} is better"}
+    tag = f"{str(name).capitalize()}, {_split(run)}"
+    return {"name": tag, "value": v.small(after), "detail": f"{dense}{way} is better"}
 
 
 def rows(run: Record) -> list[tuple[str, str, str, str]]:
@@ -43,7 +49,7 @@ def rows(run: Record) -> list[tuple[str, str, str, str]]:
     if tag is None or after is None:
         return []
     before = metric_of(run, "before")
-    return [(f"{str(tag).capitalize()}, test", v.small(before), v.small(after), v.change(before, after))]
+    return [(f"{str(tag).capitalize()}, {_split(run)}", v.small(before), v.small(after), v.change(before, after))]
 
 
 def plots(run: Record) -> list[dict[str, object]]:

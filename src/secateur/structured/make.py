@@ -132,13 +132,25 @@ class Case:
         #: Buffers that the model makes as it runs.
         self.remade = remade(self._twin, lambda: _ran(self._twin, self._args, self._kwargs))
         self._hint: tuple[Mend, ...] = ()
-        self.found = dependencies(traced)
+        found = self.found = dependencies(traced)
         bytes_of = {n: t.element_size() for n, t in stored_tensors(model).items()}
         self.counted: dict[str, Callable[[frozenset[int]], int]] = {
-            "params": self.found.parameters,
-            "flops": self.found.flops,
-            "bytes": lambda gone: self.found.parameters(gone, bytes_of),
+            "params": found.parameters,
+            "flops": found.flops,
+            "bytes": lambda gone: found.parameters(gone, bytes_of),
         }
+
+    def counting(self, wanted: Target) -> Callable[[frozenset[int]], int]:
+        """What is left of the target's quantity without some labels.
+
+        Raises:
+            RecipeError: it can only be measured.
+        """
+        if wanted.quantity not in self.counted:
+            raise RecipeError(
+                f"while a model trains a target is in {', '.join(self.counted)}, which are counted; not {wanted}"
+            )
+        return self.counted[wanted.quantity]
 
     def scores(self, source: nn.Module, evidence: Evidence | None, where: str) -> tuple[list[Scores], Combined | None]:
         """A score for every unit of every family, and what made them of whole units; layers are looked for in

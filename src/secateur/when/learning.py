@@ -53,18 +53,23 @@ class Learning:
         optimizer: Optimizer | None,
         steps: int,
         example: Any = None,
+        target: str | None = None,
+        multiple: int = 8,
         progress: float = 0.0,
     ) -> None:
         self._model, self._recipe, self._optimizer, self._steps = model, recipe, optimizer, steps
         self._pattern = granularity_module.parse(recipe.granularity)
-        self._at, self._keep = 0, 1.0 - sparsity_at(recipe.schedule, progress, recipe.sparsity)
+        self._at, self._sparsity = 0, recipe.sparsity
         part = None if recipe.penalty == "none" else get("penalty", recipe.penalty)
         self._on: str = "" if part is None else part.facts["on"]
         self._penalty: Penalty | None = None if part is None else part.function(**recipe.knobs_of("penalty"))
         self.decides = recipe.gate != "none" or bool(self._pattern.coupled)
         self._check(example)
         looked = recipe.gate != "none" or self._on in ("unit", "zero-invariant")
-        units = find_units(model, recipe, example) if self._pattern.coupled and looked else None
+        units = find_units(model, recipe, example, target, multiple) if self._pattern.coupled and looked else None
+        if units is not None and target is not None:
+            self._sparsity = 1.0 - units.density
+        self._keep = 1.0 - sparsity_at(recipe.schedule, progress, self._sparsity)
         self._held = self._pools(layers, units)
         self._gates: Gates | None = None
         if recipe.gate != "none":
@@ -108,7 +113,7 @@ class Learning:
         if not self._on:
             return []
         if self._on in ("density", "regularizer"):
-            return [_Held(self._on, None, 1.0 - self._recipe.sparsity, {})]
+            return [_Held(self._on, None, 1.0 - self._sparsity, {})]
         if self._on == "scale":
             return [_Held(p.name, p, 1.0, {}) for p in scale_pools(self._model, self._recipe.penalty)]
         if units is not None:
@@ -152,7 +157,7 @@ class Learning:
         """After a step of the optimizer; ``progress`` is what the driver says, None where it says nothing."""
         self._at = at
         if progress is not None:
-            self._keep = 1.0 - sparsity_at(self._recipe.schedule, progress, self._recipe.sparsity)
+            self._keep = 1.0 - sparsity_at(self._recipe.schedule, progress, self._sparsity)
         if self._gates is not None:
             if progress is not None:
                 self._gates.aim(self._keep)

@@ -26,9 +26,6 @@ from ..structured.allocate import meet
 from ..structured.choose import chosen
 from ..structured.make import Case
 
-#: As `structured` rounds the sizes that remain where nothing else is asked for.
-_MULTIPLE = 8
-
 
 class Pool(Protocol):
     """Units that compete, wherever their weights lie."""
@@ -129,6 +126,12 @@ class Units:
     keeps: dict[str, float]
     counts: Callable[[Sequence[NDArray[np.float64]]], list[int]]
 
+    @property
+    def density(self) -> float:
+        """The share of the weights in the pools whose units stay, by their norms."""
+        sizes = {p.name: p.read().numel() for p in self.pools}
+        return sum(self.keeps[n] * size for n, size in sizes.items()) / sum(sizes.values())
+
 
 def scale_pools(model: nn.Module, penalty: str) -> list[Pool]:
     """The scales of all batch normalizations.
@@ -170,14 +173,21 @@ def allocated(
     return allocate(recipe, facts, sparsity)
 
 
-def find_units(model: nn.Module, recipe: Recipe, example: object) -> Units:
+def find_units(
+    model: nn.Module, recipe: Recipe, example: object, target: str | None = None, multiple: int = 8
+) -> Units:  # fmt: skip
     """The families that the recipe may cut, by one forward pass of the example.
 
     ``pools`` hold the weights that the granularity counts, ``makers`` all that makes a unit: its weights, biases and
     the scale and shift behind it, whose zeros make its output zero.
 
+    Args:
+        target: see `structured.Target`; without it the recipe's sparsity is the share of the parameters that goes.
+        multiple: sizes that remain are multiples of it.
+
     Raises:
         ModelError: nothing can be cut.
+        RecipeError: the target is in what can only be measured.
     """
     where = granularity.parse(recipe.granularity).coupled
     case = Case(model, recipe, example)
@@ -217,15 +227,17 @@ def find_units(model: nn.Module, recipe: Recipe, example: object) -> Units:
     if not pools:
         raise ModelError("no channel, neuron or head of this model can be cut (see 'secateur plan')")
     scores = [p.read().detach().square().sum(-1).sqrt()[0].double().cpu().numpy() for p in pools]
-    target = Target.parse(f"params {100 * recipe.sparsity:g}%") if recipe.sparsity else None
+    goal = None
+    if target is not None or recipe.sparsity:
+        goal = Target.parse(target if target is not None else f"params {100 * recipe.sparsity:g}%")
+    measured = found.parameters if goal is None else case.counting(goal)
     families = [found.families[i] for i in kept]
     _forget(found)
-    measured = found.parameters
 
     def counts(scores: Sequence[NDArray[np.float64]]) -> list[int]:
-        if target is None:
+        if goal is None:
             return [len(f) for f in families]
-        return meet(families, scores, target, recipe.allocation, _MULTIPLE, measured)[1]
+        return meet(families, scores, goal, recipe.allocation, multiple, measured)[1]
 
     keeps = {p.name: c / len(f) for p, c, f in zip(pools, counts(scores), families, strict=True)}
     return Units(tuple(pools), tuple(makers), keeps, counts)

@@ -44,7 +44,7 @@ class Trained:
 
     @property
     def metric(self) -> float:
-        """The task's metric on the test data."""
+        """The task's metric, on the test data unless the run was scored on the validation data."""
         return float(self.run["after"]["metric"]["value"])
 
     def save(self, out: str | Path) -> Path:
@@ -78,7 +78,9 @@ class Trained:
         lines = [f"{self.recipe.method} on task {self.run['task']['name']}"]
         dense = before.get("metric", {}).get("value")
         lines.append(
-            f"{name + ', test':24}" + (f"{dense:>12.4f} dense" if dense is not None else "") + f"{self.metric:>12.4f}"
+            f"{name + ', ' + self.run['score']:24}"
+            + (f"{dense:>12.4f} dense" if dense is not None else "")
+            + f"{self.metric:>12.4f}"
         )
         lines.append(f"{'sparsity':24}{self.sparsity:>12.4f} of the pruned layers")
         lines.append(f"{'parameters':24}{after['nonzero']:>12,} of {(before or after)['parameters']:,} are not zero")

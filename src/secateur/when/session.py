@@ -133,7 +133,7 @@ class Session:
         if self._holding.weight == "dense" or self._holding.wanted or history.asks(before=True):
             self._holding.watch(self._before)
         progress = 0.0 if first is None else first.progress
-        more = {"optimizer": optimizer, "steps": steps, "example": (units or {}).get("example"), "progress": progress}
+        more = {"optimizer": optimizer, "steps": steps, "progress": progress, **(units or {})}
         self._learning = Learning.of(model, recipe, self.layers, **more) if recipe.learns else None
         if state is not None:
             self.load_state_dict(state)

@@ -65,8 +65,7 @@ class Units:
         self._where = granularity.parse(recipe.granularity).coupled
         self._soft = get("hold", recipe.hold).facts["weight"] == "free"
         self._case = Case(model, recipe, example)
-        if self._target.quantity not in self._case.counted:
-            raise RecipeError(f"while a model trains a target is in {', '.join(self._case.counted)}, not {target}")
+        self._count = self._case.counting(self._target)
         # Which units may go is settled before training: those whose removal is proven, at the target itself.
         ranked = recipe.override(criterion="magnitude", driver="once", hold="zero", schedule="one-shot", steps=1)
         first = plan_structured(
@@ -107,21 +106,20 @@ class Units:
     def choose(self, update: Update, seed: int, criterion: str | None = None) -> None:
         """New masks for all units."""
         recipe = self._recipe if criterion is None else self._recipe.override(criterion=criterion)
-        found, case = self._case.found, self._case
+        found = self._case.found
         families = [found.families[i] for i in self._active]
         each = weight_scores(self.model, recipe, self._evidence)
         scores = unit_scores(found, each, self._where, recipe.allocation == "standardized")
         mine = [scores[i] if len(scores[i]) else np.ones(len(found.families[i])) for i in self._active]
         if not update.fresh:  # what is gone stays gone
             mine = [_below(s, self._lost(i)) for i, s in zip(self._active, mine, strict=True)]
-        count = case.counted[self._target.quantity]
-        before = count(frozenset())
+        before = self._count(frozenset())
         share = 1 - self._target.remaining(before) / before
         goal = Target(self._target.quantity, limit=before * (1 - sparsity_at(recipe.schedule, update.progress, share)))
         if goal.remaining(before) >= before:
             counts = [len(f) for f in families]
         else:
-            _, counts = meet(families, mine, goal, recipe.allocation, self._multiple, count)
+            _, counts = meet(families, mine, goal, recipe.allocation, self._multiple, self._count)
         if not update.fresh:
             counts = [min(a, b) for a, b in zip(counts, self._counts, strict=True)]
         self._counts, self._progress = counts, update.progress
