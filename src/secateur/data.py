@@ -156,7 +156,9 @@ def windows(
             raise DataError(f"data '{source}' is text, and the model has no tokenizer: give token tensors")
         text = read_text(source)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
-        return _cut(ids, source, str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__), count, length, seed)
+        return _cut(
+            ids, source, str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__), count, length, seed
+        )
     return _given(source, count)
 
 

@@ -86,7 +86,13 @@ def fashion_resnet(*, images: int = 60000, width: int = 16, depth: int = 3, epoc
 
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; He et al., arXiv 1512.03385, section 4.2, for the network.
     """
-    return Task(lambda seed: resnet(width, depth), _fashion(images, batch), epochs=epochs, example=_image, groups=by_class(CLOTHES))
+    return Task(
+        lambda seed: resnet(width, depth),
+        _fashion(images, batch),
+        epochs=epochs,
+        example=_image,
+        groups=by_class(CLOTHES),
+    )
 
 
 @register("task", name="fashion-vgg")
@@ -98,7 +104,9 @@ def fashion_vgg(*, images: int = 60000, width: int = 16, epochs: int = 5, batch:
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; Simonyan and Zisserman, arXiv 1409.1556, configuration D, a
     quarter as wide, with batch norm and one linear layer.
     """
-    return Task(lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image, groups=by_class(CLOTHES))
+    return Task(
+        lambda seed: vgg(width), _fashion(images, batch), epochs=epochs, example=_image, groups=by_class(CLOTHES)
+    )
 
 
 @register("task", name="fashion-vit")

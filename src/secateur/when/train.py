@@ -85,7 +85,7 @@ def train(
     0.8
     """
     found = find(task, **(options or {}))
-    recipe, moment = _recipe(method, axes, masks, when)
+    recipe, moment = recipe_and_moment(method, axes, masks, when)
     if score not in get_args(Split)[1:]:
         raise RecipeError(f"score is valid or test, not '{score}'")
     if target is not None and not parse(recipe.granularity).coupled:
@@ -118,10 +118,10 @@ def train(
     return result
 
 
-def _recipe(
+def recipe_and_moment(
     method: str | Recipe | None, axes: dict[str, Any], masks: Any, when: str | None
 ) -> tuple[Recipe, str]:  # fmt: skip
-    """The recipe, and when it prunes."""
+    """The recipe that `train` follows, with as many rounds as its target asks for, and when it prunes."""
     if when not in (None, "before", "during", "after"):
         raise RecipeError(f"when is before, during or after, not '{when}'")
     if method is None:
