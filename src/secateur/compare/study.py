@@ -128,7 +128,7 @@ class Study:
         data: calibration text of language models.
         evaluation: held-out text of language models.
         latency: whether the speed of each result is measured beside the dense model.
-        extra: (label, target) pairs that are left out, and why.
+        contrast: the ready made contrast that it answers; None for none.
     """
 
     name: str
@@ -140,6 +140,7 @@ class Study:
     data: str = "text:calibration"
     evaluation: str = EVALUATION
     latency: bool = False
+    contrast: str | None = None
 
     def __post_init__(self) -> None:
         for what, given in (("subject", self.subjects), ("method", self.contenders), ("target", self.targets)):
@@ -207,7 +208,7 @@ class Study:
         """
         known = {
             "study", "task", "tasks", "model", "models", "options", "methods", "targets", "seeds", "budget", "data",
-            "evaluation", "latency",
+            "evaluation", "latency", "contrast",
         }  # fmt: skip
         if unknown := sorted(set(map(str, data)) - known):
             raise UnknownName("field of a study", unknown[0], known, ", ".join(sorted(known)))
@@ -232,6 +233,7 @@ class Study:
             data=str(data.get("data", "text:calibration")),
             evaluation=str(data.get("evaluation", EVALUATION)),
             latency=bool(data.get("latency", False)),
+            contrast=None if data.get("contrast") is None else str(data["contrast"]),
         )
 
     @staticmethod
@@ -256,22 +258,15 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `of` reads back."""
         own = asdict(Budget())
-        tasks = [{"task": s.source, **({"options": dict(s.options)} if s.options else {})} for s in self.subjects if s.kind == "task"]  # fmt: skip  # noqa: E501
+        found: dict[str, Any] = {"study": self.name, **({"contrast": self.contrast} if self.contrast else {})}
+        tasks = [s for s in self.subjects if s.kind == "task"]
         models = [s.source for s in self.subjects if s.kind == "model"]
-        methods: list[Any] = []
-        for c in self.contenders:
-            more: dict[str, Any] = {
-                **thawed(c.axes), **({"tune": {k: list(v) for k, v in c.tune.items()}} if c.tune else {}),
-                **({"when": c.when} if c.when else {}),
-                **({"targets": list(c.targets)} if c.targets is not None else {}),
-                **({"masks": dict(c.masks)} if c.masks else {}),
-            }  # fmt: skip
-            if c.label != c.method:
-                more["label"] = c.label
-            methods.append({"method": c.method, **more} if more else c.method)
-        found: dict[str, Any] = {
-            "study": self.name, **({"tasks": tasks} if tasks else {}), **({"models": models} if models else {}),
-            "methods": methods, "targets": list(self.targets), "seeds": list(self.seeds),
+        if tasks:
+            found["tasks"] = [{"task": s.source, **({"options": dict(s.options)} if s.options else {})} for s in tasks]
+        if models:
+            found["models"] = models
+        found |= {
+            "methods": [_written(c) for c in self.contenders], "targets": list(self.targets), "seeds": list(self.seeds),
             "budget": {k: v for k, v in asdict(self.budget).items() if v != own[k]},
         }  # fmt: skip
         if models:
@@ -291,6 +286,18 @@ class Study:
     def with_seeds(self, seeds: Iterable[int]) -> Study:
         """The same study with other seeds."""
         return replace(self, seeds=tuple(seeds))
+
+
+def _written(contender: Contender) -> Any:
+    """A contender as a file says it."""
+    c = contender
+    more: dict[str, Any] = {
+        **thawed(c.axes), **({"tune": {k: list(v) for k, v in c.tune.items()}} if c.tune else {}),
+        **({"when": c.when} if c.when else {}), **({"masks": dict(c.masks)} if c.masks else {}),
+        **({"targets": list(c.targets)} if c.targets is not None else {}),
+        **({"label": c.label} if c.label != c.method else {}),
+    }  # fmt: skip
+    return {"method": c.method, **more} if more else c.method
 
 
 def axes_of(target: str) -> dict[str, Any]:
