@@ -18,7 +18,7 @@ from ..measure.flops import effective_flops, flops
 from ..measure.interval import ratio
 from ..measure.latency import samples
 from ..measure.size import bytes_in_memory
-from .sketch import sketch
+from .positions import sketch_of
 
 REPEATS = 15
 
@@ -43,7 +43,7 @@ def sizes(model: nn.Module, masks: Mapping[str, Tensor], layers: list[dict[str, 
     return {
         "parameters": parameters, "nonzero": nonzero, "bytes": total, "sparse_bytes": min(total, total - saved),
         "flops": flops(model, *args, **kwargs).total, "effective_flops": effective_flops(model, *args, **kwargs).total,
-        "layers": layers, "sketch": sketch(masks.items(), len(masks)) if masks else None,
+        "layers": layers, "sketch": sketch_of(masks.values(), len(masks)) if masks else None,
     }  # fmt: skip
 
 
