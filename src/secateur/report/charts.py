@@ -68,6 +68,19 @@ def linear_ticks(low: float, high: float, target: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def padded(values: Sequence[float], share: float = 0.05) -> tuple[float, float]:
+    """The range of the values with some room; room never crosses zero, nor one where all are shares.
+
+    >>> padded([0.0, 10.0])
+    (0.0, 10.5)
+    """
+    low, high = min(values), max(values)
+    pad = share * (high - low) or share * abs(high) or share
+    least = 0.0 if low >= 0 else -math.inf
+    most = 1.0 if low >= 0 and 0.5 < high <= 1 else 0.0 if high < 0 else math.inf
+    return max(least, low - pad), min(most, high + pad)
+
+
 def log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
     """Labelled and unlabelled ticks of a logarithmic axis, the labelled covering the range."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
