@@ -313,3 +313,14 @@ def test_linear_ticks_cover() -> None:
 )
 def test_writes_values_for_a_person(shown: str, text: str) -> None:
     assert shown.replace("\u00a0", " ") == text
+
+
+def test_an_axis_of_positive_data_begins_no_lower_than_zero() -> None:
+    from secateur.report.training import plots
+
+    curve = [{"leg": "dense", "epoch": k + 1.0, "loss": loss} for k, loss in enumerate((1.9, 0.4, 0.02))]
+    svg = str(plots({"task": {"metric": "accuracy"}, "curves": curve})[0]["chart"].svg)  # type: ignore[attr-defined]
+    ticks = re.findall(r'class="ti" x="50" y="[^"]*" text-anchor="end">([^<]*)<', svg)
+    assert ticks[0] == "0" and not any(t.startswith("-") for t in ticks)
+    assert charts.padded([-2.0, -1.0])[1] <= 0 and charts.padded([0.2, 0.999])[1] <= 1
+    assert charts.padded([5.0, 5.0]) == (4.75, 5.25)

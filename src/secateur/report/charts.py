@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 48
 COLORS = 7
 
 # One shape per colour, so that no series is told by colour alone.
-_SHAPES = (
+SHAPES = (
     "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z",
     "M-2.9-2.9h5.8v5.8h-5.8z",
     "M0-3.8L3.8 2.9H-3.8z",
@@ -35,10 +35,11 @@ class Point:
 
 @dataclass
 class Series:
-    """A named line of points."""
+    """A named line of points; ``slot`` says its colour and shape where the order does not."""
 
     label: str
     points: list[Point] = field(default_factory=list)
+    slot: int | None = None
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Chart:
 
 def marker_defs() -> Markup:
     """The marker shapes, to stand once in the page."""
-    shapes = "".join(f'<path id="k{i}" d="{d}"/>' for i, d in enumerate(_SHAPES))
+    shapes = "".join(f'<path id="k{i}" d="{d}"/>' for i, d in enumerate(SHAPES))
     return Markup(f'<svg class="defs" width="0" height="0" aria-hidden="true"><defs>{shapes}</defs></svg>')
 
 
@@ -66,6 +67,19 @@ def linear_ticks(low: float, high: float, target: int = 5) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def padded(values: Sequence[float], share: float = 0.05) -> tuple[float, float]:
+    """The range of the values with some room; room never crosses zero, nor one where all are shares.
+
+    >>> padded([0.0, 10.0])
+    (0.0, 10.5)
+    """
+    low, high = min(values), max(values)
+    pad = share * (high - low) or share * abs(high) or share
+    least = 0.0 if low >= 0 else -math.inf
+    most = 1.0 if low >= 0 and 0.5 < high <= 1 else 0.0 if high < 0 else math.inf
+    return max(least, low - pad), min(most, high + pad)
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[float]]:
@@ -104,7 +118,8 @@ def tick_text(value: float) -> str:
     return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _n(value: float) -> str:
+def n(value: float) -> str:
+    """A coordinate: one decimal, none where it is whole."""
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -149,39 +164,40 @@ def lines(
     base = HEIGHT - BOTTOM
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">']
     out.append(f'<text class="ax" x="0" y="13">{escape(y_label)}</text>')
-    out.extend(f'<path class="gm" d="M{LEFT} {_n(at_y(t))}H{WIDTH - RIGHT}"/>' for t in minor)
+    out.extend(f'<path class="gm" d="M{LEFT} {n(at_y(t))}H{WIDTH - RIGHT}"/>' for t in minor)
     for tick in ticks:
         y = at_y(tick)
-        out.append(f'<path class="gr" d="M{LEFT} {_n(y)}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text class="ti" x="{LEFT - 8}" y="{_n(y + 4)}" text-anchor="end">{escape(text(tick))}</text>')
+        out.append(f'<path class="gr" d="M{LEFT} {n(y)}H{WIDTH - RIGHT}"/>')
+        out.append(f'<text class="ti" x="{LEFT - 8}" y="{n(y + 4)}" text-anchor="end">{escape(text(tick))}</text>')
     out.append(f'<path class="bl" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
     for slot in _shown(slots, step):
         x = LEFT + (slot + 0.5) * step
-        out.append(f'<path class="bl" d="M{_n(x)} {base}v4"/>')
+        out.append(f'<path class="bl" d="M{n(x)} {base}v4"/>')
         anchor = "end" if slot == len(slots) - 1 and len(slots[slot]) > 4 else "middle"
         x = WIDTH - RIGHT if anchor == "end" else x
-        out.append(f'<text class="ti" x="{_n(x)}" y="{base + 18}" text-anchor="{anchor}">{escape(slots[slot])}</text>')
+        out.append(f'<text class="ti" x="{n(x)}" y="{base + 18}" text-anchor="{anchor}">{escape(slots[slot])}</text>')
     middle = LEFT + inner / 2
-    out.append(f'<text class="ax" x="{_n(middle)}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    for k, one in enumerate(series):
+    out.append(f'<text class="ax" x="{n(middle)}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    for order, one in enumerate(series):
+        k = order if one.slot is None else one.slot
         out.append(f'<g class="s s{k % COLORS}" data-s="{k}">')
         if connect and len(one.points) > 1:
             groups: dict[float, list[float]] = {}
             for p in one.points:
                 groups.setdefault(p.x, []).append(p.y)
-            path = "L".join(
-                f"{_n(at_x(x, k))} {_n(at_y(sorted(ys)[len(ys) // 2]))}" for x, ys in sorted(groups.items())
-            )
+            middles = [(x, sorted(ys)[len(ys) // 2]) for x, ys in sorted(groups.items())]
+            path = "L".join(f"{n(at_x(x, order))} {n(at_y(y))}" for x, y in middles)
             dash = f' stroke-dasharray="{(5, 2)[k // COLORS % 2]} 3"' if k >= COLORS else ""
             out.append(f'<path class="li"{dash} d="M{path}"/>')
-        shape = (k + k // COLORS) % len(_SHAPES)
+        shape = (k + k // COLORS) % len(SHAPES)
         out.extend(
-            f'<use href="#k{shape}" x="{_n(at_x(p.x, k))}" y="{_n(at_y(p.y))}" data-t="{escape(p.tip)}"/>'
+            f'<use href="#k{shape}" x="{n(at_x(p.x, order))}" y="{n(at_y(p.y))}" data-t="{escape(p.tip)}"/>'
             for p in one.points
         )
         out.append("</g>")
     out.append('<circle class="ring" r="6.5"/></svg>')
-    return Chart(Markup("".join(out)), [(k, s.label) for k, s in enumerate(series)], alt)
+    keys = [(k if s.slot is None else s.slot, s.label) for k, s in enumerate(series)]
+    return Chart(Markup("".join(out)), keys, alt)
 
 
 def _shown(slots: Sequence[str], step: float) -> list[int]:
@@ -221,28 +237,28 @@ def bars(rows: Sequence[tuple[str, float | None, str]], *, x_label: str, alt: st
         return left + inner * value / ticks[-1]
 
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(alt)}">']
-    out.extend(f'<path class="gm" d="M{_n(at_x(t))} {top}V{base}"/>' for t in minor)
+    out.extend(f'<path class="gm" d="M{n(at_x(t))} {top}V{base}"/>' for t in minor)
     for tick in ticks:
-        out.append(f'<path class="gr" d="M{_n(at_x(tick))} {top}V{base}"/>')
+        out.append(f'<path class="gr" d="M{n(at_x(tick))} {top}V{base}"/>')
         shown = escape(tick_text(tick))
-        out.append(f'<text class="ti" x="{_n(at_x(tick))}" y="{base + 18}" text-anchor="middle">{shown}</text>')
+        out.append(f'<text class="ti" x="{n(at_x(tick))}" y="{base + 18}" text-anchor="middle">{shown}</text>')
     axis = x_label + (" (logarithmic)" if log else "")
     out.append(
-        f'<text class="ax" x="{_n(left + inner / 2)}" y="{height - 6}" text-anchor="middle">{escape(axis)}</text>'
+        f'<text class="ax" x="{n(left + inner / 2)}" y="{height - 6}" text-anchor="middle">{escape(axis)}</text>'
     )
     for k, (label, value, beside) in enumerate(rows):
         y = top + row * k + row / 2
         color = "sd" if k == 0 else f"s{(k - 1) % COLORS}"
         name = label if len(label) <= 27 else label[:26] + "…"
-        out.append(f'<text class="la" x="{left - 12}" y="{_n(y + 4.5)}" text-anchor="end">{escape(name)}</text>')
+        out.append(f'<text class="la" x="{left - 12}" y="{n(y + 4.5)}" text-anchor="end">{escape(name)}</text>')
         end = float(left)
         if value is not None and value > 0:
             end = at_x(value)
             if log:
-                out.append(f'<path class="gr" d="M{left} {_n(y)}H{_n(end)}"/>')
-                out.append(f'<circle class="{color}" cx="{_n(end)}" cy="{_n(y)}" r="6"/>')
+                out.append(f'<path class="gr" d="M{left} {n(y)}H{n(end)}"/>')
+                out.append(f'<circle class="{color}" cx="{n(end)}" cy="{n(y)}" r="6"/>')
             else:
-                out.append(f'<rect class="{color}" x="{left}" y="{_n(y - 9)}" width="{_n(end - left)}" height="18"/>')
-        out.append(f'<text class="la" x="{_n(end + 12)}" y="{_n(y + 4.5)}">{escape(beside)}</text>')
+                out.append(f'<rect class="{color}" x="{left}" y="{n(y - 9)}" width="{n(end - left)}" height="18"/>')
+        out.append(f'<text class="la" x="{n(end + 12)}" y="{n(y + 4.5)}">{escape(beside)}</text>')
     out.append(f'<path class="bl" d="M{left} {top}V{base}"/></svg>')
     return Chart(Markup("".join(out)), [], alt)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+from jinja2 import Template
 
 from secateur.report import charts, training
 from secateur.report import values as v
@@ -30,6 +26,7 @@ from secateur.report.read import (
     when_of,
 )
 from secateur.report.reproduce import embed, packed, reproduce
+from secateur.report.shell import environment, put, shell
 
 _HERE = Path(__file__).parent
 
@@ -38,18 +35,12 @@ def render(run: Record, *, compare: Sequence[Record] = ()) -> str:
     """The report of one run as HTML text, beside further runs of the same model where given."""
     others = list(compare)
     runs = others if any(one == run for one in others) else [run, *others]
-    script = Markup((_HERE / "report.js").read_text(encoding="utf-8"))
-    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
     labels = labels_of(runs)
     main = next(i for i, one in enumerate(runs) if one is run or one == run)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(
         title=f"{labels[main]} · secateur",
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
-        style=style,
-        script=script,
+        **shell(script=(_HERE / "report.js").read_text(encoding="utf-8")),
         data=embed({"run": packed(run), "compare": [packed(o) for i, o in enumerate(runs) if i != main]}),
-        markers=charts.marker_defs(),
         headline=_headline(run),
         subtitle=_subtitle(run),
         tiles=_tiles(run),
@@ -72,29 +63,12 @@ def render(run: Record, *, compare: Sequence[Record] = ()) -> str:
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        percent=v.percent, count=v.count, small=v.small, duration=v.duration, shape=v.shape, word=v.word
-    )
-    return environment.get_template("report.html.j2")
+    return environment(_HERE).get_template("report.html.j2")
 
 
 def write_report(path: Path, run: Record, *, compare: Sequence[Record] = ()) -> Path:
     """Write the report beside ``path`` first, then put it in place in one step; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(render(run, compare=compare), encoding="utf-8", errors="replace")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-# What a run is called and how sparse it is
+    return put(path, render(run, compare=compare))
 
 
 # The answer

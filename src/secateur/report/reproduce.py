@@ -61,7 +61,7 @@ def reproduce(run: Record) -> dict[str, Any]:
     command = run.get("command")
     return {
         "command": " ".join(str(c) for c in v.items(command)) if command else "",
-        "recipe": _yaml(recipe) if isinstance(recipe, Mapping) and recipe else "",
+        "recipe": yaml_of(recipe) if isinstance(recipe, Mapping) and recipe else "",
         "facts": facts,
     }
 
@@ -69,7 +69,8 @@ def reproduce(run: Record) -> dict[str, Any]:
 _MACHINE = {"cpu": "Processor", "threads": "Threads", "memory": "Memory", "gpu": "GPU", "device": "Device"}
 
 
-def _yaml(value: Record) -> str:
+def yaml_of(value: Record) -> str:
+    """YAML that every reader takes alike."""
     writer = YAML(typ="rt")
     writer.width = 100
     writer.allow_unicode = True

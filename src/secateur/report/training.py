@@ -74,11 +74,10 @@ def plots(run: Record) -> list[dict[str, object]]:
             one = charts.Series("all rounds")
             one.points = [p for s in legs.values() for p in s.points]
             legs = {"": one}
-        pad = 0.05 * (max(values) - min(values)) or 0.05
         chart = charts.lines(
             list(legs.values()), y_label=label.capitalize(), x_label="Epochs of the whole run", slots=slots,
             alt=f"{label} by epoch, from {v.small(values[0])} to {v.small(values[-1])}.",
-            bounds=(min(values) - pad, max(values) + pad),
+            bounds=charts.padded(values),
         )  # fmt: skip
         if chart is not None:
             made.append({"id": f"curve-{key}", "title": label.capitalize(), "chart": chart, "caption": ""})
