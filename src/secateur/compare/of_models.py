@@ -76,7 +76,8 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
         },
         "protocol": {k: v for k, v in budget.items() if v is not None},
         "data": {
-            "calibration": None if text is None else text.sha256, "valid": held.hashes[0], "test": held.hashes[1],
+            "calibration": None if text is None else text.sha256, "valid": held.hashes[0],
+            "test": None if tuning else held.hashes[1],
         },
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip

@@ -78,7 +78,10 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
             "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4) if moment == "after" else 0.0,
         },
         "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget)},
-        "data": {s: _hash(spec["source"], tuple(sorted(options.items())), s) for s in ("train", "valid", "test")},
+        "data": {
+            s: _hash(spec["source"], tuple(sorted(options.items())), s)
+            for s in ("train", "valid", *(() if tuning else ("test",)))
+        },
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip
     return result, run

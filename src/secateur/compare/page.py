@@ -198,18 +198,16 @@ def missing(study: Mapping[str, Any], found: Sequence[Frame]) -> list[str]:
                 if wanted and not there:
                     lacks.append(f"target {target}")
                 elif wanted:
-                    lacks.append(f"target {target} with {'seed' if len(wanted) == 1 else 'seeds'} {listed([str(s) for s in wanted])}")
+                    lacks.append(
+                        f"target {target} with {'seed' if len(wanted) == 1 else 'seeds'} {listed([str(s) for s in wanted])}"
+                    )
             if lacks:
                 said.append(f"{label} on {frame.subject}: {'; '.join(lacks)}")
     return said
 
 
 def _again(rows: Sequence[Row]) -> str:
-    text = (
-        "Its command makes one run again, outside the study."
-        if rows
-        else "There are no runs yet."
-    )
+    text = "Its command makes one run again, outside the study." if rows else "There are no runs yet."
     if any(r.kind == "model" for r in rows):
         text += (
             " Of a language model it prunes and measures in the same way; the study itself calibrates each seed on other"

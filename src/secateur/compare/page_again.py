@@ -91,7 +91,10 @@ def _of_recipe(row: Row) -> list[str]:
         if knobs:
             given["knobs"] = knobs
             words += [
-                word for a, own in sorted(knobs.items()) for k, x in own.items() for word in ("--set", f"{a}.{k}={_value(x)}")
+                word
+                for a, own in sorted(knobs.items())
+                for k, x in own.items()
+                for word in ("--set", f"{a}.{k}={_value(x)}")
             ]
         if base.override(**given) == recipe:
             return words

@@ -144,5 +144,3 @@ def panels(frame: Frame, name: str) -> list[tuple[str, list[dict[str, Any]]]]:
         ("Where masks agree", agreement(frame)),
     ]
     return [(title, own) for title, own in found if own]
-
-

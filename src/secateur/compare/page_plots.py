@@ -123,7 +123,9 @@ def _curves(frame: Frame, one: Against) -> list[scatter.Curve]:
             linked = one.key == "sparsity" and bool(_SHARE.fullmatch(target))
             patterns = [t for t in frame.targets if one.key == "sparsity" and ":" in t]
             aside = 30.0 * (1 + patterns.index(target)) if target in patterns else 0.0
-            curve.spots.append(scatter.Spot(x, found.value, tip, found.low, found.high, linked, (label, target) in best, aside))
+            curve.spots.append(
+                scatter.Spot(x, found.value, tip, found.low, found.high, linked, (label, target) in best, aside)
+            )
         curves.append(curve)
     return curves
 
@@ -171,16 +173,17 @@ def _drawn(
         (min(seen), max(seen)) if log_y else charts.padded(seen),
     )
     x = scatter.Axis(
-        one.axis + (" (logarithmic)" if log_x else ""), log_x, one.text, None if log_x else charts.padded(xs, 0.04),
+        one.axis + (" (logarithmic)" if log_x else ""),
+        log_x,
+        one.text,
+        None if log_x else charts.padded(xs, 0.04),
         _unit(max(xs)) if one.key == "bytes" else 1.0,
     )
     alt = (
         f"{one.title} of {', '.join(c.label for c in curves if c.spots)}: {len(spots)} points, {frame.metric} from "
         f"{frame.show(min(s.y for s in spots))} to {frame.show(max(s.y for s in spots))}."
     )
-    chart = scatter.scatter(
-        shown, x=x, y=y, alt=alt, level=level, dodge=_dodge(spots), through=whole or None
-    )
+    chart = scatter.scatter(shown, x=x, y=y, alt=alt, level=level, dodge=_dodge(spots), through=whole or None)
     named = [_where(s) for c in curves for s in c.spots if s.front]
     side = "more" if one.more else "less"
     ring = (

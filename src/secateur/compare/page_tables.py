@@ -79,7 +79,10 @@ def results(
                 (f"{done}" + (f" of {done + lost}" if lost else ""), done),
                 _cell(score.value if score is not None else None, frame.show),
                 (interval, None),
-                (changed(moved, frame.metric) if moved is not None else v.NONE, moved.value if moved is not None else None),
+                (
+                    changed(moved, frame.metric) if moved is not None else v.NONE,
+                    moved.value if moved is not None else None,
+                ),
                 (change.text if change is not None else v.NONE, None),
                 ("the baseline" if not target else standing(found.get(target), label), None),
                 _cell(figure("sparsity"), v.percent),

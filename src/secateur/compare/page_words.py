@@ -106,7 +106,11 @@ def clause(frame: Frame, found: Mapping[str, Leaders]) -> str:
     for target, leader in named.items():
         who.setdefault(str(leader), []).append(target)
     best = listed([f"{leader} at {listed(targets)}" for leader, targets in who.items()])
-    tail = f"; shown to be better than all others only at {listed(clear)}" if clear else "; none is shown to be better than all others"
+    tail = (
+        f"; shown to be better than all others only at {listed(clear)}"
+        if clear
+        else "; none is shown to be better than all others"
+    )
     return f"{where} the best mean is that of {best}{tail}"
 
 
@@ -125,7 +129,9 @@ def headline(frames: Sequence[Frame], found: Sequence[Mapping[str, Leaders]]) ->
     top = [label for label, n in counts if n == counts[0][1]]
     each = "each " if len(top) > 1 else ""
     has = "have" if len(top) > 1 else "has"
-    said = f"{listed(top)} {each}{has} the best mean in {counts[0][1]} of {len(tables)} tables of a subject and a target."
+    said = (
+        f"{listed(top)} {each}{has} the best mean in {counts[0][1]} of {len(tables)} tables of a subject and a target."
+    )
     return said, whole
 
 
@@ -192,8 +198,12 @@ def failures(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if reason is not None:
             said.setdefault((row.subject, row.label, row.target, reason), []).append(row.seed)
     return [
-        {"subject": s, "label": label, "target": t or v.NONE, "seeds": ", ".join(map(str, sorted(seeds))), "reason": why}
+        {
+            "subject": s,
+            "label": label,
+            "target": t or v.NONE,
+            "seeds": ", ".join(map(str, sorted(seeds))),
+            "reason": why,
+        }
         for (s, label, t, why), seeds in sorted(said.items())
     ]
-
-
