@@ -18,13 +18,17 @@ from .options import Json, Length, pairs, split_knobs
 from .tasks import names_a_task
 from .terminal import err_console, interruptible, out_console
 
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Runs at once (default: one for two processors).")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Runs at once (default: one for two processors).")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each run.")]
 Ray = Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster to work on: auto, local, HOST:PORT.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Try failed runs again.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many; 0, 1, 2, ...")]
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Of each training run of a task.")]
-Total = Annotated[float | None, typer.Option("--total-epochs", help="Of all training a method asks for, in place of it.")]
+Total = Annotated[
+    float | None, typer.Option("--total-epochs", help="Of all training a method asks for, in place of it.")
+]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows, of language models.")]
 EvalWindows = Annotated[int, typer.Option("--eval-windows", min=3, help="Held-out windows: a third to validate on.")]
 Seconds = Annotated[float | None, typer.Option("--seconds", help="Stop a run that takes longer; it counts as failed.")]
@@ -154,7 +158,7 @@ def _run(
     study: Any, out: Path, workers: int | None, threads: int | None, ray: str | None, retry: bool, as_json: bool
 ) -> None:
     from .compare import compare as run
-    from .compare import write_report
+    from .compare import sayings, write_report
 
     again = f"stopped: what has been run is in {out}; the same command goes on"
     with interruptible(again), _progress(not as_json) as show:
@@ -164,11 +168,15 @@ def _run(
         print(json.dumps({"report": str(path), "missing": made.missing, "rows": [r.to_dict() for r in made.rows]}))
         return
     print(made)
+    for line in sayings(made):
+        out_console.print(escape(line), soft_wrap=True, highlight=False)
     for left in made.left_out:
         out_console.print(f"not tried: {escape(left.label)} at {left.target}: {escape(left.reason)}", style="dim")
     for row in made.rows:
         if not row.done:
-            out_console.print(f"failed: {escape(row.label)} at {row.target}, seed {row.seed}: {escape(row.reason or '')}")
+            out_console.print(
+                f"failed: {escape(row.label)} at {row.target}, seed {row.seed}: {escape(row.reason or '')}"
+            )
     out_console.print(f"report  {escape(str(path))}", soft_wrap=True)
 
 
@@ -241,7 +249,9 @@ def _sizes(given: list[str] | None, start: str = "task.") -> dict[str, Any]:
     own = [x.replace(start, "task.", 1) for x in given or [] if x.startswith(start)]
     strange = [x for x in given or [] if not x.startswith(("task.", "from."))]
     if strange:
-        raise RecipeError(f"--set {strange[0]} is no size of a task: knobs belong to a method, as in gmp[driver.every=10]")
+        raise RecipeError(
+            f"--set {strange[0]} is no size of a task: knobs belong to a method, as in gmp[driver.every=10]"
+        )
     return split_knobs(own)[0]
 
 

@@ -127,7 +127,7 @@ def test_every_contrast_is_a_study_or_says_why_not() -> None:
                 continue
             made = study_of(name, kind, subject, epochs=1.0, other={"task": "digits"})
             assert Study.load(made.dump()) == made
-            levels = asked.levels if kind == "task" or not asked.model_levels else asked.model_levels
+            levels = asked.levels_of(kind)
             cells = {(r.label, levels[r.target]) for r in runs_of(made) if r.label != "dense"}
             for level in {level for _, level in cells}:
                 present = {s for s, labels in asked.labels(kind).items() if any((x, level) in cells for x in labels)}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from .engine import Comparison, Tick, compare, load
-from .report import write_report
+from .report import sayings, write_report
 from .rows import Row, read_rows, write_rows
 from .study import Budget, Contender, Study, Subject
 
-__all__ = ["Budget", "Comparison", "Contender", "Row", "Study", "Subject", "Tick", "compare", "load", "read_rows", "write_report", "write_rows"]  # fmt: skip  # noqa: E501
+__all__ = [
+    "Budget", "Comparison", "Contender", "Row", "Study", "Subject", "Tick", "compare", "load", "read_rows", "sayings",
+    "write_report", "write_rows",
+]  # fmt: skip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ..errors import StudyError, UnknownName
+from .answers import Answer, Side, Statement, answer
 from .rows import Row
 from .study import Study
+from .verdicts import BETTER
 
 _FINE: dict[str, Any] = {"knobs": {"recovery": {"length": 1.0}}}
 _HIGH = {"0.9": "90 %", "0.95": "95 %", "0.98": "98 %", "0.99": "99 %"}
@@ -56,14 +59,23 @@ class Contrast:
         """Side -> labels."""
         return {side: [str(c["label"]) for c in given] for side, given in self.sides(kind).items()}
 
-    def matched(self, rows: Iterable[Row]) -> list[Row]:
-        """The rows with their level in place of their target, so that sides with targets of their own meet."""
-        found = []
-        for row in rows:
-            levels = self.levels if row.kind == "task" else (self.model_levels or self.levels)
-            if row.dense or row.target in levels:
-                found.append(row if row.dense else replace(row, target=levels[row.target]))
-        return found
+    def levels_of(self, kind: str) -> Mapping[str, str]:
+        """Target -> level, on tasks or on language models."""
+        return self.model_levels if kind == "model" and self.model_levels else self.levels
+
+    def answer(self, rows: Iterable[Row], kind: str) -> Answer:
+        """What runs say to it."""
+        levels = self.levels_of(kind)
+        own = [r for r in rows if r.dense or (r.kind == kind and r.target in levels)]
+        sides = [Side(name, tuple(labels)) for name, labels in self.labels(kind).items()]
+        there = {side.name for side in sides if any(side.has(r) for r in own)}
+        order = [name for name in self.expected if name in there]
+        stated = [Statement(a, b, BETTER) for a, b in pairwise(order)]
+        text = f"{self.reported} ({self.source})"
+        return answer(
+            own, [s for s in sides if s.name in there], question=self.question, published=text, statements=stated,
+            same=levels,
+        )  # fmt: skip
 
 
 _CONTRASTS = (
@@ -268,7 +280,7 @@ def study_of(
         why = "it is about tasks" if kind == "model" and asked.tasks else asked.note
         raise StudyError(f"contrast '{name}' cannot be run on a {kind}: {why}")
     methods = [_masks(c, subject, options, other, name) for given in sides.values() for c in given]
-    levels = asked.levels if kind == "task" or not asked.model_levels else asked.model_levels
+    levels = asked.levels_of(kind)
     named = {t for c in methods for t in c.get("targets", [])}
     wanted = [t for t in levels if (not named or t in named or any("targets" not in c for c in methods))]
     if targets is not None:

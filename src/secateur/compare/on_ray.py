@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,17 @@ def _remote(job: str, work: str, threads: int) -> str:
     return json.dumps(asdict(execute(asked["digest"], asked["spec"], Path(work))))
 
 
+def _reach(address: str) -> None:
+    """Knock before Ray does, which goes on knocking for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise StudyError(f"no Ray cluster at '{address}': {error}") from None
+
+
 class Cluster:
     """So many runs at once as the cluster has room for, each on its own processors.
 
@@ -42,6 +54,7 @@ class Cluster:
         except ImportError:
             raise StudyError("--ray needs the package 'ray': pip install 'secateur[ray]'") from None
         self._ray = ray
+        _reach(address)
         own: dict[str, Any] = {"address": address}
         if address == "local":
             own = {"num_cpus": (workers or 1) * threads, "include_dashboard": False}

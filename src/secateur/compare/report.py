@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from ..errors import SecateurError
+from .answers import Answer
+from .contrasts import contrast
 from .engine import Comparison
+from .leaders import leaders
 
 
 def write_report(found: Comparison, path: str | Path) -> Path:
@@ -16,6 +18,23 @@ def write_report(found: Comparison, path: str | Path) -> Path:
     return write_study_report(Path(path), found.study.to_dict(), found.rows, answers(found))
 
 
-def answers(found: Comparison) -> Sequence[Any]:
-    """What a study says to the contrast that it was made for; empty where it was made for none."""
-    return ()
+def answers(found: Comparison) -> list[Answer]:
+    """What a study says to the contrast that it was made for; nothing where it was made for none, or has no runs."""
+    if found.study.contrast is None:
+        return []
+    asked = contrast(found.study.contrast)
+    kinds = dict.fromkeys(s.kind for s in found.study.subjects)
+    return [asked.answer(found.rows, kind) for kind in kinds if any(r.kind == kind and not r.dense for r in found.rows)]
+
+
+def sayings(found: Comparison) -> list[str]:
+    """The answer in sentences: to the contrast, or at each target which methods may be the best."""
+    said = [one.text for one in answers(found)]
+    if said:
+        return said
+    many = len(found.study.subjects) > 1
+    try:
+        best = leaders(found.rows)
+    except SecateurError as error:  # scores that do not compare, or no package for statistics
+        return [str(error)]
+    return [f"{one.subject + ', ' if many else ''}{one.target}: {one.text}" for one in best]
