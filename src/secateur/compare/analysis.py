@@ -258,8 +258,8 @@ def sensitivity(rows: Iterable[Row]) -> list[Sensitivity]:
 
 def _flips(table: Mapping[str, Cell]) -> float:
     against_mean = count = 0
-    for a, b in combinations(table.values(), 2):
-        gaps = np.array([a.finite[seed] - b.finite[seed] for seed in a.finite if seed in b.finite])
+    for a, b in combinations([cell.finite for cell in table.values()], 2):
+        gaps = np.array([a[seed] - b[seed] for seed in a if seed in b])
         against_mean += int((gaps * (gaps.mean() if len(gaps) else 0.0) < 0).sum())
         count += len(gaps)
     return against_mean / count if count else 0.0
