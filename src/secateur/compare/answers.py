@@ -7,7 +7,7 @@ recipe differs in the fewest axes, so that a pair differs in one thing where the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import DataError
 from .cells import Cell, Measure, cells, target_key
+from .plain import plain_dict
 from .rows import Row
 from .statistics import up
 from .verdicts import BETTER, NONE, PLAIN, WORSE, Comparison, Rules, compare_cells
@@ -139,7 +140,7 @@ class Answer:
     failures: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def differing(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -> tuple[str, ...]:

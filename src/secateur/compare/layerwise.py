@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from .cells import target_key
+from .plain import plain_dict
 from .rows import Row
 from .sketch import Bits, unpack
 from .statistics import LEVEL, Estimate, Floats, mean
@@ -40,7 +41,7 @@ class Profile:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Overlap:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Collapse:
         return next((found.target for found in self.targets if found.gone), None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "first": self.first}
+        return {**plain_dict(self), "first": self.first}
 
 
 def _final(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:

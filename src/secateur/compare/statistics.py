@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, SecateurError
 from .cells import Scale
+from .plain import plain_dict
 
 Floats = NDArray[np.float64]
 How = Literal["t", "bca"]
@@ -86,7 +87,7 @@ class Estimate:
         return f"{self.value:.{digits}g}{interval}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def t_interval(values: Floats, level: float | Floats = LEVEL) -> tuple[Floats, Floats, Floats]:
