@@ -117,13 +117,27 @@ def test_failures_and_single_seeds_show_nothing() -> None:
 
 def test_matching() -> None:
     recipes = {"a": {"criterion": "x", "steps": 1}, "b": {"criterion": "x", "steps": 9}, "c": {"criterion": "z"}}
-    assert [(m.left, m.right) for m in match(recipes, ["b"], ["a", "c"])] == [("b", "a"), ("b", "c")]
-    assert [(m.left, m.right) for m in match(recipes, ["a", "c"], ["b"])] == [("a", "b"), ("c", "b")]
-    assert match(recipes, ["a"], ["a"]) == [] and match(recipes, [], ["a"]) == []
+
+    def matched(left: list[str], right: list[str]) -> list[tuple[str, str]]:
+        return [(m.left, m.right) for m in match(left, right, lambda x, y: differing(recipes[x], recipes[y]))]
+
+    assert matched(["b"], ["a", "c"]) == [("b", "a"), ("b", "c")]  # the side with more: each of it has a partner
+    assert matched(["a", "c"], ["b"]) == [("a", "b"), ("c", "b")]
+    assert matched(["a", "b"], ["c", "b"]) == [("a", "b"), ("b", "c")]
+    assert matched(["a"], ["a"]) == [] and matched([], ["a"]) == []
     assert differing(None, {"criterion": "x"}) == ("criterion",)
     found = answer(study(), SIDES, pairs=[("magnitude", "taylor x5")])
     assert [(m.left, m.right) for m in found.parts[0].pairs] == [("taylor x5", "magnitude")]
     assert set(found.parts[0].alone) == {"magnitude x5", "taylor"}
+
+
+def test_a_target_that_changes_the_recipe_does_not_tell_contenders_apart() -> None:
+    """Only the first has the target 2:4, which is another granularity; at the shared target they differ in one axis."""
+    made = rows({"a": [0.9, 0.91]}, "0.5", recipe={"criterion": "x", "granularity": "element"})
+    made += rows({"a": [0.8, 0.81]}, "2:4", recipe={"criterion": "x", "granularity": "2:4"})
+    made += rows({"b": [0.5, 0.52]}, "0.5", recipe={"criterion": "y", "granularity": "element"})
+    (part,) = answer(made, (Side("left", ("a",)), Side("right", ("b",)))).parts
+    assert part.pairs[0].axes == ("criterion",) and len(part.targets) == 1
 
 
 def test_what_makes_no_contrast_is_refused() -> None:
