@@ -46,6 +46,7 @@ def test_pairs_differ_in_as_little_as_the_study_has() -> None:
     (part,) = found.parts
     assert [(one.left, one.right) for one in part.pairs] == [("magnitude x5", "magnitude"), ("taylor x5", "taylor")]
     assert part.pairs[0].axes == ("schedule", "steps")
+    assert part.judged == ("agrees",) and part.judged_targets == ("agrees", "agrees")
     assert len(part.cells) == 4 and len(part.targets) == 2 and len(part.overall) == 1
     assert part.overall[0].estimate.value == pytest.approx(0.05, abs=0.004)
     assert part.overall[0].estimate.n == 3  # seeds are what varies, not pairs or targets
@@ -126,7 +127,7 @@ def test_matching() -> None:
     assert matched(["a", "b"], ["c", "b"]) == [("a", "b"), ("b", "c")]
     assert matched(["a"], ["a"]) == [] and matched([], ["a"]) == []
     assert differing(None, {"criterion": "x"}) == ("criterion",)
-    found = answer(study(), SIDES, pairs=[("magnitude", "taylor x5")])
+    found = answer(study(), SIDES, pairs=[("magnitude", "taylor x5"), ("magnitude", "taylor")])
     assert [(m.left, m.right) for m in found.parts[0].pairs] == [("taylor x5", "magnitude")]
     assert set(found.parts[0].alone) == {"magnitude x5", "taylor"}
 

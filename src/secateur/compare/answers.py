@@ -102,6 +102,7 @@ class Part:
         overall: the sides on every subject: at each seed the mean over targets and pairs. A family of its own. Seeds
             are what varies: it speaks of these pairs and targets, not of others.
         statement: what was published, or None.
+        judged, judged_targets: what each of ``overall`` and of ``targets`` says about it.
         agreement: ``agrees``, ``does not agree``, ``not shown``, ``agrees in part`` (subjects differ), or None.
         text: the answer in one sentence.
     """
@@ -115,6 +116,7 @@ class Part:
     overall: tuple[Comparison, ...]
     statement: Statement | None
     judged: tuple[str, ...]
+    judged_targets: tuple[str, ...]
     agreement: str | None
     text: str
 
@@ -241,7 +243,10 @@ def answer(
     for a, b in combinations(labels, 2):
         stated = next((s for s in statements if {s.left, s.right} == {a, b}), None)
         a, b = (stated.left, stated.right) if stated else (a, b)
-        given = None if pairs is None else [pair for pair in pairs if set(pair) <= {*labels[a], *labels[b]}]
+        given = None
+        if pairs is not None:
+            both = [*pairs, *((y, x) for x, y in pairs)]
+            given = [(x, y) for x, y in both if x in labels[a] and y in labels[b]]
         parts.append(_part(table, apart, (a, b), (labels[a], labels[b]), stated, given, rules))
     whole = _together([part.agreement for part in parts if part.agreement])
     metrics = ", ".join(sorted({cell.metric for cell in table.values() if cell.metric}))
@@ -263,11 +268,7 @@ def _part(
     given: Sequence[tuple[str, str]] | None,
     rules: Rules,
 ) -> Part:
-    if given is None:
-        pairs = match(*labels, apart)
-    else:
-        turned = [pair if pair[0] in labels[0] else (pair[1], pair[0]) for pair in given]
-        pairs = [Match(x, y, apart(x, y)) for x, y in turned]
+    pairs = match(*labels, apart) if given is None else [Match(x, y, apart(x, y)) for x, y in given]
     used = {label for pair in pairs for label in (pair.left, pair.right)}
     alone = tuple(label for of in labels for label in of if label not in used)
     keys = sorted({(s, t) for s, t, _ in table}, key=lambda key: (key[0], target_key(key[1])))
@@ -284,12 +285,22 @@ def _part(
         on.setdefault(left.subject, []).append((left, right))
     targets = compare_cells([_pool(of, names, target) for (_, target), of in at.items()], rules)
     overall = compare_cells([_pool(of, names, "") for of in on.values()], rules)
-    judged = tuple(stated.judge(one) for one in overall) if stated else ()
+    judged, by_target = (tuple(stated.judge(one) for one in of) if stated else () for of in (overall, targets))
     agreement = (_together(judged) or NOT_SHOWN) if stated else None
     each = compare_cells(matched, rules)
     text = _text(names, overall, agreement)
     return Part(
-        *names, tuple(pairs), alone, tuple(each), tuple(targets), tuple(overall), stated, judged, agreement, text
+        *names,
+        tuple(pairs),
+        alone,
+        tuple(each),
+        tuple(targets),
+        tuple(overall),
+        stated,
+        judged,
+        by_target,
+        agreement,
+        text,
     )
 
 
