@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from secateur.compare.cells import Measure
 from secateur.compare.leaders import leaders
 from secateur.compare.statistics import adjust, dunnett, tukey
 from secateur.compare.verdicts import Comparison, Rules, against, all_pairs
-from secateur.errors import DataError
+from secateur.errors import DataError, UnknownName
 
 from .made import row, rows
 
@@ -159,3 +162,34 @@ def test_leaders_say_of_whom_nothing_can_be_said() -> None:
     (nobody,) = leaders(rows({"a": [0.5], "b": [None]}))
     assert nobody.leader is None and nobody.text == "no contender can be named; of 2 nothing can be said"
     json.dumps(found.to_dict())
+
+
+@given(
+    st.lists(st.lists(st.floats(-50, 50).map(lambda x: round(x, 2)), min_size=3, max_size=3), min_size=2, max_size=4),
+    st.floats(0.1, 10),
+    st.floats(-5, 5),
+)
+@settings(max_examples=30, deadline=None)
+def test_verdicts_turn_with_the_sides_and_not_with_units(scores: list[list[float]], scale: float, shift: float) -> None:
+    plain = {f"m{i}": of for i, of in enumerate(scores)}
+    found = all_pairs(rows(plain))
+    turned = all_pairs(rows({f"m{9 - i}": of for i, of in enumerate(scores)}))
+    names = {(f"m{9 - int(one.right[1])}", f"m{9 - int(one.left[1])}"): one for one in turned}
+    for one in found:
+        other = names[one.left, one.right]
+        assert {one.verdict, other.verdict} in ({"better", "worse"}, {"no difference shown"})
+        assert (one.estimate.low, one.estimate.high) == pytest.approx(
+            (-(other.estimate.high or 0), -(other.estimate.low or 0))
+        )
+    exact = [2.0 ** round(math.log2(scale)) * (np.array(of) + round(shift)) for of in scores]
+    for one, moved in zip(found, all_pairs(rows({f"m{i}": list(of) for i, of in enumerate(exact)})), strict=True):
+        if one.p is not None and abs(one.p - 0.05) > 1e-6 and one.estimate.spread and one.estimate.spread > 1e-6:
+            assert one.verdict == moved.verdict
+
+
+def test_rules_are_checked() -> None:
+    with pytest.raises(UnknownName, match="no correction named 'holms'; did you mean 'holm'"):
+        Rules(correction="holms")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a level is a probability"):
+        Rules(level=95)
+    assert Rules().to_dict() == {"level": 0.95, "correction": "holm", "variance": "own", "how": "t"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +15,7 @@ from .capability import Capability, capabilities
 from .cells import DENSE, Cell, cells, tables, target_key
 from .layerwise import Collapse, Overlap, Profile, collapses, overlaps, profiles
 from .leaders import Leaders, leaders
+from .plain import plain, plain_dict
 from .ranks import Ranks, rank
 from .rows import Row
 from .statistics import Estimate, Floats, block_error, mean, paired, up
@@ -79,7 +80,7 @@ class Curve:
     points: tuple[Point, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def curves(rows: Iterable[Row], rules: Rules = PLAIN) -> list[Curve]:
@@ -149,7 +150,7 @@ class Front:
     points: tuple[FrontPoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def pareto(rows: Iterable[Row], axis: str = "effective_flops", rules: Rules = PLAIN) -> list[Front]:
@@ -219,7 +220,7 @@ class Sensitivity:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def sensitivity(rows: Iterable[Row]) -> list[Sensitivity]:
@@ -258,8 +259,8 @@ def sensitivity(rows: Iterable[Row]) -> list[Sensitivity]:
 
 def _flips(table: Mapping[str, Cell]) -> float:
     against_mean = count = 0
-    for a, b in combinations(table.values(), 2):
-        gaps = np.array([a.finite[seed] - b.finite[seed] for seed in a.finite if seed in b.finite])
+    for a, b in combinations([cell.finite for cell in table.values()], 2):
+        gaps = np.array([a[seed] - b[seed] for seed in a if seed in b])
         against_mean += int((gaps * (gaps.mean() if len(gaps) else 0.0) < 0).sum())
         count += len(gaps)
     return against_mean / count if count else 0.0
@@ -286,21 +287,8 @@ class Analysis:
     failures: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; a number that is not finite, as the end of an interval that has none, is None."""
-        whole = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: _plain(value) for name, value in whole.items()}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+        found: dict[str, Any] = plain({name: getattr(self, name) for name in self.__dataclass_fields__})
+        return found
 
 
 def analyze(rows: Iterable[Row], rules: Rules = PLAIN) -> Analysis:

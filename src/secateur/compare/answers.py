@@ -7,7 +7,7 @@ recipe differs in the fewest axes, so that a pair differs in one thing where the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import DataError
 from .cells import Cell, Measure, cells, target_key
+from .plain import plain_dict
 from .rows import Row
 from .statistics import up
 from .verdicts import BETTER, NONE, PLAIN, WORSE, Comparison, Rules, compare_cells
@@ -101,6 +102,7 @@ class Part:
         overall: the sides on every subject: at each seed the mean over targets and pairs. A family of its own. Seeds
             are what varies: it speaks of these pairs and targets, not of others.
         statement: what was published, or None.
+        judged, judged_targets: what each of ``overall`` and of ``targets`` says about it.
         agreement: ``agrees``, ``does not agree``, ``not shown``, ``agrees in part`` (subjects differ), or None.
         text: the answer in one sentence.
     """
@@ -114,6 +116,7 @@ class Part:
     overall: tuple[Comparison, ...]
     statement: Statement | None
     judged: tuple[str, ...]
+    judged_targets: tuple[str, ...]
     agreement: str | None
     text: str
 
@@ -139,7 +142,7 @@ class Answer:
     failures: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def differing(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -158,22 +161,41 @@ def _axes(recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     return {**plain, **{f"knobs.{axis}": dict(of) for axis, of in knobs.items() if of}}
 
 
-def match(recipes: Mapping[str, Mapping[str, Any] | None], left: Sequence[str], right: Sequence[str]) -> list[Match]:
+def match(left: Sequence[str], right: Sequence[str], apart: Callable[[str, str], tuple[str, ...]]) -> list[Match]:
     """For each contender of the side with more the nearest of the other; all of them where several are as near.
 
+    Args:
+        apart: the axes in which two contenders differ.
+
     >>> recipes = {"a": {"criterion": "x"}, "b": {"criterion": "y"}, "c": {"criterion": "y", "solver": "obc"}}
-    >>> [(one.left, one.right) for one in match(recipes, ["a"], ["b", "c"])]
-    [('a', 'b'), ('a', 'c')]
+    >>> apart = lambda x, y: differing(recipes[x], recipes[y])
+    >>> [(one.left, one.right) for one in match(["a", "b"], ["c"], apart)], match(["a"], ["b", "c"], apart)[0].axes
+    ([('a', 'c'), ('b', 'c')], ('criterion',))
     """
     many, few = (left, right) if len(left) >= len(right) else (right, left)
     found = []
     for label in many:
-        apart = {other: differing(recipes.get(label), recipes.get(other)) for other in few if other != label}
-        nearest = min((len(axes) for axes in apart.values()), default=0)
-        for other, axes in apart.items():
-            if len(axes) == nearest:
-                found.append(Match(label, other, axes) if many is left else Match(other, label, axes))
+        axes = {other: apart(label, other) for other in few if other != label}
+        nearest = min((len(of) for of in axes.values()), default=0)
+        for other, of in axes.items():
+            if len(of) == nearest:
+                found.append(Match(label, other, of) if many is left else Match(other, label, of))
     return sorted(found, key=lambda one: (one.left, one.right))
+
+
+def _apart(rows: Iterable[Row]) -> Callable[[str, str], tuple[str, ...]]:
+    """How two contenders differ at the targets that both have: a target may change a recipe too, as 2:4 does."""
+    recipes: dict[str, dict[tuple[str, str], Mapping[str, Any] | None]] = {}
+    for row in rows:
+        recipes.setdefault(row.label, {})[row.subject, row.target] = row.recipe
+
+    def apart(left: str, right: str) -> tuple[str, ...]:
+        ours, theirs = recipes[left], recipes[right]
+        both = sorted(ours.keys() & theirs.keys())
+        found = [differing(ours[key], theirs[key]) for key in both]
+        return min(found, key=len) if found else differing(next(iter(ours.values())), next(iter(theirs.values())))
+
+    return apart
 
 
 def answer(
@@ -213,16 +235,19 @@ def answer(
             raise DataError(
                 f"a statement is of {statement.left} and {statement.right}, and sides are {', '.join(labels)}"
             )
-    recipes = {row.label: row.recipe for row in kept}
     on_a_side = {label for of in labels.values() for label in of}
+    apart = _apart(row for row in kept if row.label in on_a_side)
     table = cells([row for row in kept if row.label in on_a_side], measure)
     rules = replace(rules, variance="own")
     parts = []
     for a, b in combinations(labels, 2):
         stated = next((s for s in statements if {s.left, s.right} == {a, b}), None)
         a, b = (stated.left, stated.right) if stated else (a, b)
-        given = None if pairs is None else [pair for pair in pairs if set(pair) <= {*labels[a], *labels[b]}]
-        parts.append(_part(table, recipes, (a, b), (labels[a], labels[b]), stated, given, rules))
+        given = None
+        if pairs is not None:
+            both = [*pairs, *((y, x) for x, y in pairs)]
+            given = [(x, y) for x, y in both if x in labels[a] and y in labels[b]]
+        parts.append(_part(table, apart, (a, b), (labels[a], labels[b]), stated, given, rules))
     whole = _together([part.agreement for part in parts if part.agreement])
     metrics = ", ".join(sorted({cell.metric for cell in table.values() if cell.metric}))
     failures = {label: n for label in sorted(on_a_side) if (n := _failures(table, label))}
@@ -236,18 +261,14 @@ def _failures(table: Mapping[tuple[str, str, str], Cell], label: str) -> int:
 
 def _part(
     table: Mapping[tuple[str, str, str], Cell],
-    recipes: Mapping[str, Mapping[str, Any] | None],
+    apart: Callable[[str, str], tuple[str, ...]],
     names: tuple[str, str],
     labels: tuple[tuple[str, ...], tuple[str, ...]],
     stated: Statement | None,
     given: Sequence[tuple[str, str]] | None,
     rules: Rules,
 ) -> Part:
-    if given is None:
-        pairs = match(recipes, *labels)
-    else:
-        turned = [pair if pair[0] in labels[0] else (pair[1], pair[0]) for pair in given]
-        pairs = [Match(x, y, differing(recipes.get(x), recipes.get(y))) for x, y in turned]
+    pairs = match(*labels, apart) if given is None else [Match(x, y, apart(x, y)) for x, y in given]
     used = {label for pair in pairs for label in (pair.left, pair.right)}
     alone = tuple(label for of in labels for label in of if label not in used)
     keys = sorted({(s, t) for s, t, _ in table}, key=lambda key: (key[0], target_key(key[1])))
@@ -264,12 +285,22 @@ def _part(
         on.setdefault(left.subject, []).append((left, right))
     targets = compare_cells([_pool(of, names, target) for (_, target), of in at.items()], rules)
     overall = compare_cells([_pool(of, names, "") for of in on.values()], rules)
-    judged = tuple(stated.judge(one) for one in overall) if stated else ()
+    judged, by_target = (tuple(stated.judge(one) for one in of) if stated else () for of in (overall, targets))
     agreement = (_together(judged) or NOT_SHOWN) if stated else None
     each = compare_cells(matched, rules)
     text = _text(names, overall, agreement)
     return Part(
-        *names, tuple(pairs), alone, tuple(each), tuple(targets), tuple(overall), stated, judged, agreement, text
+        *names,
+        tuple(pairs),
+        alone,
+        tuple(each),
+        tuple(targets),
+        tuple(overall),
+        stated,
+        judged,
+        by_target,
+        agreement,
+        text,
     )
 
 

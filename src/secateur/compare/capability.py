@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cells import Cell, scale_of, target_key
+from .plain import plain_dict
 from .rows import Row
 from .statistics import on_scale
 from .verdicts import PLAIN, Comparison, Rules, compare_cells
@@ -42,7 +43,7 @@ class Capability:
     text: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def capabilities(rows: Iterable[Row], rules: Rules = PLAIN) -> list[Capability]:

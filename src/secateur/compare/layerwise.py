@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from .cells import target_key
+from .plain import plain_dict
 from .rows import Row
 from .sketch import Bits, unpack
-from .statistics import LEVEL, Estimate, mean
+from .statistics import LEVEL, Estimate, Floats, mean
 
 #: A layer that keeps this fraction of its weights or less is almost gone.
 ALMOST = 0.001
@@ -40,7 +41,7 @@ class Profile:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Overlap:
     n: int
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Collapse:
         return next((found.target for found in self.targets if found.gone), None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "first": self.first}
+        return {**plain_dict(self), "first": self.first}
 
 
 def _final(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -162,11 +163,34 @@ def jaccard(left: Sequence[Bits], right: Sequence[Bits]) -> tuple[float | None, 
     >>> jaccard([np.array([True, True, False, False])], [np.array([True, False, True, False])])
     (0.3333333333333333, 0.3333333333333333)
     """
-    both = sum(int((a & b).sum()) for a, b in zip(left, right, strict=True))
-    either = sum(int((a | b).sum()) for a, b in zip(left, right, strict=True))
-    chance = sum(int(a.sum()) * int(b.sum()) / max(1, a.size) for a, b in zip(left, right, strict=True))
-    total = both + either
-    return (both / either, chance / (total - chance)) if either else (None, None)
+    both, expected, total = _counts(_Mask.of(left), _Mask.of(right))
+    return _ratio(both.sum(), total.sum()), _ratio(expected.sum(), total.sum())
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The bits of all layers, how many positions each layer has, and how many of them it keeps."""
+
+    bits: Bits
+    sizes: tuple[int, ...]
+    kept: Floats
+
+    @classmethod
+    def of(cls, layers: Sequence[Bits]) -> _Mask:
+        bits = np.concatenate(layers) if layers else np.zeros(0, bool)
+        return cls(bits, tuple(len(layer) for layer in layers), np.array([float(layer.sum()) for layer in layers]))
+
+
+def _counts(left: _Mask, right: _Mask) -> tuple[Floats, Floats, Floats]:
+    """Of every layer: kept by both, expected to be, and kept by either counted twice where by both."""
+    ends = np.cumsum(left.sizes, dtype=int)
+    so_far = np.concatenate([[0], np.cumsum(left.bits & right.bits)])
+    both = np.diff(so_far[ends].astype(float), prepend=0.0)
+    return both, left.kept * right.kept / np.maximum(1, left.sizes), left.kept + right.kept
+
+
+def _ratio(both: float, total: float) -> float | None:
+    return float(both / (total - both)) if total else None
 
 
 def overlaps(rows: Iterable[Row], level: float = LEVEL) -> list[Overlap]:
@@ -174,11 +198,11 @@ def overlaps(rows: Iterable[Row], level: float = LEVEL) -> list[Overlap]:
 
     Pairs of contenders share the seed. Runs without a sketch, and pairs whose sketches have other positions, are out.
     """
-    sketches: dict[tuple[str, str], dict[str, dict[int, list[Bits]]]] = {}
+    sketches: dict[tuple[str, str], dict[str, dict[int, _Mask]]] = {}
     for (subject, target, label), runs in _final(rows).items():
-        bits = {run.seed: unpack(run.result["sketch"]) for run in runs if run.result.get("sketch")}
-        if bits:
-            sketches.setdefault((subject, target), {})[label] = bits
+        masks = {run.seed: _Mask.of(unpack(run.result["sketch"])) for run in runs if run.result.get("sketch")}
+        if masks:
+            sketches.setdefault((subject, target), {})[label] = masks
     found = []
     for (subject, target), table in sketches.items():
         for a, b in [*((label, label) for label in table), *combinations(table, 2)]:
@@ -186,22 +210,23 @@ def overlaps(rows: Iterable[Row], level: float = LEVEL) -> list[Overlap]:
                 pairs = list(combinations(table[a].values(), 2))
             else:
                 pairs = [(table[a][seed], table[b][seed]) for seed in table[a] if seed in table[b]]
-            pairs = [(x, y) for x, y in pairs if [len(one) for one in x] == [len(one) for one in y]]
-            whole = [(j, e) for j, e in (jaccard(x, y) for x, y in pairs) if j is not None and e is not None]
-            if not whole:
-                continue
-            estimate = mean([j for j, _ in whole], level=level)
-            if a == b:
-                estimate = Estimate(estimate.value, None, None, level, estimate.n, spread=estimate.spread)
-            layers = tuple(
-                _averages([jaccard([x[i]], [y[i]]) for x, y in pairs if len(x) == len(pairs[0][0])])
-                for i in range(len(pairs[0][0]))
-            )
-            expected = float(np.mean([e for _, e in whole]))
-            found.append(Overlap(subject, target, a, b, estimate, expected, layers, len(whole)))
+            if overlap := _overlap((subject, target, a, b), pairs, level):
+                found.append(overlap)
     return found
 
 
-def _averages(values: Sequence[tuple[float | None, float | None]]) -> tuple[float | None, float | None]:
-    kept = [(j, e) for j, e in values if j is not None and e is not None]
-    return (float(np.mean([j for j, _ in kept])), float(np.mean([e for _, e in kept]))) if kept else (None, None)
+def _overlap(where: tuple[str, str, str, str], pairs: Sequence[tuple[_Mask, _Mask]], level: float) -> Overlap | None:
+    alike = [(x, y) for x, y in pairs if x.sizes == y.sizes == pairs[0][0].sizes and (x.kept.sum() or y.kept.sum())]
+    if not alike:
+        return None
+    both, expected, total = (np.array(of) for of in zip(*(_counts(x, y) for x, y in alike), strict=True))
+    whole = mean([_ratio(x, y) for x, y in zip(both.sum(1), total.sum(1), strict=True)], level=level)
+    if where[2] == where[3]:
+        whole = Estimate(whole.value, None, None, level, whole.n, spread=whole.spread)
+    chance = float(np.mean([_ratio(x, y) for x, y in zip(expected.sum(1), total.sum(1), strict=True)]))
+    known = total > 0
+    with np.errstate(invalid="ignore"):
+        shares = [np.where(known, of / np.where(known, total - of, 1.0), 0.0).sum(0) for of in (both, expected)]
+    times = known.sum(0)
+    layers = tuple((float(x / n), float(y / n)) if n else (None, None) for x, y, n in zip(*shares, times, strict=True))
+    return Overlap(*where, whole, chance, layers, len(alike))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .cells import Cell, Measure, tables
+from .plain import plain_dict
 from .rows import Row
 from .statistics import LEVEL, Estimate, paired, up
 from .verdicts import FEW
@@ -49,7 +50,7 @@ class Leaders:
     text: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def leaders(rows: Iterable[Row], *, level: float = LEVEL, measure: Measure | None = None) -> list[Leaders]:

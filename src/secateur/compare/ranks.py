@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import DataError
 from .cells import Cell, Measure, tables
+from .plain import plain_dict
 from .rows import Row
 from .statistics import LEVEL, Floats, stats, up
 
@@ -48,7 +49,7 @@ class Ranks:
     text: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def friedman(ranks_nk: Floats) -> tuple[float, float, float, float]:

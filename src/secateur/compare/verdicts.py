@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, UnknownName
 from .cells import DENSE, Cell, Measure, tables
+from .plain import plain_dict
 from .rows import Row
 from .statistics import (
     LEVEL,
@@ -33,6 +34,8 @@ from .statistics import (
     tukey_p,
     up,
 )
+
+Variance = Literal["own", "pooled"]
 
 BETTER = "better"
 WORSE = "worse"
@@ -56,11 +59,18 @@ class Rules:
 
     level: float = LEVEL
     correction: Correction = "holm"
-    variance: Literal["own", "pooled"] = "own"
+    variance: Variance = "own"
     how: How = "t"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise DataError(f"a level is a probability between 0 and 1, not {self.level:g}")
+        for name, kinds in (("correction", Correction), ("variance", Variance), ("how", How)):
+            if (given := getattr(self, name)) not in (known := get_args(kinds)):
+                raise UnknownName(name, given, known, ", ".join(known))
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 PLAIN = Rules()
@@ -95,7 +105,7 @@ class Comparison:
     right_failures: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return plain_dict(self)
 
 
 def against(
