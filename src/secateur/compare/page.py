@@ -13,8 +13,10 @@ from ..report import values as v
 from ..report.read import when_of
 from ..report.reproduce import embed, yaml_of
 from ..report.shell import environment, put, shell
+from .answers import Answer
 from .leaders import Leaders
 from .page_again import recipes, task_name
+from .page_answers import contrasts
 from .page_data import Frame, frames
 from .page_groups import seeds_table
 from .page_layers import gone, panels
@@ -29,7 +31,7 @@ _HERE = Path(__file__).parent
 _HEAVY = ("layers", "sketch", "environment", "data")
 
 
-def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any] = ()) -> str:
+def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answer] = ()) -> str:
     """The report as HTML text.
 
     Args:
@@ -45,7 +47,8 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
     name = str(study.get("study") or study.get("name") or "study")
     failed, holes = failures(rows), missing(study, found)
     ranked = ranks(found)
-    contents = [("h-answer", "The answer"), *([("h-contrasts", "Contrasts")] if answers else [])]
+    contents = [("h-contrasts", "The answer")] if answers else []
+    contents += [("h-answer", "Method by method" if answers else "The answer")]
     contents += [("h-asked", "What was asked")]
     contents += [(f"h-subject-{k}", f"Results on {frame.subject}") for k, frame in enumerate(found)]
     contents += [("h-ranks", "Ranks")] if ranked else []
@@ -61,14 +64,14 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
         ),
         data=embed(record(study, rows)),
         name=name,
-        headline=said,
+        headline=next((a.question for a in answers if a.question), said),
         subtitle=_subtitle(found),
         tiles=_tiles(rows, found),
         contents=contents,
-        clauses=clauses,
+        clauses=clauses or ([said] if answers else []),
         subjects=[_subject(k, frame, own) for k, (frame, own) in enumerate(zip(found, best, strict=True))],
         reading=_reading(found, best),
-        contrasts=[],
+        contrasts=contrasts(answers),
         protocol=protocol(study, rows),
         ranks=ranked,
         failures=failed,
@@ -82,7 +85,9 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
     )
 
 
-def write_study_report(path: Path, study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any] = ()) -> Path:
+def write_study_report(
+    path: Path, study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answer] = ()
+) -> Path:
     """Write the report beside ``path`` first, then put it in place in one step; returns the path."""
     return put(path, render(study, rows, answers))
 
@@ -117,6 +122,7 @@ def record(study: Mapping[str, Any], rows: Sequence[Row]) -> Any:
 def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any]:
     changes = against_dense(frame)
     name = f"subject-{k}"
+    fine = frame.problem is None
     return {
         "id": name,
         "name": frame.subject,
@@ -125,10 +131,10 @@ def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any
         "problem": frame.problem,
         "notes": _notes(frame),
         "answers": answers_table(frame, best, changes),
-        "plots": tradeoffs(frame, name),
+        "plots": tradeoffs(frame, name) if fine else [],
         "results": results(frame, best, changes, f"{name}-results"),
-        "panels": panels(frame, name),
-        "seeds": seeds_table(frame),
+        "panels": panels(frame, name) if fine else [],
+        "seeds": seeds_table(frame) if fine else None,
     }
 
 
@@ -146,10 +152,11 @@ def _reading(found: Sequence[Frame], best: Sequence[Mapping[str, Leaders]]) -> l
         return []
     level = v.percent(tables[0].level)
     return [
-        f"Brackets are {level} intervals of the mean over seeds. They say how the mean would move with other seeds, not with"
-        " another data set or another model.",
-        "“Not shown to be worse” is not “as good”: with few seeds, small differences cannot be shown. The list holds"
-        f" the method whose true mean is best with a probability of at least {level}, at each target alone.",
+        f"Brackets are {level} intervals of the mean over seeds. They say how the mean would move with other seeds, not"
+        " with another data set or another model.",
+        "“Not shown to be worse” is not “as good”: with few seeds, small differences cannot be shown. At each target"
+        f" alone, the method whose true mean is best is, with a probability of at least {level}, the one named first, one"
+        " of those not shown to be worse, or one of which nothing can be said.",
         "Against dense is a paired difference over seeds"
         + (" (perplexities: a ratio)." if any(f.metric == "perplexity" for f in found) else "."),
     ]
@@ -188,32 +195,34 @@ def missing(study: Mapping[str, Any], found: Sequence[Frame]) -> list[str]:
     labels = [_label(m) for m in v.items(study.get("methods"))]
     targets = [str(t) for t in v.items(study.get("targets"))]
     seeds = [s for s in v.items(study.get("seeds")) if isinstance(s, int)]
+    own = {
+        _label(m): [str(t) for t in v.items(m.get("targets"))]
+        for m in v.items(study.get("methods"))
+        if isinstance(m, Mapping)
+    }
     said = []
     for frame in found:
         for label in dict.fromkeys([*labels, *frame.labels]):
             lacks = []
-            for target in dict.fromkeys([*targets, *frame.targets]):
+            for target in own.get(label) or dict.fromkeys([*targets, *frame.targets]):
                 there = {r.seed for r in frame.runs(label, target)}
                 wanted = sorted(set(seeds or {r.seed for r in frame.rows}) - there)
                 if wanted and not there:
                     lacks.append(f"target {target}")
                 elif wanted:
-                    lacks.append(f"target {target} with {'seed' if len(wanted) == 1 else 'seeds'} {listed([str(s) for s in wanted])}")
+                    noun = "seed" if len(wanted) == 1 else "seeds"
+                    lacks.append(f"target {target} with {noun} {listed([str(s) for s in wanted])}")
             if lacks:
                 said.append(f"{label} on {frame.subject}: {'; '.join(lacks)}")
     return said
 
 
 def _again(rows: Sequence[Row]) -> str:
-    text = (
-        "Its command makes one run again, outside the study."
-        if rows
-        else "There are no runs yet."
-    )
+    text = "Its command makes one run again, outside the study." if rows else "There are no runs yet."
     if any(r.kind == "model" for r in rows):
         text += (
-            " Of a language model it prunes and measures in the same way; the study itself calibrates each seed on other"
-            " windows of the text, which secateur compare does."
+            " Of a language model it prunes and measures in the same way; the study itself calibrates each seed on"
+            " other windows of the text, which secateur compare does."
         )
     return text
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..report import values as v
 from ..report.read import when_of
+from .cells import target_key
+from .leaders import Leaders
 from .page_again import commands
 from .page_data import Frame, show
 from .page_words import changed, listed, many, standing
 from .rows import Row
-from .cells import target_key
-from .leaders import Leaders
 from .verdicts import Comparison
 
 
@@ -53,9 +53,10 @@ def results(
     """Every contender at every target, the baseline first."""
     heads = [
         Column("Method"), Column("Target"), Column("Runs", True), Column(frame.metric.capitalize(), True),
-        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("At this target"), Column("Sparsity", True),
-        Column("Non-zero", True), Column("Effective FLOPs", True), Column("Sparse bytes", True), Column("Speed-up", True),
-        Column("Time", True), Column("Peak memory", True), Column("Samples", True), Column("Labels", True),
+        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("At this target"),
+        Column("Sparsity", True), Column("Non-zero", True), Column("Effective FLOPs", True),
+        Column("Sparse bytes", True), Column("Speed-up", True), Column("Time", True), Column("Peak memory", True),
+        Column("Samples", True), Column("Labels", True),
     ]  # fmt: skip
     grid = Grid(name, f"Results on {frame.subject}", heads)
     keys = [(r.label, r.target) for r in frame.rows if r.dense][:1]
@@ -79,7 +80,10 @@ def results(
                 (f"{done}" + (f" of {done + lost}" if lost else ""), done),
                 _cell(score.value if score is not None else None, frame.show),
                 (interval, None),
-                (changed(moved, frame.metric) if moved is not None else v.NONE, moved.value if moved is not None else None),
+                (
+                    changed(moved, frame.metric) if moved is not None else v.NONE,
+                    moved.value if moved is not None else None,
+                ),
                 (change.text if change is not None else v.NONE, None),
                 ("the baseline" if not target else standing(found.get(target), label), None),
                 _cell(figure("sparsity"), v.percent),
@@ -100,7 +104,8 @@ def span(frame: Frame, low: float | None, high: float | None) -> str:
     """An interval in a cell of its own."""
     if low is None or high is None:
         return v.NONE
-    return f"{show(frame.metric, low)} to {show(frame.metric, high)}"
+    first = show(frame.metric, low).removesuffix(f"{v.NBSP}%")
+    return f"{first} to {show(frame.metric, high)}"
 
 
 def all_runs(study: Mapping[str, Any], rows: Sequence[Row]) -> Grid:

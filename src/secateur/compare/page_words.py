@@ -89,8 +89,8 @@ def clause(frame: Frame, found: Mapping[str, Leaders]) -> str:
     if frame.problem:
         return f"{where} the runs cannot be compared: {frame.problem}"
     if not named:
-        done = any(r.done and not r.dense for r in frame.rows)
-        why = "every run failed" if frame.rows and not done else "too few seeds ran"
+        own = [r for r in frame.rows if not r.dense]
+        why = "none has run" if not own else "too few seeds ran" if any(r.done for r in own) else "every run failed"
         return f"{where} no method can be named: {why}"
     clear = [t for t in named if len(found[t].members) == 1 and found[t].beaten]
     if len(set(named.values())) == 1:
@@ -106,7 +106,11 @@ def clause(frame: Frame, found: Mapping[str, Leaders]) -> str:
     for target, leader in named.items():
         who.setdefault(str(leader), []).append(target)
     best = listed([f"{leader} at {listed(targets)}" for leader, targets in who.items()])
-    tail = f"; shown to be better than all others only at {listed(clear)}" if clear else "; none is shown to be better than all others"
+    tail = (
+        f"; shown to be better than all others only at {listed(clear)}"
+        if clear
+        else "; none is shown to be better than all others"
+    )
     return f"{where} the best mean is that of {best}{tail}"
 
 
@@ -125,7 +129,9 @@ def headline(frames: Sequence[Frame], found: Sequence[Mapping[str, Leaders]]) ->
     top = [label for label, n in counts if n == counts[0][1]]
     each = "each " if len(top) > 1 else ""
     has = "have" if len(top) > 1 else "has"
-    said = f"{listed(top)} {each}{has} the best mean in {counts[0][1]} of {len(tables)} tables of a subject and a target."
+    said = (
+        f"{listed(top)} {each}{has} the best mean in {counts[0][1]} of {len(tables)} tables of a subject and a target."
+    )
     return said, whole
 
 
@@ -137,7 +143,7 @@ def capital(text: str) -> str:
 def answers_table(
     frame: Frame, found: Mapping[str, Leaders], changes: Mapping[tuple[str, str], Comparison]
 ) -> list[dict[str, Any]]:
-    """One line a target: the best mean, those not shown to be worse, those that are, those of which nothing is known."""
+    """One line a target: the best mean, those not shown to be worse, those that are, and those not known of."""
     lines = []
     for target in frame.targets:
         one = found.get(target)
@@ -192,8 +198,12 @@ def failures(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if reason is not None:
             said.setdefault((row.subject, row.label, row.target, reason), []).append(row.seed)
     return [
-        {"subject": s, "label": label, "target": t or v.NONE, "seeds": ", ".join(map(str, sorted(seeds))), "reason": why}
+        {
+            "subject": s,
+            "label": label,
+            "target": t or v.NONE,
+            "seeds": ", ".join(map(str, sorted(seeds))),
+            "reason": why,
+        }
         for (s, label, t, why), seeds in sorted(said.items())
     ]
-
-
