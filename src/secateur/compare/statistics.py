@@ -104,10 +104,12 @@ def t_interval(values: Floats, level: float | Floats = LEVEL) -> tuple[Floats, F
     same = values.max(-1) == values.min(-1)
     mean = np.where(same, values[..., 0], values.mean(-1))
     error = np.where(same, 0.0, values.std(-1, ddof=1) / math.sqrt(n))
-    student = stats().t(n - 1)
+    stats()
+    from scipy.special import stdtr, stdtrit  # Student's distribution without the cost of an object
+
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(error > 0, np.abs(mean) / error, np.where(mean == 0, 0.0, np.inf))
-    return mean, student.isf((1 - np.asarray(level)) / 2) * error, 2 * student.sf(ratio)
+    return mean, -stdtrit(n - 1, (1 - np.asarray(level)) / 2) * error, 2 * stdtr(n - 1, -ratio)
 
 
 def bootstrap_needs(level: float = LEVEL) -> int:
