@@ -75,17 +75,25 @@ def html(rows: list[Row]) -> str:
 def test_says_the_answer_first(html: str) -> None:
     text = Page(html).text
     assert "sparsegpt has the best mean in 7 of 8 tables of a subject and a target." in text
-    places = [text.index(part) for part in (
-        "has the best mean in", "Not shown to be worse", "Brackets are 95 % intervals", "What was asked",
-        "Score against sparsity", "Every method at every target", "What was lost", "Where masks agree",
-        "Mean over seeds", "Friedman test", "3 of 3 runs failed",
-    ) if part != "3 of 3 runs failed"]  # fmt: skip
-    assert places[:4] == sorted(places[:4])
+    order = [
+        "h-answer",
+        "h-asked",
+        "h-subject-0",
+        "h-subject-1",
+        "h-ranks",
+        "h-failed",
+        "h-runs",
+        "h-recipes",
+        "h-study",
+    ]
+    assert [x["id"] for tag, x in Page(html).tags if tag == "h2"] == order
     for part in (
         "Score against effective FLOPs", "Score against bytes", "Score against latency", "Score against the cost",
         "the loss is not a finite number at step 12", "lamp on fashion-resnet: target 2:4",
         "ria on demo: target 0.9 with seeds 1 and 2", "magnitude at 0.9 keeps nothing of blocks.0.part3",
-        "no knob was tuned", "torch 2.8.0", "samples or tokens", "Critical".lower() + " difference",
+        "no knob was tuned", "torch 2.8.0", "samples or tokens", "critical difference", "Not shown to be worse",
+        "Brackets are 95 % intervals", "Every method at every target", "What was lost", "Where masks agree",
+        "Where weights are kept", "How much the seed matters", "Friedman test",
     ):  # fmt: skip
         assert part in text, part
 
@@ -115,13 +123,13 @@ def test_loads_nothing_and_is_small(html: str) -> None:
         assert not LOADS & attributes.keys() - ({"data"} if tag == "object" else set()), (tag, attributes)
         assert (attributes.get("href") or "#").startswith("#")
     assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
-    assert "default-src 'none'" in html
+    assert "default-src &#39;none&#39;" in html
     many = studies.rows((("fashion-resnet", "task"), ("demo", "model")), seeds=8, holes=False)
     assert len(many) > 500
     assert len(render(studies.study(many), many).encode()) < 1_500_000
 
 
-HOSTILE = '<script>alert("1")</script>|&\'{{ 7 * 7 }} </script> =1+1'
+HOSTILE = '<script>alert("1")</script>|&\'{{ 123 * 457 }} </script> =1+1'
 
 
 def hostile(rows: Sequence[Row]) -> list[Row]:
@@ -146,7 +154,7 @@ def test_nothing_in_a_row_becomes_markup(rows: list[Row]) -> None:
     html = render({**studies.study(given), "question": HOSTILE, "study": HOSTILE}, given)
     page = Page(html)
     assert [tag for tag, _ in page.tags].count("script") == 2
-    assert HOSTILE.replace("  ", " ") in page.text and "49" not in re.findall(r"\b49\b", page.text)
+    assert HOSTILE in page.text and "56211" not in html
     found = re.search(r'<script type="application/json" id="record">(.*?)</script>', html, re.S)
     assert found is not None
     record = json.loads(found[1])
@@ -159,7 +167,7 @@ def test_every_study_gets_a_page(rows: list[Row]) -> None:
     text = Page(render(studies.study(failed), failed)).text
     assert "No method can be named" in text and "out of memory" in text
     dense = [r for r in rows if r.dense][:1]
-    assert "too few seeds" in Page(render(studies.study(dense), dense)).text
+    assert "no method can be named: none has run" in Page(render(studies.study(dense), dense)).text
     one = [r for r in rows if r.label == "wanda"][:1]
     text = Page(render(studies.study(one), one)).text
     assert "The dense model was not measured" in text and "n = 1, no interval" not in text.split("The answer")[0]
@@ -272,7 +280,7 @@ def test_answers_of_contrasts(rows: list[Row]) -> None:
     stated = [Statement("data-driven", "data-free", "better")]
     found = answer(rows, sides, question="Does data help?", published="It does.", statements=stated)
     text = Page(render(studies.study(rows), rows, [found])).text
-    assert text.index("Does data help?") < text.index("It does.") < text.index("Method by method")
+    assert text.rindex("It does.") < text.rindex("Method by method") and text.count("Does data help?") == 1
     assert "data-driven against data-free" in text and "agrees" in text
 
 

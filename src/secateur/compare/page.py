@@ -155,8 +155,8 @@ def _reading(found: Sequence[Frame], best: Sequence[Mapping[str, Leaders]]) -> l
         f"Brackets are {level} intervals of the mean over seeds. They say how the mean would move with other seeds, not"
         " with another data set or another model.",
         "“Not shown to be worse” is not “as good”: with few seeds, small differences cannot be shown. At each target"
-        f" alone, the method whose true mean is best is, with a probability of at least {level}, the one named first, one"
-        " of those not shown to be worse, or one of which nothing can be said.",
+        f" alone, with a probability of at least {level}, the method whose true mean is best is the one named first, or"
+        " one of those not shown to be worse, or one of which nothing can be said.",
         "Against dense is a paired difference over seeds"
         + (" (perplexities: a ratio)." if any(f.metric == "perplexity" for f in found) else "."),
     ]
