@@ -193,6 +193,27 @@ def test_runs_that_cannot_be_compared_say_so(rows: list[Row]) -> None:
     assert "the runs cannot be compared: two runs of 'wanda'" in text and "All runs" in text
 
 
+def test_a_study_that_is_not_finished_says_so(rows: list[Row]) -> None:
+    demo = [r for r in rows if r.subject == "demo" and r.label in ("dense", "wanda", "magnitude")]
+    study = {**studies.study(demo), "seeds": [0, 1, 2, 3]}
+    text = Page(render(study, demo)).text
+    assert "8 runs of this study are not there: what follows may change with them." in text
+    why = {("demo", "magnitude", t): "it <is> left out" for t in studies.TARGETS}
+    given = [r for r in demo if r.label != "magnitude"]
+    text = Page(render(study, given, left_out=why)).text
+    assert "4 runs of this study are not there" in text and "Left out by the study:" in text
+    assert "magnitude on demo at 0.5, 0.7, 0.9 and 2:4 : it <is> left out".replace(" :", ":") in text
+    assert "nothing to compare with" in text and "has the best mean" not in text
+
+
+def test_a_score_without_spread_has_no_interval_to_show(rows: list[Row]) -> None:
+    same = [
+        replace(r, result={**r.result, "test": 0.5 if r.label == "wanda" else 0.9}) for r in rows if r.kind == "task"
+    ]
+    text = Page(render(studies.study(same), [r for r in same if r.label in ("dense", "wanda", "magnitude")])).text
+    assert "90.00 %, the same at every seed" in text and "[90.00" not in text
+
+
 def test_tuning_runs_are_told_and_not_compared(rows: list[Row]) -> None:
     tune = [
         replace(r, role="tune", digest=r.digest + "t", result={**r.result, "test": None})

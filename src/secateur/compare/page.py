@@ -31,13 +31,20 @@ _HERE = Path(__file__).parent
 _HEAVY = ("layers", "sketch", "environment", "data")
 
 
-def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answer] = ()) -> str:
+def render(
+    study: Mapping[str, Any],
+    rows: Sequence[Row],
+    answers: Sequence[Answer] = (),
+    *,
+    left_out: Mapping[tuple[str, str, str], str] | None = None,
+) -> str:
     """The report as HTML text.
 
     Args:
         study: the protocol as plain data, as `Study.to_dict` gives it.
         rows: the runs, in any order; those that failed too.
         answers: of contrasts.
+        left_out: (subject, label, target) -> why the study does not try it.
     """
     rows = sorted(rows, key=lambda r: (r.subject, not r.dense, r.label, r.target, r.role, r.seed))
     order = [_label(m) for m in v.items(study.get("methods"))]
@@ -45,14 +52,15 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answ
     best = [leaders_of(frame) for frame in found]
     said, clauses = headline(found, best)
     name = str(study.get("study") or study.get("name") or "study")
-    failed, holes = failures(rows), missing(study, found)
+    left_out = left_out or {}
+    failed, (lacking, holes) = failures(rows), missing(study, found, left_out)
     ranked = ranks(found)
     contents = [("h-contrasts", "The answer")] if answers else []
     contents += [("h-answer", "Method by method" if answers else "The answer")]
     contents += [("h-asked", "What was asked")]
-    contents += [(f"h-subject-{k}", f"Results on {frame.subject}") for k, frame in enumerate(found)]
+    contents += [(f"h-subject-{k}", f"Results on {frame.short}") for k, frame in enumerate(found)]
     contents += [("h-ranks", "Ranks")] if ranked else []
-    contents += [("h-failed", "What failed or is missing")] if failed or holes else []
+    contents += [("h-failed", "What failed or is missing")] if failed or holes or left_out else []
     contents += [("h-runs", "All runs"), ("h-recipes", "Recipes"), ("h-study", "The study file")]
     if not rows:
         contents = [one for one in contents if one[0] != "h-recipes"]
@@ -76,6 +84,12 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answ
         ranks=ranked,
         failures=failed,
         missing=holes,
+        unrun="Not run yet:" if left_out else "Not run, because the study leaves them out or has not come to them:",
+        unfinished=f"{many(lacking, 'run')} of this study {'is' if lacking == 1 else 'are'} not there: what follows may"
+        " change with them."
+        if lacking and rows
+        else "",
+        left_out=_left_out(left_out),
         again=_again(rows),
         runs=all_runs(study, rows),
         recipes=recipes(rows),
@@ -86,10 +100,15 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answ
 
 
 def write_study_report(
-    path: Path, study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Answer] = ()
+    path: Path,
+    study: Mapping[str, Any],
+    rows: Sequence[Row],
+    answers: Sequence[Answer] = (),
+    *,
+    left_out: Mapping[tuple[str, str, str], str] | None = None,
 ) -> Path:
     """Write the report beside ``path`` first, then put it in place in one step; returns the path."""
-    return put(path, render(study, rows, answers))
+    return put(path, render(study, rows, answers, left_out=left_out))
 
 
 @functools.cache
@@ -126,6 +145,7 @@ def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any
     return {
         "id": name,
         "name": frame.subject,
+        "short": frame.short,
         "metric": frame.metric,
         "way": "higher" if frame.up else "lower",
         "problem": frame.problem,
@@ -181,7 +201,7 @@ def _tiles(rows: Sequence[Row], found: Sequence[Frame]) -> list[dict[str, str]]:
     tiles = [{"name": "Runs", "value": v.count(len(rows)), "detail": f"{failed} failed" if failed else "none failed"}]
     for frame in found[:2]:
         if (dense := frame.dense) is not None:
-            what = frame.metric.capitalize() + (f" on {frame.subject}" if len(found) > 1 else "")
+            what = frame.metric.capitalize() + (f" on {frame.short}" if len(found) > 1 else "")
             way = "higher" if frame.up else "lower"
             tiles.append({"name": f"Dense: {what}", "value": frame.show(dense.value), "detail": f"{way} is better"})
     seconds = sum(x for r in rows if (x := r.figure("cost", "seconds")) is not None)
@@ -190,8 +210,10 @@ def _tiles(rows: Sequence[Row], found: Sequence[Frame]) -> list[dict[str, str]]:
     return tiles
 
 
-def missing(study: Mapping[str, Any], found: Sequence[Frame]) -> list[str]:
-    """Cells that the study has and the runs do not, by subject and method."""
+def missing(
+    study: Mapping[str, Any], found: Sequence[Frame], left_out: Mapping[tuple[str, str, str], str]
+) -> tuple[int, list[str]]:
+    """How many runs the study has that are not there, and which, by subject and method."""
     labels = [_label(m) for m in v.items(study.get("methods"))]
     targets = [str(t) for t in v.items(study.get("targets"))]
     seeds = [s for s in v.items(study.get("seeds")) if isinstance(s, int)]
@@ -200,21 +222,30 @@ def missing(study: Mapping[str, Any], found: Sequence[Frame]) -> list[str]:
         for m in v.items(study.get("methods"))
         if isinstance(m, Mapping)
     }
-    said = []
+    total, said = 0, []
     for frame in found:
         for label in dict.fromkeys([*labels, *frame.labels]):
             lacks = []
             for target in own.get(label) or dict.fromkeys([*targets, *frame.targets]):
                 there = {r.seed for r in frame.runs(label, target)}
                 wanted = sorted(set(seeds or {r.seed for r in frame.rows}) - there)
-                if wanted and not there:
-                    lacks.append(f"target {target}")
-                elif wanted:
-                    noun = "seed" if len(wanted) == 1 else "seeds"
-                    lacks.append(f"target {target} with {noun} {listed([str(s) for s in wanted])}")
+                if not wanted or (frame.subject, label, target) in left_out:
+                    continue
+                total += len(wanted)
+                noun = "seed" if len(wanted) == 1 else "seeds"
+                some = f" with {noun} {listed([str(s) for s in wanted])}" if there else ""
+                lacks.append(f"target {target}{some}")
             if lacks:
-                said.append(f"{label} on {frame.subject}: {'; '.join(lacks)}")
-    return said
+                said.append(f"{label} on {frame.short}: {'; '.join(lacks)}")
+    return total, said
+
+
+def _left_out(given: Mapping[tuple[str, str, str], str]) -> list[tuple[str, str]]:
+    """Each reason once, with where it holds."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for (subject, label, target), why in given.items():
+        said.setdefault(why, {}).setdefault(f"{label} on {subject}", []).append(target)
+    return [(why, "; ".join(f"{who} at {listed(at)}" for who, at in own.items())) for why, own in said.items()]
 
 
 def _again(rows: Sequence[Row]) -> str:

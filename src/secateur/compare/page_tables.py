@@ -153,7 +153,11 @@ def protocol(study: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, s
         own = next(r for r in final if r.subject == subject)
         what = "a task, trained here" if own.kind == "task" else "a language model, trained before"
         fact("Subject", f"{subject}: {what}")
-    labels = list(dict.fromkeys(r.label for r in final if not r.dense))
+    asked = [
+        str(m.get("label", m.get("method"))) if isinstance(m, Mapping) else str(m)
+        for m in v.items(study.get("methods"))
+    ]
+    labels = list(dict.fromkeys([*asked, *(r.label for r in final if not r.dense)]))
     fact("Methods", f"{len(labels)}: {', '.join(labels)}" if labels else None)
     fact("Targets", ", ".join(sorted({r.target for r in final if r.target}, key=target_key)))
     fact("Seeds", ", ".join(map(str, sorted({r.seed for r in final}))))
@@ -162,6 +166,8 @@ def protocol(study: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, s
     spent = _varied(final, "protocol")
     fact("Budget, one for all", "; ".join(said) or None)
     for subject, each in spent.items():
+        if sorted(each.split("; ")) == sorted(said):
+            continue
         fact("Each run" if len(spent) == 1 else f"Each run on {subject}", each)
     fact("Calibration text", study.get("data"))
     fact("Held-out text", study.get("evaluation"))

@@ -161,7 +161,7 @@ def _frame(x: Axis, y: Axis, across: _Scale, up: _Scale, base: float) -> list[st
 def _curve(curve: Curve, whole: Curve, across: _Scale, up: _Scale, shift: float, base: float) -> list[str]:
     k = curve.slot
     out = [f'<g class="s s{k % COLORS}" data-s="{k}">']
-    linked = [s for s in whole.spots if s.linked]
+    linked = [s for s in whole.spots if s.linked] if curve.spots else []
     if len(linked) > 1:
         path = "L".join(f"{n(across(s.x) + shift)} {n(up.beyond(s.y))}" for s in linked)
         dash = f' stroke-dasharray="{(5, 2)[k // COLORS % 2]} 3"' if k >= COLORS else ""
