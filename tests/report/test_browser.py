@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shutil
-import struct
-import subprocess
-import zlib
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.browser import browse, needs_browser, pixels, root_of
 
 from secateur.report import render
 
@@ -23,31 +20,7 @@ _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 sample = _module.sample
 
-BROWSER = next((b for n in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(n))), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH (Debian: apt-get install chromium)"
-)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
-
-
-def browse(home: Path, url: str, *flags: str) -> str:
-    """What the browser prints for a page, from a profile that holds nothing."""
-    assert BROWSER is not None
-    profile = home / "profile"
-    shutil.rmtree(profile, ignore_errors=True)
-    command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +29,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render(run, compare=[sample("magnitude"), run, sample("sparsegpt")]), encoding="utf-8")
     return path
-
-
-def root_of(dom: str) -> str:
-    found = re.search(r"<html[^>]*>", dom)
-    assert found is not None
-    return found[0]
 
 
 def test_script_runs_to_its_end(page: Path) -> None:
@@ -146,41 +113,6 @@ def test_sorts_filters_reads_points_and_saves(tmp_path: Path) -> None:
     assert lines[0] == "name,block,shape,parameters,kept,sparsity,error,seconds,notes" and len(lines) == 212
     assert lines[1].endswith('"\'=1+1; a ""quoted"", note"') and "576x576" in lines[1]
     assert out["wide"] <= 0, "the page itself scrolls sideways on a narrow screen"
-
-
-def pixels(path: Path) -> tuple[int, int, list[bytes]]:
-    """Width, height and the rows of a PNG of 8-bit RGB or RGBA, as RGB bytes."""
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, packed, width, height, channels = 8, b"", 0, 0, 0
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        at += 12 + length
-        if kind == b"IHDR":
-            width, height, depth, color = struct.unpack(">IIBB", body[:10])
-            assert depth == 8
-            channels = {2: 3, 6: 4}[color]
-        elif kind == b"IDAT":
-            packed += body
-    raw = zlib.decompress(packed)
-    stride = width * channels
-    before, rows = bytearray(stride), []
-    for y in range(height):
-        start = y * (stride + 1)
-        how, line = raw[start], bytearray(raw[start + 1 : start + 1 + stride])
-        for x in range(stride) if how else ():
-            a = line[x - channels] if x >= channels else 0
-            b, c = before[x], before[x - channels] if x >= channels else 0
-            if how == 4:
-                p = a + b - c
-                guess = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
-            else:
-                guess = (a, b, (a + b) // 2)[how - 1]
-            line[x] = (line[x] + guess) & 255
-        before = line
-        rows.append(b"".join(bytes(line[i : i + 3]) for i in range(0, stride, channels)))
-    return width, height, rows
 
 
 @pytest.mark.parametrize(("theme", "size"), [("light", (1000, 700)), ("dark", (1000, 700)), ("light", (500, 700))])

@@ -13,8 +13,10 @@ from ..report import values as v
 from ..report.read import when_of
 from ..report.reproduce import embed, yaml_of
 from ..report.shell import environment, put, shell
+from .answers import Answer
 from .leaders import Leaders
 from .page_again import recipes, task_name
+from .page_answers import contrasts
 from .page_data import Frame, frames
 from .page_groups import seeds_table
 from .page_layers import gone, panels
@@ -29,13 +31,20 @@ _HERE = Path(__file__).parent
 _HEAVY = ("layers", "sketch", "environment", "data")
 
 
-def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any] = ()) -> str:
+def render(
+    study: Mapping[str, Any],
+    rows: Sequence[Row],
+    answers: Sequence[Answer] = (),
+    *,
+    left_out: Mapping[tuple[str, str, str], str] | None = None,
+) -> str:
     """The report as HTML text.
 
     Args:
         study: the protocol as plain data, as `Study.to_dict` gives it.
         rows: the runs, in any order; those that failed too.
         answers: of contrasts.
+        left_out: (subject, label, target) -> why the study does not try it.
     """
     rows = sorted(rows, key=lambda r: (r.subject, not r.dense, r.label, r.target, r.role, r.seed))
     order = [_label(m) for m in v.items(study.get("methods"))]
@@ -43,13 +52,15 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
     best = [leaders_of(frame) for frame in found]
     said, clauses = headline(found, best)
     name = str(study.get("study") or study.get("name") or "study")
-    failed, holes = failures(rows), missing(study, found)
+    left_out = left_out or {}
+    failed, (lacking, holes) = failures(rows), missing(study, found, left_out)
     ranked = ranks(found)
-    contents = [("h-answer", "The answer"), *([("h-contrasts", "Contrasts")] if answers else [])]
+    contents = [("h-contrasts", "The answer")] if answers else []
+    contents += [("h-answer", "Method by method" if answers else "The answer")]
     contents += [("h-asked", "What was asked")]
-    contents += [(f"h-subject-{k}", f"Results on {frame.subject}") for k, frame in enumerate(found)]
+    contents += [(f"h-subject-{k}", f"Results on {frame.short}") for k, frame in enumerate(found)]
     contents += [("h-ranks", "Ranks")] if ranked else []
-    contents += [("h-failed", "What failed or is missing")] if failed or holes else []
+    contents += [("h-failed", "What failed or is missing")] if failed or holes or left_out else []
     contents += [("h-runs", "All runs"), ("h-recipes", "Recipes"), ("h-study", "The study file")]
     if not rows:
         contents = [one for one in contents if one[0] != "h-recipes"]
@@ -61,18 +72,24 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
         ),
         data=embed(record(study, rows)),
         name=name,
-        headline=said,
+        headline=next((a.question for a in answers if a.question), said),
         subtitle=_subtitle(found),
         tiles=_tiles(rows, found),
         contents=contents,
-        clauses=clauses,
+        clauses=clauses or ([said] if answers else []),
         subjects=[_subject(k, frame, own) for k, (frame, own) in enumerate(zip(found, best, strict=True))],
         reading=_reading(found, best),
-        contrasts=[],
+        contrasts=contrasts(answers),
         protocol=protocol(study, rows),
         ranks=ranked,
         failures=failed,
         missing=holes,
+        unrun="Not run yet:" if left_out else "Not run, because the study leaves them out or has not come to them:",
+        unfinished=f"{many(lacking, 'run')} of this study {'is' if lacking == 1 else 'are'} not there: what follows may"
+        " change with them."
+        if lacking and rows
+        else "",
+        left_out=_left_out(left_out),
         again=_again(rows),
         runs=all_runs(study, rows),
         recipes=recipes(rows),
@@ -82,9 +99,16 @@ def render(study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any]
     )
 
 
-def write_study_report(path: Path, study: Mapping[str, Any], rows: Sequence[Row], answers: Sequence[Any] = ()) -> Path:
+def write_study_report(
+    path: Path,
+    study: Mapping[str, Any],
+    rows: Sequence[Row],
+    answers: Sequence[Answer] = (),
+    *,
+    left_out: Mapping[tuple[str, str, str], str] | None = None,
+) -> Path:
     """Write the report beside ``path`` first, then put it in place in one step; returns the path."""
-    return put(path, render(study, rows, answers))
+    return put(path, render(study, rows, answers, left_out=left_out))
 
 
 @functools.cache
@@ -117,18 +141,20 @@ def record(study: Mapping[str, Any], rows: Sequence[Row]) -> Any:
 def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any]:
     changes = against_dense(frame)
     name = f"subject-{k}"
+    fine = frame.problem is None
     return {
         "id": name,
         "name": frame.subject,
+        "short": frame.short,
         "metric": frame.metric,
         "way": "higher" if frame.up else "lower",
         "problem": frame.problem,
         "notes": _notes(frame),
         "answers": answers_table(frame, best, changes),
-        "plots": tradeoffs(frame, name),
+        "plots": tradeoffs(frame, name) if fine else [],
         "results": results(frame, best, changes, f"{name}-results"),
-        "panels": panels(frame, name),
-        "seeds": seeds_table(frame),
+        "panels": panels(frame, name) if fine else [],
+        "seeds": seeds_table(frame) if fine else None,
     }
 
 
@@ -146,10 +172,11 @@ def _reading(found: Sequence[Frame], best: Sequence[Mapping[str, Leaders]]) -> l
         return []
     level = v.percent(tables[0].level)
     return [
-        f"Brackets are {level} intervals of the mean over seeds. They say how the mean would move with other seeds, not with"
-        " another data set or another model.",
-        "“Not shown to be worse” is not “as good”: with few seeds, small differences cannot be shown. The list holds"
-        f" the method whose true mean is best with a probability of at least {level}, at each target alone.",
+        f"Brackets are {level} intervals of the mean over seeds. They say how the mean would move with other seeds, not"
+        " with another data set or another model.",
+        "“Not shown to be worse” is not “as good”: with few seeds, small differences cannot be shown. At each target"
+        f" alone, with a probability of at least {level}, the method whose true mean is best is the one named first, or"
+        " one of those not shown to be worse, or one of which nothing can be said.",
         "Against dense is a paired difference over seeds"
         + (" (perplexities: a ratio)." if any(f.metric == "perplexity" for f in found) else "."),
     ]
@@ -174,7 +201,7 @@ def _tiles(rows: Sequence[Row], found: Sequence[Frame]) -> list[dict[str, str]]:
     tiles = [{"name": "Runs", "value": v.count(len(rows)), "detail": f"{failed} failed" if failed else "none failed"}]
     for frame in found[:2]:
         if (dense := frame.dense) is not None:
-            what = frame.metric.capitalize() + (f" on {frame.subject}" if len(found) > 1 else "")
+            what = frame.metric.capitalize() + (f" on {frame.short}" if len(found) > 1 else "")
             way = "higher" if frame.up else "lower"
             tiles.append({"name": f"Dense: {what}", "value": frame.show(dense.value), "detail": f"{way} is better"})
     seconds = sum(x for r in rows if (x := r.figure("cost", "seconds")) is not None)
@@ -183,35 +210,50 @@ def _tiles(rows: Sequence[Row], found: Sequence[Frame]) -> list[dict[str, str]]:
     return tiles
 
 
-def missing(study: Mapping[str, Any], found: Sequence[Frame]) -> list[str]:
-    """Cells that the study has and the runs do not, by subject and method."""
+def missing(
+    study: Mapping[str, Any], found: Sequence[Frame], left_out: Mapping[tuple[str, str, str], str]
+) -> tuple[int, list[str]]:
+    """How many runs the study has that are not there, and which, by subject and method."""
     labels = [_label(m) for m in v.items(study.get("methods"))]
     targets = [str(t) for t in v.items(study.get("targets"))]
     seeds = [s for s in v.items(study.get("seeds")) if isinstance(s, int)]
-    said = []
+    own = {
+        _label(m): [str(t) for t in v.items(m.get("targets"))]
+        for m in v.items(study.get("methods"))
+        if isinstance(m, Mapping)
+    }
+    total, said = 0, []
     for frame in found:
         for label in dict.fromkeys([*labels, *frame.labels]):
             lacks = []
-            for target in dict.fromkeys([*targets, *frame.targets]):
+            for target in own.get(label) or dict.fromkeys([*targets, *frame.targets]):
                 there = {r.seed for r in frame.runs(label, target)}
                 wanted = sorted(set(seeds or {r.seed for r in frame.rows}) - there)
-                if wanted and not there:
-                    lacks.append(f"target {target}")
-                elif wanted:
-                    lacks.append(
-                        f"target {target} with {'seed' if len(wanted) == 1 else 'seeds'} {listed([str(s) for s in wanted])}"
-                    )
+                if not wanted or (frame.subject, label, target) in left_out:
+                    continue
+                total += len(wanted)
+                noun = "seed" if len(wanted) == 1 else "seeds"
+                some = f" with {noun} {listed([str(s) for s in wanted])}" if there else ""
+                lacks.append(f"target {target}{some}")
             if lacks:
-                said.append(f"{label} on {frame.subject}: {'; '.join(lacks)}")
-    return said
+                said.append(f"{label} on {frame.short}: {'; '.join(lacks)}")
+    return total, said
+
+
+def _left_out(given: Mapping[tuple[str, str, str], str]) -> list[tuple[str, str]]:
+    """Each reason once, with where it holds."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for (subject, label, target), why in given.items():
+        said.setdefault(why, {}).setdefault(f"{label} on {subject}", []).append(target)
+    return [(why, "; ".join(f"{who} at {listed(at)}" for who, at in own.items())) for why, own in said.items()]
 
 
 def _again(rows: Sequence[Row]) -> str:
     text = "Its command makes one run again, outside the study." if rows else "There are no runs yet."
     if any(r.kind == "model" for r in rows):
         text += (
-            " Of a language model it prunes and measures in the same way; the study itself calibrates each seed on other"
-            " windows of the text, which secateur compare does."
+            " Of a language model it prunes and measures in the same way; the study itself calibrates each seed on"
+            " other windows of the text, which secateur compare does."
         )
     return text
 

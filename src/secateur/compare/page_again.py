@@ -76,11 +76,11 @@ def _of_recipe(row: Row) -> list[str]:
         base = Recipe.of(recipe.method, seed=row.seed)
         words = ["--method", recipe.method]
         given: dict[str, Any] = {}
-        for axis in ("granularity", "allocation", "criterion", "solver", "recovery", "schedule", "steps"):
+        for axis in _OPTIONS:
             if (value := getattr(recipe, axis)) != getattr(base, axis) and value is not None:
                 given[axis] = value
                 words += [f"--{axis}", str(value)]
-        if recipe.sparsity != base.override(**given).sparsity:
+        if recipe.sparsity != base.override(**given).sparsity or row.target.replace(".", "", 1).isdigit():
             given["sparsity"] = recipe.sparsity
             words += ["--sparsity", f"{recipe.sparsity:.12g}"]
         for axis in ("only", "skip"):

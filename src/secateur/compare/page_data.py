@@ -22,6 +22,7 @@ class Frame:
         labels: the contenders, in the study's order; ``slots`` has the colour and shape of each on the whole page.
         targets: as a reader expects them, from little to much.
         scores: (target, label) -> mean with its interval; the baseline stands under the empty target.
+        short: the subject without its sizes, where no other has that name.
         problem: why the scores cannot be put together, in one sentence.
     """
 
@@ -36,6 +37,7 @@ class Frame:
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
     scores: dict[tuple[str, str], Estimate] = field(default_factory=dict)
     problem: str | None = None
+    short: str = ""
 
     def runs(self, label: str, target: str) -> list[Row]:
         return [r for r in self.rows if r.label == label and r.target == target]
@@ -62,6 +64,8 @@ class Frame:
         """A score with its interval; without one it says how many runs there are."""
         if found is None or found.value is None:
             return v.NONE
+        if found.low is not None and found.low == found.high:
+            return f"{self.show(found.value)}, the same at every seed"
         if found.low is None or found.high is None:
             return self.show(found.value) + ("" if bare else f" (n{v.NBSP}={v.NBSP}{found.n}, no interval)")
         return f"{self.show(found.value)} {span(self.metric, found.low, found.high)}"
@@ -108,6 +112,7 @@ def frames(rows: Sequence[Row], order: Sequence[str] = (), subjects: Sequence[st
             targets=sorted({r.target for r in own if not r.dense}, key=target_key),
             metric=about.metric if about else "score",
             up=about.higher_is_better if about else True,
+            short=short if [s.split(" (")[0] for s in names].count(short := subject.split(" (")[0]) == 1 else subject,
         )
         try:
             table = cells(own)

@@ -38,9 +38,9 @@ def losses(frame: Frame) -> list[dict[str, Any]]:
         if any(c.change.estimate.scale == "ratio" for one in own for c in one.groups):
             unit = f"{frame.metric} as times of dense"
         caption = (
-            f"The change against the dense model, in {unit}, mean over seeds. ▼ is shown to be worse than dense; ▼▼ is shown"
-            " to lose more than the score as a whole; the groups of one method are corrected for their number. Without a"
-            " mark no loss is shown."
+            f"The change against the dense model, in {unit}, mean over seeds. ▼ is shown to be worse than dense; ▼▼ is"
+            " shown to lose more than the score as a whole; the groups of one method are corrected for their number."
+            " Without a mark no loss is shown."
         )
         table = {"corner": "", "heads": groups, "rows": lines, "caption": caption, "tone": "lost"}
         made.append({"tab": target, "head": f"at target {target}", "chart": None, "table": table})
@@ -74,7 +74,8 @@ def _cell(change: Change | None, most: float, metric: str) -> tuple[str, float |
     if change.change.verdict == "worse":
         mark = " ▼▼" if change.beyond.verdict == "worse" else " ▼"
     share = _share(_lost(change), most)
-    said = f"{change.group}: {changed(change.change.estimate, metric)}, {change.change.text}; beyond the whole: {change.beyond.text}"
+    said = f"{change.group}: {changed(change.change.estimate, metric)}, {change.change.text}"
+    said += f"; beyond the whole: {change.beyond.text}"
     return text + mark, share, said
 
 
@@ -105,8 +106,8 @@ def seeds_table(frame: Frame) -> dict[str, Any] | None:
         "heads": ["Between seeds", "…not shared", "Between methods", "Decided by method", "Pairs turned by a seed"],
         "rows": lines,
         "caption": "Standard deviations of the score: of one method between seeds, the same without what a seed does to"
-        " all methods alike, and of the methods’ true means. Then how much of the variance of a single run the method decides,"
-        f" and how often a single seed orders a pair of methods against the mean.{unit}",
+        " all methods alike, and of the true means of the methods. Then how much of the variance of a single run the"
+        f" method decides, and how often a single seed orders a pair of methods against the mean.{unit}",
     }
 
 

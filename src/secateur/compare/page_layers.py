@@ -73,7 +73,7 @@ def _density(frame: Frame, target: str, own: Sequence[Profile]) -> dict[str, Any
     shown = least[2] if coarse else names[int(least[2]) - 1]
     spoken = f"Fraction kept in each {what} at target {target}, for {listed([s.label for s in series])}."
     chart = charts.lines(
-        series, y_label="Weights kept", x_label="Block" if coarse else "Layer, in the model’s order", slots=places,
+        series, y_label="Weights kept", x_label="Block" if coarse else "Layer, in model order", slots=places,
         alt=f"{spoken} From {v.percent(min(values))} to {v.percent(max(values))}.",
         bounds=(0.0, charts.padded(values)[1]), text=lambda t: v.percent(t),
     )  # fmt: skip

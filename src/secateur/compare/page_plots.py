@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..report import charts, scatter
 from ..report import values as v
-from .analysis import AXES, pareto
+from .analysis import nondominated
 from .page_data import Frame
 
 _SHARE = re.compile(r"[\d.]+")
@@ -28,11 +30,6 @@ class Against:
     more: bool = False
     caption: str = ""
 
-    @property
-    def axis_of(self) -> str:
-        """Its name among the axes of the analysis."""
-        return next(name for name, axis in AXES.items() if axis.path == self.path)
-
 
 AGAINST = (
     Against(
@@ -42,7 +39,7 @@ AGAINST = (
         ("sparsity",),
         v.percent,
         more=True,
-        caption="A curve joins the targets that ask for a share; a pattern such as 2:4 stands alone, to the right of its place.",
+        caption="A curve joins targets that ask for a share; a pattern such as 2:4 stands alone, right of its place.",
     ),
     Against(
         "flops",
@@ -100,9 +97,21 @@ def tradeoffs(frame: Frame, name: str) -> list[dict[str, Any]]:
 
 
 def _front(frame: Frame, one: Against) -> set[tuple[str, str]]:
-    """(label, target) of what no other contender beats on both axes."""
-    found = pareto([r for r in frame.rows if not r.dense], one.axis_of)
-    return {(p.label, p.target) for f in found for p in f.points if p.front}
+    """(label, target) of what no other contender beats on both axes; one with a failed run is not on it."""
+    known = [
+        (label, target, x, found.value)
+        for label in frame.labels
+        for target in frame.targets
+        if (found := frame.score(label, target)) is not None
+        and found.value is not None
+        and not found.failures
+        and (x := frame.figure(label, target, *one.path)) is not None
+    ]
+    if not known:
+        return set()
+    way, up = (1 if one.more else -1), (1 if frame.up else -1)
+    kept = nondominated(np.array([(way * x, up * y) for _, _, x, y in known]))
+    return {(label, target) for (label, target, _, _), on in zip(known, kept, strict=True) if on}
 
 
 def _curves(frame: Frame, one: Against) -> list[scatter.Curve]:

@@ -45,7 +45,7 @@ def _shown(rows: Sequence[Any], by: Any, title: str, slots: Mapping[str, int]) -
 def _caption(one: Ranks, by: str) -> str:
     said = [f"{one.text if one.text.startswith(one.labels[0]) else capital(one.text)}."]
     if one.f_p is not None:
-        said.append(f"Friedman’s test: p {_p(one.f_p)} over {many(len(one.blocks), 'block')}.")
+        said.append(f"Friedman test: p {_p(one.f_p)} over {many(len(one.blocks), 'block')}.")
     if one.groups and one.shown:
         said.append(f"A bar joins methods whose ranks are not shown to differ (Nemenyi, {v.percent(one.level)}).")
     if by == "target":

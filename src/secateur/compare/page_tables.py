@@ -8,12 +8,12 @@ from typing import Any
 
 from ..report import values as v
 from ..report.read import when_of
+from .cells import target_key
+from .leaders import Leaders
 from .page_again import commands
 from .page_data import Frame, show
 from .page_words import changed, listed, many, standing
 from .rows import Row
-from .cells import target_key
-from .leaders import Leaders
 from .verdicts import Comparison
 
 
@@ -53,9 +53,10 @@ def results(
     """Every contender at every target, the baseline first."""
     heads = [
         Column("Method"), Column("Target"), Column("Runs", True), Column(frame.metric.capitalize(), True),
-        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("At this target"), Column("Sparsity", True),
-        Column("Non-zero", True), Column("Effective FLOPs", True), Column("Sparse bytes", True), Column("Speed-up", True),
-        Column("Time", True), Column("Peak memory", True), Column("Samples", True), Column("Labels", True),
+        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("At this target"),
+        Column("Sparsity", True), Column("Non-zero", True), Column("Effective FLOPs", True),
+        Column("Sparse bytes", True), Column("Speed-up", True), Column("Time", True), Column("Peak memory", True),
+        Column("Samples", True), Column("Labels", True),
     ]  # fmt: skip
     grid = Grid(name, f"Results on {frame.subject}", heads)
     keys = [(r.label, r.target) for r in frame.rows if r.dense][:1]
@@ -103,7 +104,8 @@ def span(frame: Frame, low: float | None, high: float | None) -> str:
     """An interval in a cell of its own."""
     if low is None or high is None:
         return v.NONE
-    return f"{show(frame.metric, low)} to {show(frame.metric, high)}"
+    first = show(frame.metric, low).removesuffix(f"{v.NBSP}%")
+    return f"{first} to {show(frame.metric, high)}"
 
 
 def all_runs(study: Mapping[str, Any], rows: Sequence[Row]) -> Grid:
@@ -151,7 +153,11 @@ def protocol(study: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, s
         own = next(r for r in final if r.subject == subject)
         what = "a task, trained here" if own.kind == "task" else "a language model, trained before"
         fact("Subject", f"{subject}: {what}")
-    labels = list(dict.fromkeys(r.label for r in final if not r.dense))
+    asked = [
+        str(m.get("label", m.get("method"))) if isinstance(m, Mapping) else str(m)
+        for m in v.items(study.get("methods"))
+    ]
+    labels = list(dict.fromkeys([*asked, *(r.label for r in final if not r.dense)]))
     fact("Methods", f"{len(labels)}: {', '.join(labels)}" if labels else None)
     fact("Targets", ", ".join(sorted({r.target for r in final if r.target}, key=target_key)))
     fact("Seeds", ", ".join(map(str, sorted({r.seed for r in final}))))
@@ -160,6 +166,8 @@ def protocol(study: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, s
     spent = _varied(final, "protocol")
     fact("Budget, one for all", "; ".join(said) or None)
     for subject, each in spent.items():
+        if sorted(each.split("; ")) == sorted(said):
+            continue
         fact("Each run" if len(spent) == 1 else f"Each run on {subject}", each)
     fact("Calibration text", study.get("data"))
     fact("Held-out text", study.get("evaluation"))

@@ -63,10 +63,11 @@ def changed(found: Estimate, metric: str) -> str:
         return v.NONE
     if found.scale == "ratio":
         text = v.ratio(1.0, found.value)
-        return text if found.low is None or found.high is None else f"{text} {ratio_span(found.low, found.high)}"
+        bare = found.low is None or found.high is None or found.low == found.high
+        return text if bare else f"{text} {ratio_span(found.low or 0.0, found.high or 0.0)}"
     times, unit = (100.0, f"{v.NBSP}points") if metric == "accuracy" else (1.0, "")
     text = signed(times * found.value, metric) + unit
-    if found.low is None or found.high is None:
+    if found.low is None or found.high is None or found.low == found.high:
         return text
     return f"{text} [{signed(times * found.low, metric)},{v.NBSP}{signed(times * found.high, metric)}]"
 
@@ -82,15 +83,22 @@ def signed(value: float, metric: str) -> str:
     return text if float(text) == 0 else ("−" if value < 0 else "+") + text
 
 
+def named_best(one: Leaders) -> str | None:
+    """The best mean, where it is the best of several."""
+    return one.leader if len(one.members) + len(one.beaten) > 1 else None
+
+
 def clause(frame: Frame, found: Mapping[str, Leaders]) -> str:
     """What came out on one subject, in one sentence without its full stop."""
-    named = {t: one.leader for t, one in found.items() if one.leader is not None}
-    where = f"on {frame.subject}"
+    named = {t: one.leader for t, one in found.items() if named_best(one) is not None}
+    where = f"on {frame.short}"
     if frame.problem:
         return f"{where} the runs cannot be compared: {frame.problem}"
     if not named:
-        done = any(r.done and not r.dense for r in frame.rows)
-        why = "every run failed" if frame.rows and not done else "too few seeds ran"
+        own = [r for r in frame.rows if not r.dense]
+        why = (
+            "none has run" if not own else "too few runs are there" if any(r.done for r in own) else "every run failed"
+        )
         return f"{where} no method can be named: {why}"
     clear = [t for t in named if len(found[t].members) == 1 and found[t].beaten]
     if len(set(named.values())) == 1:
@@ -122,7 +130,7 @@ def headline(frames: Sequence[Frame], found: Sequence[Mapping[str, Leaders]]) ->
     whole = [capital(c) + "." for c in clauses]
     if len(frames) == 1:
         return whole[0], []
-    tables = [one.leader for own in found for one in own.values() if one.leader is not None]
+    tables = [best for own in found for one in own.values() if (best := named_best(one)) is not None]
     if not tables:
         return "No method can be named on any subject.", whole
     counts = sorted({label: tables.count(label) for label in tables}.items(), key=lambda x: (-x[1], x[0]))
@@ -143,7 +151,7 @@ def capital(text: str) -> str:
 def answers_table(
     frame: Frame, found: Mapping[str, Leaders], changes: Mapping[tuple[str, str], Comparison]
 ) -> list[dict[str, Any]]:
-    """One line a target: the best mean, those not shown to be worse, those that are, those of which nothing is known."""
+    """One line a target: the best mean, those not shown to be worse, those that are, and those not known of."""
     lines = []
     for target in frame.targets:
         one = found.get(target)
@@ -157,6 +165,7 @@ def answers_table(
                 "leader": best,
                 "score": frame.interval(frame.score(best, target)) if best else v.NONE,
                 "change": changed(change.estimate, frame.metric) if change else v.NONE,
+                "only": best is not None and named_best(one) is None,
                 "alone": len(one.members) == 1 and bool(one.beaten),
                 "members": list(one.members[1:]),
                 "beaten": [
@@ -177,7 +186,7 @@ def standing(one: Leaders | None, label: str) -> str:
     if one is None:
         return v.NONE
     if label == one.leader:
-        return "best mean" if len(one.members) > 1 or not one.beaten else "best, shown"
+        return "nothing to compare with" if named_best(one) is None else "best mean" if len(one.members) > 1 else "best"
     if label in one.members:
         return "not shown to be worse"
     if any(b.label == label for b in one.beaten):

@@ -161,7 +161,7 @@ def _frame(x: Axis, y: Axis, across: _Scale, up: _Scale, base: float) -> list[st
 def _curve(curve: Curve, whole: Curve, across: _Scale, up: _Scale, shift: float, base: float) -> list[str]:
     k = curve.slot
     out = [f'<g class="s s{k % COLORS}" data-s="{k}">']
-    linked = [s for s in whole.spots if s.linked]
+    linked = [s for s in whole.spots if s.linked] if curve.spots else []
     if len(linked) > 1:
         path = "L".join(f"{n(across(s.x) + shift)} {n(up.beyond(s.y))}" for s in linked)
         dash = f' stroke-dasharray="{(5, 2)[k // COLORS % 2]} 3"' if k >= COLORS else ""
@@ -173,16 +173,16 @@ def _curve(curve: Curve, whole: Curve, across: _Scale, up: _Scale, shift: float,
         out.append(line)
     for s in curve.spots:
         if s.low is not None and s.high is not None and s.high > s.low:
-            at, top, low = across(s.x) + shift, up(s.high), up(s.low)
+            at, top, low = across(s.x) + shift + s.aside, up(s.high), up(s.low)
             out.append(
                 f'<path class="er" d="M{n(at)} {n(top)}V{n(low)}M{n(at - 3)} {n(top)}h6M{n(at - 3)} {n(low)}h6"/>'
             )
     shape = (k + k // COLORS) % len(charts.SHAPES)
     for s in curve.spots:
-        at, high = n(across(s.x) + shift + s.aside), n(up(s.y))
+        x, y = n(across(s.x) + shift + s.aside), n(up(s.y))
         if s.front:
-            out.append(f'<circle class="on" cx="{at}" cy="{high}" r="7.5"/>')
-        out.append(f'<use href="#k{shape}" x="{at}" y="{high}" data-t="{escape(s.tip)}"/>')
+            out.append(f'<circle class="on" cx="{x}" cy="{y}" r="7.5"/>')
+        out.append(f'<use href="#k{shape}" x="{x}" y="{y}" data-t="{escape(s.tip)}"/>')
     out.append("</g>")
     return out
 
