@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .data import windows
-from .errors import DataError, ModelError, OutputError, RecipeError
+from .disk import beside, refuse
+from .errors import DataError, ModelError, RecipeError
 from .measure import machine, versions
 from .measure.latency import latency
 from .models import load_model, load_tokenizer, named, next_token_loss, resolve
@@ -188,8 +188,7 @@ def prune_source(
         ModelError: nothing can be removed; nothing is written then.
         OutputError: ``out`` exists.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
-        raise OutputError(f"{out} exists: choose another directory or --force")
+    refuse(out, force, way="choose another directory or --force")
     begun = time.perf_counter()
     plan = plan_source(
         source, recipe, target=target, example=example, data=data, count=count, length=length, exported=exported,
@@ -214,15 +213,11 @@ def prune_source(
         "versions": versions(),
         "machine": machine(),
     }
-    part = out.with_name(out.name + ".new")
-    shutil.rmtree(part, ignore_errors=True)
     surgery: Any = small.secateur_surgery
     surgery["source"] = source
-    save(small, part)
-    if hasattr(small, "save_pretrained") and vocabulary(small):
-        load_tokenizer(resolve(source)).save_pretrained(part)
-    (part / "run.json").write_text(dumps(run), encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
-    part.rename(out)
+    with beside(out, force) as part:
+        save(small, part)
+        if hasattr(small, "save_pretrained") and vocabulary(small):
+            load_tokenizer(resolve(source)).save_pretrained(part)
+        (part / "run.json").write_text(dumps(run), encoding="utf-8")
     return plan, run

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .data import CALIBRATION, Windows, windows
+from .disk import refuse
 from .errors import ModelError, OutputError, RecipeError
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
@@ -218,8 +219,7 @@ def works_on_the_whole(recipe: Recipe) -> bool:
 def _refuse_overlap(path: Path, target: Path, force: bool) -> None:
     if target.resolve() == path.resolve():
         raise OutputError(f"--out {target} is the model itself: choose another directory")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise OutputError(f"{target} exists: choose another --out, or overwrite it with --force")
+    refuse(target, force, way="choose another --out, or overwrite it with --force")
 
 
 def _provenance(output: Output, run: dict[str, Any]) -> None:

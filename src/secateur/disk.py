@@ -12,6 +12,21 @@ from pathlib import Path
 from .errors import OutputError
 
 
+def refuse(out: str | Path, force: bool = False, way: str = "choose another directory") -> None:
+    """Say so where something is in the way of a directory; an empty one is not.
+
+    Args:
+        force: it is to be replaced.
+        way: out of it.
+
+    Raises:
+        OutputError: there is.
+    """
+    target = Path(out)
+    if not force and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists: {way}")
+
+
 @contextmanager
 def beside(out: str | Path, force: bool = False) -> Iterator[Path]:
     """A new directory next to ``out``, which takes its place when the block ends; nothing is left where it fails.
@@ -20,8 +35,7 @@ def beside(out: str | Path, force: bool = False) -> Iterator[Path]:
         OutputError: ``out`` exists, is not empty, and is not to be replaced (``force``); or it cannot be written.
     """
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise OutputError(f"{target} exists: choose another directory")
+    refuse(target, force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

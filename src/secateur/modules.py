@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .coupled import batches_of, example_inputs, load_module
-from .errors import OutputError
+from .disk import refuse
 from .prune import Pruned, prune
 from .recipe import Recipe
 
@@ -42,8 +42,7 @@ def prune_module(
     Raises:
         OutputError: ``out`` exists.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not force:
-        raise OutputError(f"{out} exists: choose another directory or --force")
+    refuse(out, force, way="choose another directory or --force")
     net = load_module(source)
     batches: list[Any] = []
     loss = None

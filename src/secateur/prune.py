@@ -14,13 +14,14 @@ from . import granularity
 from .calibrate import Loss, as_batch, batches_of, evidence_of
 from .control import controlled, restore
 from .data import Windows, windows
-from .errors import OutputError, RecipeError
+from .disk import beside
+from .errors import RecipeError
 from .evidence.inputs import INPUT_FACTS
 from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
 from .recipe import TRAINING, Recipe
-from .record import dumps, run_record
+from .record import run_record
 from .registry import get
 from .schedule import sparsity_at
 from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
@@ -57,25 +58,15 @@ class Pruned:
         Raises:
             OutputError: the directory exists and is not empty.
         """
-        from .report import write_report
+        from .report import write_run
         from .store import save_module
 
-        target = Path(out)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise OutputError(f"{target} exists: choose another directory")
-        part = target.with_name(target.name + ".partial")
-        part.mkdir(parents=True, exist_ok=True)
-        save_module(self.model, part)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        self.masks.save(part / "masks.safetensors")
-        (part / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
-        (part / "run.json").write_text(dumps(self.run), encoding="utf-8")
-        write_report(part / "report.html", self.run)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-        return target
+        with beside(out) as part:
+            save_module(self.model, part)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
+            write_run(part, self.recipe, self.masks, self.run)
+        return Path(out)
 
     def __str__(self) -> str:
         total = sum(r.parameters for r in self.records)

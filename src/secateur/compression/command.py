@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import OutputError, RecipeError
+from ..disk import refuse
+from ..errors import RecipeError
 from ..models import load_tokenizer, resolve
 from .gpu import beside, onto_gpu
 from .make import compress
@@ -56,8 +57,7 @@ def compress_source(
 
     Nothing is written where nothing is faster.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise OutputError(f"{out} exists: choose another directory or --force")
+    refuse(out, force, way="choose another directory or --force")
     if dtype:
         model = onto_gpu(model, dtype)
     loads = [beside(load, model) for load in workloads(model, example, tokens)]

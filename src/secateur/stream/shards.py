@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..disk import refuse
 from ..errors import ModelError, OutputError
 from .names import Names
 
@@ -198,8 +199,7 @@ class Output:
     def __init__(self, out: Path, force: bool, key: Mapping[str, Any]) -> None:
         self.out = out
         self.part = out.with_name(out.name + ".partial")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-            raise OutputError(f"{out} exists: choose another --out, or overwrite it with --force")
+        refuse(out, force, way="choose another --out, or overwrite it with --force")
         self.key = json.loads(json.dumps(key))
         self._state: dict[str, Any] = {"key": self.key, "done": 0, "records": [], "seconds": 0.0}
         found = self.part / "state.json"

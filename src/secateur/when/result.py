@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, OutputError
+from ..disk import beside
+from ..errors import ModelError
 from ..layers import find_layers
 from ..masks import Masks
 from ..recipe import Recipe
-from ..record import dumps
-from ..report import write_report
+from ..report import write_run
 from ..solve import LayerRecord
 from ..store import save_module
 from ..structured import save as save_smaller
@@ -53,24 +53,13 @@ class Trained:
         Raises:
             OutputError: the directory exists and is not empty.
         """
-        target = Path(out)
-        refuse(target)
-        part = target.with_name(target.name + ".partial")
-        part.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.model, "secateur_surgery"):
-            part.rmdir()
-            save_smaller(self.model, part)
-        else:
-            save_module(self.model, part)
-        if self.masks:
-            self.masks.save(part / "masks.safetensors")
-        (part / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
-        (part / "run.json").write_text(dumps(self.run), encoding="utf-8")
-        write_report(part / "report.html", self.run)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-        return target
+        with beside(out) as part:
+            if hasattr(self.model, "secateur_surgery"):
+                save_smaller(self.model, part)
+            else:
+                save_module(self.model, part)
+            write_run(part, self.recipe, self.masks, self.run)
+        return Path(out)
 
     def __str__(self) -> str:
         before, after = self.run["before"] or {}, self.run["after"]
@@ -97,16 +86,6 @@ def paced(recipe: Recipe, steps: int) -> Recipe:
     if every is None or "every" in recipe.knobs.get("driver", {}):
         return recipe
     return recipe.override(knobs={"driver": {"every": min(every, max(1, steps // 40))}})
-
-
-def refuse(out: Path) -> None:
-    """Say so when a directory holds something.
-
-    Raises:
-        OutputError: it does.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out} exists: choose another directory")
 
 
 def layer_record(name: str, shape: tuple[int, int], mask: Tensor) -> LayerRecord:

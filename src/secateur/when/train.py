@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..disk import refuse
 from ..errors import RecipeError
 from ..granularity import parse
 from ..layers import find_layers
@@ -24,7 +25,7 @@ from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN
 from .course import Course, Progress, early, settled, trains
 from .healing import NO_WAY_BACK, fitting, fresh_model
-from .result import Trained, refuse
+from .result import Trained
 
 
 def train(
