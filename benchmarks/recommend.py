@@ -1,0 +1,3 @@
+"""figures only for now"""
+import json
+from common import RESULTS
