@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from .situation import Goal, Hardware, Retraining, Situation
+from . import advice, rules_can, rules_pay  # noqa: F401  registers them
+from .answer import Answer, Entry, recommend
+from .evidence import export
+from .hardware import Hardware
+from .situation import Goal, Retraining, Situation
 
-__all__ = ["Goal", "Hardware", "Retraining", "Situation"]
+__all__ = ["Answer", "Entry", "Goal", "Hardware", "Retraining", "Situation", "export", "recommend"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..granularity import parse
@@ -12,6 +13,15 @@ from ..registry import Part, get
 
 #: What goes together, from the finest to the coarsest.
 STRUCTURES = ("weights", "pattern", "block", "units", "depth", "experts")
+
+
+#: How much each axis says of how a recipe acts, where recipes are compared.
+AXES = {
+    "criterion": 3.0, "structure": 3.0, "driver": 3.0, "gate": 3.0, "allocation": 2.0, "solver": 2.0, "recovery": 2.0,
+    "penalty": 2.0, "schedule": 1.0, "steps": 1.0, "hold": 1.0, "control": 1.0, "nested": 0.5, "granularity": 0.5,
+}  # fmt: skip
+#: A recipe as it is compared: for each axis what stands on it, and its knobs.
+Profile = tuple[tuple[Any, str], ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,11 @@ class Candidate:
         """What goes together, one of `STRUCTURES`."""
         return structure_of(self.recipe.granularity)
 
+    @cached_property
+    def profile(self) -> Profile:
+        """What of its recipe is compared with others."""
+        return profile(self.recipe)
+
     @property
     def needs(self) -> frozenset[str]:
         """Evidence that data must supply."""
@@ -156,6 +171,15 @@ def structure_of(granularity: str) -> str:
     if pattern.keep is not None:
         return "pattern"
     return "block" if pattern.name.startswith("block") else "weights"
+
+
+def profile(recipe: Recipe) -> Profile:
+    """What of a recipe is compared. Sparsity, seed and which layers are not."""
+    found = []
+    for axis in AXES:
+        on = structure_of(recipe.granularity) if axis == "structure" else getattr(recipe, axis)
+        found.append((on, repr(sorted((recipe.knobs.get(axis) or {}).items()))))
+    return tuple(found)
 
 
 def contender(label: str, recipe: Mapping[str, Any]) -> Candidate | None:

@@ -195,13 +195,24 @@ def shown_on_other_models(situation: Situation, candidate: Candidate) -> Verdict
 
 
 @register("rule")
-def the_loss_tells_units_apart(situation: Situation, candidate: Candidate) -> Verdict | None:
-    """Where gradients can be had and nothing is retrained, criteria of the loss rank units better than norms.
+def rewinding_beats_fine_tuning(situation: Situation, candidate: Candidate) -> Verdict | None:
+    """Training on from an earlier point of the run, at its learning rates, heals more than fine-tuning at the last one.
 
-    Source: Molchanov et al., arXiv 1906.10771, figure 2: correlation with the loss of an oracle.
+    Source: Renda, Frankle and Carbin, arXiv 2003.02389, figures 1 and 2: rewinding weights or learning rates.
     """
-    if candidate.structure == "units" and not candidate.trains and candidate.recipe.needs_loss and situation.has_loss:
-        return promote("it ranks units by what the loss does without them", 0.5)
+    if situation.trains and candidate.recipe.recovery == "rewind":
+        return promote("it trains again at the rates of the run, which heals more than fine-tuning does", 1.0)
+    return None
+
+
+@register("rule")
+def learned_masks_need_long_runs(situation: Situation, candidate: Candidate) -> Verdict | None:
+    """Masks that are learned add what must be tuned, and in large comparisons do not beat gradual magnitude.
+
+    Source: Gale, Elsen and Hooker, The state of sparsity, arXiv 1902.09574, section 7: L0 and variational dropout.
+    """
+    if candidate.recipe.gate != "none" and candidate.structure == "weights":
+        return demote("what is learned beside the weights must be tuned, and gradual magnitude is seldom worse", 1.0)
     return None
 
 

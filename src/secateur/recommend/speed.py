@@ -101,10 +101,10 @@ def zeros(kind: str, hardware: Hardware, sparsity: float, figures: Mapping[str, 
     middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
     models = sorted({f["model"] for f, _ in chosen})
     machines = sorted({named(f["machine"]) for f, _ in chosen})
-    source = f"{', '.join(models)} in the sparse kernels, {len(chosen)} workloads, on {' and '.join(machines)}"
+    source = f"{', '.join(models)} in the sparse kernels, {len(chosen)} workload{'s' * (len(chosen) > 1)}, on {' and '.join(machines)}"
     if hardware.instructions and not any(f["machine"].get("instructions") == hardware.instructions for f, _ in chosen):
         source += f" (nothing is measured with {hardware.instructions})"
-    return Expected(middle, min(ratios), max(ratios), source)
+    return Expected(middle, min(ratios), max(ratios), source) if len(ratios) > 1 else Expected(middle, source=source)
 
 
 def _lines(
@@ -149,7 +149,8 @@ def sparsity_for(kind: str, hardware: Hardware, factor: float, figures: Mapping[
 def pays_from(kind: str, hardware: Hardware, figures: Mapping[str, Any] | None = None) -> float | None:
     """The smallest share of zeros at which every workload that was measured is at least a tenth faster."""
     for percent in range(5, 100, 5):
-        low = zeros(kind, hardware, percent / 100, figures).low
+        found = zeros(kind, hardware, percent / 100, figures)
+        low = found.low if found.low is not None else found.value
         if low is not None and low >= 1.1:
             return percent / 100
     return None
