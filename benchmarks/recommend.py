@@ -1,4 +1,4 @@
-"""The recommender, scored: every task is left out in turn, and what it would choose is held against the best in hindsight.
+"""The recommender, scored: each task is left out in turn, and the first choice held against the best in hindsight.
 
     recommend.py STUDY... [--shipped] [--older]      prints the table, writes results/recommend.json
     recommend.py --figures                           makes src/secateur/recommend/speed.json of benchmark results
@@ -24,7 +24,9 @@ FIGURES = ("sparse.json", "sparse_avx512.json", "structured.json")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="*", type=Path, help="directories that secateur compare wrote, or exported files")
+    parser.add_argument(
+        "studies", nargs="*", type=Path, help="directories that secateur compare wrote, or exported files"
+    )
     parser.add_argument("--shipped", action="store_true", help="with the studies that ship with the package")
     parser.add_argument("--older", action="store_true", help="with what was measured before there were studies")
     parser.add_argument("--out", type=Path, default=RESULTS / "recommend.json")
@@ -71,7 +73,9 @@ def trends() -> Iterator[Any]:
     for line in (RESULTS / "trends-fashion-vgg.jsonl").read_text(encoding="utf-8").splitlines():
         r = json.loads(line)
         target = "" if r["method"] == "dense" else f"{r['sparsity']:g}"
-        yield made("fashion-vgg", "task", r["method"], target, r["seed"], "accuracy", r["metric"], **parsed(r["method"])[1])
+        yield made(
+            "fashion-vgg", "task", r["method"], target, r["seed"], "accuracy", r["metric"], **parsed(r["method"])[1]
+        )
 
 
 def quality() -> Iterator[Any]:
@@ -101,13 +105,19 @@ def shown(found: dict[str, Any]) -> str:
 
     first = ("recommender", "best of the other tasks", "default", "random")
     policies = found["policies"]
-    rest = sorted((p for p in policies if p not in first), key=lambda p: (-policies[p]["tasks"], policies[p]["spreads"]["mean"]))
+    rest = sorted(
+        (p for p in policies if p not in first), key=lambda p: (-policies[p]["tasks"], policies[p]["spreads"]["mean"])
+    )
     rows = [
         [p, cell(policies[p]["spreads"]), cell(policies[p]["drop"]), str(policies[p]["tasks"])]
         for p in (*first, *rest)
         if p in policies
     ]
-    lines = [table(["choice", "regret", "drop beyond the best", "tasks"], rows), "", *(v["text"] for v in found["verdict"])]
+    lines = [
+        table(["choice", "regret", "drop beyond the best", "tasks"], rows),
+        "",
+        *(v["text"] for v in found["verdict"]),
+    ]
     kept = found["intervals"]
     if kept["count"]:
         lines.append(f"intervals of drops: {100 * kept['held']:.0f} % of {kept['count']} held what came, 80 % were to")

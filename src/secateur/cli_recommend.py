@@ -37,7 +37,8 @@ def recommend(
     epoch: Annotated[str | None, typer.Option("--epoch", help="How long an epoch takes, e.g. 10m.")] = None,
     weights: Annotated[str, typer.Option("--weights", help="pretrained, or init if not trained yet.")] = "pretrained",
     max_drop: Annotated[
-        str | None, typer.Option("--max-drop", help="How much of the score may be lost: 1%. Relative to the dense model.")
+        str | None,
+        typer.Option("--max-drop", help="How much of the score may be lost: 1%. Relative to the dense model."),
     ] = None,
     studies: Annotated[
         list[Path] | None, typer.Option("--studies", help="A directory of secateur compare; may be repeated.")
@@ -53,7 +54,8 @@ def recommend(
 ) -> None:
     """Recommend a method for a model, its hardware, the data and the time at hand, with reasons and evidence.
 
-    Rules drop what cannot be, and every method is kept, dropped or ranked with its reasons; measured runs rank the rest.
+    Rules drop what cannot be, and every method is kept, dropped or ranked with its reasons; measured runs rank the
+    rest.
     """
     for file in (write, write_study):
         if file is not None and file.exists() and not force:
@@ -63,9 +65,7 @@ def recommend(
     allowed = None if max_drop is None else fraction(max_drop)
     size = None if parameters is None else count(parameters)
     subject = look(model, kind, size)
-    situation = Situation(
-        subject.kind, subject.parameters, subject.name, place, goal, data, time, weights, allowed
-    )
+    situation = Situation(subject.kind, subject.parameters, subject.name, place, goal, data, time, weights, allowed)
     answer = run(situation, studies or ())
     if write is not None:
         write.write_text(answer.recipe(), encoding="utf-8")

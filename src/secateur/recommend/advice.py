@@ -41,14 +41,18 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
 
     Eight bits make a quarter of float32 and half of 16 bits. On a CPU integer products are faster by what was measured.
 
-    Source: ``speed.json`` (torch's int8 product against float32, benchmarks/results/sparse_avx512.json); SparseGPT, arXiv
-    2301.00774, section 4: joint pruning and quantization; LLM.int8(), arXiv 2208.07339: no loss at 8 bits.
+    Source: ``speed.json`` (torch's int8 product against float32, benchmarks/results/sparse_avx512.json); SparseGPT,
+    arXiv 2301.00774, section 4: joint pruning and quantization; LLM.int8(), arXiv 2208.07339: no loss at 8 bits.
     """
     if situation.trains or situation.goal.assumed:
         return None
     goal = situation.goal
     if goal.quantity in ("size", "memory") and goal.factor <= 4.0:
-        from_16 = " (2 times than 16 bits, so where the weights have 16 bits this is all they give)" if goal.factor > 2 else ""
+        from_16 = (
+            " (2 times than 16 bits, so where the weights have 16 bits this is all they give)"
+            if goal.factor > 2
+            else ""
+        )
         return (
             "do not prune: quantize. Eight bits a weight are 4 times smaller than 32 bits and 2 times than 16, and cost "
             f"less than {100 * (1 - goal.keep):.3g} % of the weights would without retraining{from_16}"
@@ -59,8 +63,10 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
         if goal.factor <= low and situation.kind != "cnn":
             machines = " and ".join(sorted({speed.named(f["machine"]) for f in figures}))
             return (
-                f"do not prune first: quantize. torch's int8 product is {low:.2g} to {high:.2g} times as fast as float32 on "
-                f"linear layers ({sum(f['cases'] for f in figures)} cases on {machines}): secateur compress MODEL --for cpu "
+                f"do not prune first: quantize. torch's int8 product is {low:.2g} to {high:.2g} times as fast as "
+                f"float32 on "
+                f"linear layers ({sum(f['cases'] for f in figures)} cases on {machines}): secateur compress MODEL "
+                f"--for cpu "
                 "--values int8-dynamic; zeros add to that"
             )
     return None
@@ -76,8 +82,10 @@ def language_models_need_text(situation: Situation, entries: Sequence[Entry]) ->
     if not situation.language or situation.data != "none":
         return None
     return (
-        "do not prune a language model without any text: quantize it, which needs none, or take a few windows of any text "
-        "(--data unlabeled). With half of the weights gone SmolLM2-135M went from a perplexity of 24.6 to 398 by magnitude, "
+        "do not prune a language model without any text: quantize it, which needs none, or take a few windows of "
+        "any text "
+        "(--data unlabeled). With half of the weights gone SmolLM2-135M went from a perplexity of 24.6 to 398 by "
+        "magnitude, "
         "and to 39.5 by sparsegpt with 64 windows"
     )
 
@@ -102,19 +110,24 @@ def the_drop_is_not_held(situation: Situation, entries: Sequence[Entry]) -> str 
 
 
 @register("advice")
-def language_models_bear_half(situation: Situation, entries: Sequence[Entry]) -> str | None:
-    """Beyond six tenths a language model that is not retrained is not what it was, whatever the method.
+def too_much_without_training(situation: Situation, entries: Sequence[Entry]) -> str | None:
+    """Beyond a share a model that is not retrained is not what it was, whatever the method.
 
-    Source: as of the rule ``language-models-without-training``.
+    Six tenths for language models, as of the rule ``language-models-without-training``; seven tenths for others,
+    which is prudence more than knowledge.
+
+    Source: benchmarks/results/quality.json; OBC, arXiv 2208.11580, table 3: ResNet-50 without retraining, 4 times fewer
+    operations lose a few percent of accuracy.
     """
     usable = _usable(entries)
-    if not situation.language or situation.trains or not usable:
+    if situation.trains or not usable:
         return None
-    gone = [1 - e.candidate.aim.keep for e in usable]
-    if min(gone) > 0.6:
+    least = min(1 - e.candidate.aim.keep for e in usable)
+    if least > (0.6 if situation.language else 0.7) + 1e-9:
         return (
-            f"every way to this goal takes {100 * min(gone):.3g} % or more out of a language model that is not retrained: "
-            "no method is known to hold that; take a smaller model, quantize, or allow retraining"
+            f"every way to this goal takes {100 * least:.3g} % or more out of a model that is not retrained, and no "
+            f"method is "
+            "known to hold that: take a smaller model, quantize, or allow retraining (--retrain 2h with labels)"
         )
     return None
 
@@ -128,7 +141,11 @@ def nothing_fits(situation: Situation, entries: Sequence[Entry]) -> str | None:
     if _usable(entries):
         return None
     first = Counter(next(v.rule for v in e.verdicts if v.action == "drop") for e in entries)
-    lifts = [f"{_LIFTS[rule.replace('-', '_')]} would bring back {n}" for rule, n in first.most_common() if rule.replace("-", "_") in _LIFTS]
+    lifts = [
+        f"{_LIFTS[rule.replace('-', '_')]} would bring back {n}"
+        for rule, n in first.most_common()
+        if rule.replace("-", "_") in _LIFTS
+    ]
     return "no method fits: " + ("; ".join(lifts) or "see the reasons with --all")
 
 
@@ -142,13 +159,18 @@ def nothing_is_known(situation: Situation, entries: Sequence[Entry]) -> str | No
     if not usable:
         return None
     if not any(e.status == "ranked" for e in usable):
+        values = [e.effect.value for e in usable if e.effect is not None]
+        equal = sum(abs(v - values[0]) < 1e-9 for v in values)
+        ties = f" (by which the first {equal} are equal: what needs least stands in front)" if equal > 1 else ""
         return (
-            "nothing is known for this: no study near it was measured, and the order below is that of the rules alone. "
+            f"nothing is known for this: no study near it was measured, and the order below is that of the rules "
+            f"alone{ties}. "
             "--write-study study.yaml writes the study that would tell"
         )
     if usable[0].effect is not None and not usable[0].effect.runs:
         return (
-            f"{usable[0].name} itself was not measured near this; recipes that share its axes were. --write-study study.yaml "
+            f"{usable[0].name} itself was not measured near this; recipes that share its axes were. --write-study "
+            f"study.yaml "
             "writes the study that would tell"
         )
     return None

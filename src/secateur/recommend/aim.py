@@ -61,7 +61,8 @@ def _weights(candidate: Candidate, situation: Situation) -> Candidate:
     if goal.quantity != "latency" and hardware.two_in_four and candidate.structure == "pattern":
         expected = Expected(None, source=_PAPER)
     if not unreached and fixed is not None and keep < fixed - 1e-9:
-        unreached = f"{candidate.recipe.granularity} leaves {100 * fixed:.3g} % of the weights, and {100 * keep:.3g} % may remain"
+        stays = f"{candidate.recipe.granularity} leaves {100 * fixed:.3g} % of the weights"
+        unreached = f"{stays}, and {100 * keep:.3g} % may remain"
     if fixed is not None:
         keep = fixed
         if hardware.kernels:
@@ -78,7 +79,11 @@ def _fast(candidate: Candidate, situation: Situation) -> tuple[float, Expected, 
         if candidate.structure != "pattern":
             return 0.5, Expected(None), f"{hardware} has no arithmetic for zeros in any place: only two of four pay"
         if goal.factor > 2:
-            return 0.5, Expected(None), f"two of four at most double a matrix product, and {goal.factor:.3g} times are wanted"
+            return (
+                0.5,
+                Expected(None),
+                f"two of four at most double a matrix product, and {goal.factor:.3g} times are wanted",
+            )
         return 0.5, Expected(None, source=_PAPER), ""
     if not hardware.kernels:
         return 0.5, Expected(None), f"{hardware} has no kernels for zeros: nothing becomes faster by them"
@@ -98,7 +103,9 @@ def _units(candidate: Candidate, situation: Situation) -> Candidate:
         keep = speed.flops_for(kind, goal.factor)
     expected = speed.units(kind, keep)
     if situation.hardware.family != "cpu":
-        expected = Expected(None, source=f"a smaller model is faster anywhere; by how much is not measured on {situation.hardware}")
+        expected = Expected(
+            None, source=f"a smaller model is faster anywhere; by how much is not measured on {situation.hardware}"
+        )
     keep = round(min(max(keep, 0.01), 0.99), 4)
     made = candidate.fitted(sparsity=round(1 - keep**0.5, 2))
     return replace(made, aim=Aim("units", quantity, keep), speed=expected)

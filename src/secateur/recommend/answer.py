@@ -37,6 +37,7 @@ class Entry:
         cost: what it takes.
         holds: False where the drop that is expected is more than is allowed, by its whole interval; None where nobody
             knows.
+        place: the loss that it is ranked by (`predict.by_effect`); None where regret alone ranks it.
     """
 
     candidate: Candidate
@@ -47,6 +48,7 @@ class Entry:
     speed: Expected
     cost: Cost
     holds: bool | None
+    place: float | None = None
 
     @property
     def name(self) -> str:
@@ -149,7 +151,9 @@ def command(candidate: Candidate, situation: Situation, recipe: str | None = Non
     """What one would type to use a method in a situation; what only the user knows stands in capitals."""
     trained = candidate.trains
     # A ready model is pruned; what is part of a training run needs a task, which only the user can name.
-    subject = (situation.model if not trained or situation.weights == "init" else "") or ("TASK.py:task" if trained else "MODEL")
+    subject = (situation.model if not trained or situation.weights == "init" else "") or (
+        "TASK.py:task" if trained else "MODEL"
+    )
     words = ["secateur", "train" if trained else "prune", subject]
     words += ["--recipe", recipe] if recipe else ["--method", candidate.name]
     structured = candidate.structure == "units"
@@ -167,9 +171,7 @@ def command(candidate: Candidate, situation: Situation, recipe: str | None = Non
     return " ".join([*words, "--out", "out/"])
 
 
-def recommend(
-    situation: Situation, studies: Iterable[str | Path] = (), *, runs: Sequence[Run] | None = None
-) -> Answer:
+def recommend(situation: Situation, studies: Iterable[str | Path] = (), *, runs: Sequence[Run] | None = None) -> Answer:
     """Ranked recipes for a situation, each with its reasons, what it is expected to lose and to bring, and its cost.
 
     Rules drop what cannot be, and say what speaks for and against the rest; measured runs rank it.
@@ -193,9 +195,10 @@ def recommend(
 def arrange(situation: Situation, candidates: Iterable[Candidate], evidence: Evidence) -> list[Entry]:
     """Every candidate with its reasons: the best first, then those that were dropped.
 
-    Where a loss is expected for all that are compared, the one that loses least comes first; a method that is expected
-    not to hold the drop allowed comes behind those that may. Without a prediction regret decides, then the points of the
-    rules, then how many training runs a method takes, then its name.
+    A method that is expected not to hold the drop allowed comes behind those that may. Among methods that aim alike
+    regret decides, among others what their aims cost, and those of which nothing is known come behind. Without runs
+    the regret is what the points of the rules make it. Of equal ones the one that takes fewer training runs and needs
+    less.
     """
     entries = [_entry(situation, candidate, evidence) for candidate in candidates]
     return sorted(entries, key=_place)
@@ -205,7 +208,9 @@ def _entry(situation: Situation, candidate: Candidate, evidence: Evidence) -> En
     verdicts = ask(situation, candidate)
     unknown = Expected(None)
     if any(v.action == "drop" for v in verdicts):
-        return Entry(candidate, "dropped", verdicts, None, unknown, candidate.speed, cost_of(candidate, situation, unknown), None)
+        return Entry(
+            candidate, "dropped", verdicts, None, unknown, candidate.speed, cost_of(candidate, situation, unknown), None
+        )
     found = effect(evidence, situation, candidate, points(verdicts))
     status: Status = "ranked" if found.runs or found.kin else "kept"
     loss = predict.loss(evidence, situation, candidate, found) if status == "ranked" else unknown
@@ -215,10 +220,14 @@ def _entry(situation: Situation, candidate: Candidate, evidence: Evidence) -> En
     return Entry(
         candidate, status, verdicts, found, loss, predict.speed(evidence, situation, candidate),
         cost_of(candidate, situation, predict.seconds(evidence, situation, candidate)), holds,
+        predict.by_effect(evidence, situation, candidate, found),
     )  # fmt: skip
 
 
 def _place(entry: Entry) -> tuple[Any, ...]:
     if entry.effect is None:
-        return (3, 0.0, 0.0, entry.name)
-    return (entry.holds is False, round(entry.effect.value, 9), entry.candidate.runs, entry.name)
+        return (2, entry.name)
+    made = entry.candidate
+    regret = round(entry.effect.value, 9)
+    place = (True, regret) if entry.place is None else (False, round(entry.place, 9))
+    return (entry.holds is False, *place, regret, made.runs, made.needs_loss, len(made.needs), entry.name)

@@ -26,7 +26,9 @@ class Cost:
 
 def cost_of(candidate: Candidate, situation: Situation, seconds: Expected) -> Cost:
     """What a method takes in a situation."""
-    return Cost(_data(candidate, situation), _time(candidate, situation, seconds), _memory(candidate, situation), seconds)
+    return Cost(
+        _data(candidate, situation), _time(candidate, situation, seconds), _memory(candidate, situation), seconds
+    )
 
 
 def _data(candidate: Candidate, situation: Situation) -> str:
@@ -68,6 +70,10 @@ def _memory(candidate: Candidate, situation: Situation) -> str:
         return "the model, its gradients and the graph of all batches"
     if candidate.recipe.needs_loss:
         return "the model and its gradients"
-    if situation.language and not candidate.recipe.needs_whole and candidate.structure in ("weights", "block", "pattern"):
+    if (
+        situation.language
+        and not candidate.recipe.needs_whole
+        and candidate.structure in ("weights", "block", "pattern")
+    ):
         return "one block at a time, and the activations"
     return "the model once"

@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 
 from ..registry import get
-from .candidate import AXES, Aim, Candidate, Profile, profile
+from .candidate import AXES, Aim, Candidate, Profile
 from .cells import Cell
 from .situation import Situation
 
@@ -17,11 +17,13 @@ _KINDS = {
     frozenset(("cnn", "vit")): 1.0,
 }  # fmt: skip
 FAR = 1.5
+
+
 def relevance(situation: Situation, cell: Cell) -> float:
     """How much a cell's subject says of the situation's model.
 
-    Kinds that are alike are near; a tenfold size is half a step; so is whether the model is trained in the study. Of the
-    user's own model everything is said, and the user's own studies count twice as much as others.
+    Kinds that are alike are near; a tenfold size is half a step; so is whether the model is trained in the study. Of
+    the user's own model everything is said, and the user's own studies count twice as much as others.
     """
     if situation.model and situation.model == cell.subject.name:
         return 1.0
@@ -37,7 +39,8 @@ def relevance(situation: Situation, cell: Cell) -> float:
 
 
 def closeness(aim: Aim, other: Aim) -> float:
-    """How near two aims are: a step for each halving of what stays, one for another quantity, one for another structure.
+    """How near two aims are: a step for each halving of what stays, one for another quantity, one for another
+    structure.
 
     >>> closeness(Aim("weights", "weights", 0.2), Aim("weights", "weights", 0.1)) == math.exp(-1)
     True
@@ -55,6 +58,7 @@ def likeness(one: Profile, other: Profile) -> float:
     Criteria of one family count half. A part with other knobs counts four fifths. Axes that neither uses do not count.
 
     >>> from secateur import Recipe
+    >>> from secateur.recommend.candidate import profile
     >>> likeness(profile(Recipe.of("wanda")), profile(Recipe.of("wanda", sparsity=0.7)))
     1.0
     """

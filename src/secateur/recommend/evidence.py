@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -49,7 +48,9 @@ class Run:
 
 
 def slim(row: Row) -> Row:
-    """The row without what only its own study needs: layers, sketches, groups, data, all of the environment but the machine."""
+    """The row without what only its own study needs: layers, sketches, groups, and of the environment all but the
+    machine.
+    """
     result = {key: row.result[key] for key in _KEPT if key in row.result}
     environment = row.result.get("environment")
     if isinstance(environment, Mapping):
@@ -91,7 +92,7 @@ def read(path: Path, *, own: bool = True) -> list[Run]:
     Raises:
         DataError: nothing is there, or it is not what it should be.
     """
-    if path.is_dir() or path.suffix == ".jsonl" and not _is_exported(path):
+    if path.is_dir() or (path.suffix == ".jsonl" and not _is_exported(path)):
         file = _rows_file(path) if path.is_dir() else path
         name = _name(path if path.is_dir() else path.parent)
         rows = _rows(file)

@@ -61,7 +61,10 @@ def told(answer: Answer, shown: int = SHOWN, everything: bool = False) -> str:
 
 def _entry(answer: Answer, entry: Entry, number: int) -> list[str]:
     recipe = entry.candidate.recipe
-    parts = [recipe.criterion or f"chosen by {recipe.gate if recipe.gate != 'none' else recipe.solver}", recipe.granularity]
+    parts = [
+        recipe.criterion or f"chosen by {recipe.gate if recipe.gate != 'none' else recipe.solver}",
+        recipe.granularity,
+    ]
     parts += [recipe.allocation, *(x for x in (recipe.solver, recipe.recovery) if x not in ("rank", "none"))]
     warning = "" if entry.holds is not False else "   more is lost than is allowed"
     return [

@@ -1,14 +1,15 @@
-"""What a method is expected to lose, how fast it is expected to be and what it took: from the nearest runs, with intervals.
+"""What a method is expected to lose, how fast to be, and what it took: from the nearest runs, with intervals.
 
-The loss that is expected on each near task is what the method lost there; where it did not run, the best of that task plus
-the method's expected regret times what lay between best and middle. The prediction is their mean, weighted by nearness, and
-an 80 % interval of Student's t for one more task.
+The loss that is expected on each near task is what the method lost there; where it did not run, the best of that task
+plus the method's expected regret times what lay between best and middle. The prediction is their mean, weighted by
+nearness, and an 80 % interval of Student's t for one more task.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import dataclass
 
 from .candidate import Candidate, Expected
 from .cells import Cell
@@ -35,48 +36,78 @@ def quantile(degrees: int, level: float = 0.8) -> float:
 
 
 def _comparable(situation: Situation, cell: Cell) -> bool:
-    """Whether what is lost there is counted as it would be here: a share of accuracy, or the logarithm of perplexity."""
+    """Whether what is lost there is counted as it would be here: a share of accuracy, or the logarithm of
+    perplexity.
+    """
     language = situation.kind in ("decoder", "moe", "encoder-decoder")
     if situation.model and situation.model == cell.subject.name:
         return cell.absolute
     return cell.absolute and (cell.metric.startswith("perplexity") if language else cell.higher_is_better)
 
 
-def loss(evidence: Evidence, situation: Situation, candidate: Candidate, effect: Effect) -> Expected:
-    """What a method is expected to lose."""
-    tasks: dict[str, list[tuple[float, float]]] = {}
-    runs, studies, ran = 0, set(), set()
+@dataclass(frozen=True)
+class _Seen:
+    """What one cell says of a loss."""
+
+    study: str
+    weight: float
+    value: float
+    runs: int
+    own: bool
+
+
+def _seen(evidence: Evidence, situation: Situation, candidate: Candidate, effect: Effect) -> dict[str, list[_Seen]]:
+    """By task, the cells at the targets that are nearest there."""
+    tasks: dict[str, list[_Seen]] = {}
     for cell, weight in evidence.near(situation, candidate):
         if weight < _NEAR or not _comparable(situation, cell):
             continue
         mine = [o for o in cell.outcomes if same(candidate, o.candidate)]
         if mine:
-            value = statistics.fmean(o.drop for o in mine)
-            runs += sum(o.runs for o in mine)
-            ran.add(cell.subject.name)
+            seen = _Seen(cell.study, weight, statistics.fmean(o.drop for o in mine), sum(o.runs for o in mine), True)
         else:
-            value, weight = cell.best + effect.value * cell.spread, weight / 2
-            runs += sum(o.runs for o in cell.outcomes)
-        studies.add(cell.study)
-        tasks.setdefault(cell.subject.name, []).append((weight, value))
+            value = cell.best + effect.value * cell.spread
+            seen = _Seen(cell.study, weight / 2, value, sum(o.runs for o in cell.outcomes), False)
+        tasks.setdefault(cell.subject.name, []).append(seen)
+    return {t: [s for s in found if s.weight >= 0.9 * max(x.weight for x in found)] for t, found in tasks.items()}
+
+
+def loss(evidence: Evidence, situation: Situation, candidate: Candidate, effect: Effect) -> Expected:
+    """What a method is expected to lose."""
+    tasks = _seen(evidence, situation, candidate, effect)
     if not tasks:
         return Expected(None, source="nothing near was measured")
+    everything = [s for found in tasks.values() for s in found]
     points = [
-        (max(w for w, _ in found), math.fsum(w * v for w, v in found) / math.fsum(w for w, _ in found))
+        (
+            max(s.weight for s in found),
+            math.fsum(s.weight * s.value for s in found) / math.fsum(s.weight for s in found),
+        )
         for found in tasks.values()
     ]
     total = math.fsum(w for w, _ in points)
     mean = math.fsum(w * v for w, v in points) / total
-    how = f"{counted(runs, 'run')} in {counted(len(studies), 'study')} ({', '.join(sorted(tasks))})"
-    if not ran:
+    studies = counted(len({s.study for s in everything}), "study")
+    how = f"from {counted(sum(s.runs for s in everything), 'run')} in {studies} ({', '.join(sorted(tasks))})"
+    if not any(s.own for s in everything):
         how += ", none of this method"
     if len(points) < 2:
-        return Expected(mean, source=f"from {how}; one task gives no interval")
+        return Expected(mean, source=f"{how}; one task gives no interval")
     count = total**2 / math.fsum(w * w for w, _ in points)
     variance = math.fsum(w * (v - mean) ** 2 for w, v in points) / total * len(points) / (len(points) - 1)
     half = quantile(len(points) - 1) * math.sqrt(variance * (1 + 1 / count))
     high = mean + half if situation.language else min(mean + half, 1.0)
-    return Expected(mean, mean - half, high, f"from {how}; 80 % interval for one more task")
+    return Expected(mean, mean - half, high, f"{how}; 80 % interval for one more task")
+
+
+def by_effect(evidence: Evidence, situation: Situation, candidate: Candidate, effect: Effect) -> float | None:
+    """What a method would lose if it lost its expected regret on every near task: methods that aim alike are in the
+    order of their regret, and others are in that of what their aim costs. None where nothing near was measured.
+    """
+    near = [(c, w) for c, w in evidence.near(situation, candidate) if w >= _NEAR and _comparable(situation, c)]
+    if not near:
+        return None
+    return math.fsum(w * (c.best + effect.value * c.spread) for c, w in near) / math.fsum(w for _, w in near)
 
 
 def speed(evidence: Evidence, situation: Situation, candidate: Candidate) -> Expected:

@@ -1,4 +1,4 @@
-"""How methods are ranked by evidence: what they lost beyond the best of each study, over tasks, shrunk towards their kin.
+"""How methods are ranked by evidence: what they lost beyond the best of each study, shrunk towards their kin.
 
 In a cell of a study (one subject at one target) a contender's regret is what it lost beyond the best there, in units of
 what lies between the best and the middle. A method's effect is the mean of its regrets over tasks, weighted by how near
@@ -57,7 +57,8 @@ class Effect:
         if self.direct is None:
             return f"regret {self.value:.2f} expected, from {from_kin}; no runs of its own"
         return (
-            f"regret {self.value:.2f}: {self.direct:.2f} in {counted(self.runs, 'run')} of {counted(len(self.studies), 'study')} "
+            f"regret {self.value:.2f}: {self.direct:.2f} in {counted(self.runs, 'run')} of "
+            f"{counted(len(self.studies), 'study')} "
             f"({', '.join(self.noted)}), shrunk towards {self.prior:.2f} ({from_kin})"
         )
 
@@ -79,7 +80,8 @@ class Evidence:
 
     Attributes:
         cells: of the runs.
-        ratio: variance of one method between tasks over the variance between methods: how many tasks the prior is worth.
+        ratio: variance of one method between tasks over the variance between methods: how many tasks the prior is
+        worth.
     """
 
     cells: Sequence[Cell]

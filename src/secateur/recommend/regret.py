@@ -1,8 +1,8 @@
-"""How good the recommender is: every task is left out in turn, and its first choice is held against the best in hindsight.
+"""How good the recommender is: each task is left out in turn, and its first choice held against the best in hindsight.
 
-Nothing of the task that is left out is in the evidence, in whatever study it is. The choice is among the contenders that
-ran on it. The same is done for every contender chosen always, for the default, for a draw at random, and for what is best
-on average over the other tasks.
+Nothing of the task that is left out is in the evidence, in whatever study it is. The choice is among the contenders
+that ran on it. The same is done for every contender chosen always, for the default, for a draw at random, and for
+what is best on average over the other tasks.
 """
 
 from __future__ import annotations
@@ -122,10 +122,10 @@ def score(runs: Iterable[Run], choose: Callable[[Cell, Evidence], Outcome] = cho
                  "regret": each[picked.label].spreads, "raw": each[picked.label].raw}
             )  # fmt: skip
             for outcome in cell.outcomes:
-                found = _interval(cell, outcome, rest)
-                if found is not None:
-                    held.append(found[0] <= outcome.drop <= found[1])
-                    widths.append(found[1] - found[0])
+                span = _interval(cell, outcome, rest)
+                if span is not None:
+                    held.append(span[0] <= outcome.drop <= span[1])
+                    widths.append(span[1] - span[0])
     table = {p: _over_tasks({t: _mean(found) for t, found in by.items()}) for p, by in regrets.items()}
     return {
         "tasks": tasks, "policies": table, "choices": choices, "verdict": verdict(regrets, _groups(evidence)),
@@ -201,7 +201,8 @@ def _halved(group: str, regrets: Mapping[str, Mapping[str, Sequence[Regret]]], t
     over = fixed[best]
     mine, theirs = mean("recommender", over), mean(best, over)
     halved = mine <= theirs / 2
-    text = f"{group}: over {len(over)} tasks the recommender's regret is {mine:.3f}, that of {best} (best in hindsight) {theirs:.3f}"
+    text = f"{group}: over {len(over)} tasks the recommender's regret is {mine:.3f}, "
+    text += f"that of {best} (best in hindsight) {theirs:.3f}"
     text += ": at most half of it" if halved else f", where half was the aim: it falls short by {mine - theirs / 2:.3f}"
     return {
         "group": group, "halved": halved, "best fixed": best, "recommender": mine, "fixed": theirs, "tasks": over,

@@ -1,4 +1,4 @@
-"""Rules about what can be done at all: the model's structure, the data, the time, and whether the goal is within reach."""
+"""Rules about what can be done at all: the model's structure, the data, the time, and the goal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def criterion_sees_its_units(situation: Situation, candidate: Candidate) -> Verd
     """
     name = candidate.recipe.criterion
     of = get("criterion", name).facts.get("of") if name is not None else None
-    on_scale = candidate.recipe.penalty != "none" and get("penalty", candidate.recipe.penalty).facts.get("on") == "scale"
+    on_scale = (
+        candidate.recipe.penalty != "none" and get("penalty", candidate.recipe.penalty).facts.get("on") == "scale"
+    )
     if (of in ("map", "norm") or on_scale) and situation.kind not in ("cnn", "other"):
         how = OF_UNITS["norm" if on_scale else str(of)]
         return drop(f"it ranks units {how}, which a {KINDS[situation.kind]} does not have for each unit")
@@ -47,7 +49,9 @@ def data_is_there(situation: Situation, candidate: Candidate) -> Verdict | None:
     Source: the positional parameters of the recipe's parts (`Recipe.needs`).
     """
     if candidate.needs_inputs and situation.data == "none":
-        return drop(f"it needs data ({', '.join(sorted(candidate.needs))}), and there is none: --data unlabeled or more")
+        return drop(
+            f"it needs data ({', '.join(sorted(candidate.needs))}), and there is none: --data unlabeled or more"
+        )
     return None
 
 
@@ -61,7 +65,8 @@ def loss_is_there(situation: Situation, candidate: Candidate) -> Verdict | None:
         return None  # said already
     if candidate.needs_loss and not situation.has_loss:
         why = "it trains" if candidate.trains else f"it needs gradients ({', '.join(sorted(candidate.needs))})"
-        return drop(f"{why}, which takes {'text' if situation.language else 'labels'}: --data {'unlabeled' if situation.language else 'labels'} or more")
+        what, data = ("text", "unlabeled") if situation.language else ("labels", "labels")
+        return drop(f"{why}, which takes {what}: --data {data} or more")
     return None
 
 
@@ -91,7 +96,9 @@ def epochs_suffice(situation: Situation, candidate: Candidate) -> Verdict | None
     if allowed is None:
         if runs > 2 and situation.retraining.seconds is not None:
             time = spoken(situation.retraining.seconds)
-            return demote(f"it takes {runs:.3g} training runs; whether they fit into {time} is not known: say --epoch 10m", 1.5)
+            return demote(
+                f"it takes {runs:.3g} training runs; whether they fit into {time} is not known: say --epoch 10m", 1.5
+            )
         return None
     if allowed < runs:
         return drop(f"it takes {runs:.3g} training runs, and there is time for {allowed:.3g} epochs in all")
@@ -141,6 +148,7 @@ def solver_is_quick_enough(situation: Situation, candidate: Candidate) -> Verdic
     Source: the solver's knob ``max_flops``; OBC, arXiv 2208.11580: cubic in the width for each row.
     """
     limited = "max_flops" in get("solver", candidate.recipe.solver).knobs
-    if limited and (situation.parameters or 0) > 50_000_000:
-        return drop(f"its solver is cubic in the width for each row: too slow for {(situation.parameters or 0) / 1e6:.0f}M parameters")
+    size = situation.parameters or 0
+    if limited and size > 50_000_000:
+        return drop(f"its solver is cubic in the width for each row: too slow for {size / 1e6:.0f}M parameters")
     return None

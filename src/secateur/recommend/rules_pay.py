@@ -32,7 +32,9 @@ def zeros_pay_from(situation: Situation, candidate: Candidate) -> Verdict | None
     start = speed.pays_from(situation.kind, hardware)
     if start is not None and gone < start:
         what = speed.zeros(situation.kind, hardware, gone)
-        return demote(f"{100 * gone:.3g} % zeros do not pay yet: they do from {100 * start:.3g} % on ({what.source})", 1.0)
+        return demote(
+            f"{100 * gone:.3g} % zeros do not pay yet: they do from {100 * start:.3g} % on ({what.source})", 1.0
+        )
     return None
 
 
@@ -47,7 +49,8 @@ def two_of_four_pay_on_ampere(situation: Situation, candidate: Candidate) -> Ver
         return None
     if situation.hardware.two_in_four:
         return promote(f"{situation.hardware} multiplies two of four at up to twice the rate", 1.0)
-    return demote(f"{candidate.recipe.granularity} costs more than zeros anywhere, and {situation.hardware} has no arithmetic for it", 1.5)
+    pattern = candidate.recipe.granularity
+    return demote(f"{pattern} costs more than zeros anywhere, and {situation.hardware} has no arithmetic for it", 1.5)
 
 
 @register("rule")
@@ -73,7 +76,9 @@ def language_models_without_training(situation: Situation, candidate: Candidate)
         return None
     if candidate.aim.keep < 0.4 - 1e-9:
         gone = 100 * (1 - candidate.aim.keep)
-        return demote(f"a language model that is not retrained does not bear {gone:.3g} % zeros: perplexity doubles or worse", 2.0)
+        return demote(
+            f"a language model that is not retrained does not bear {gone:.3g} % zeros: perplexity doubles or worse", 2.0
+        )
     return None
 
 
@@ -84,7 +89,12 @@ def units_of_language_models(situation: Situation, candidate: Candidate) -> Verd
     Source: benchmarks/results/structured_quality.json: SmolLM2-135M, a fifth of the parameters gone, perplexity 26.3
     dense, 39.4 the best (flap, refitted); LLM-Pruner, arXiv 2305.11627: 63.25 to 59.23 at a fifth.
     """
-    if situation.language and not situation.trains and candidate.structure in ("units", "depth") and candidate.aim.keep < 0.8:
+    if (
+        situation.language
+        and not situation.trains
+        and candidate.structure in ("units", "depth")
+        and candidate.aim.keep < 0.8
+    ):
         return demote("units of a language model that is not retrained cost much beyond a fifth of it", 2.0)
     return None
 
@@ -134,7 +144,12 @@ def collapse_of_layers(situation: Situation, candidate: Candidate) -> Verdict | 
     and 99.7 % sparsity; ResNet-18 before training at 96.8 %.
     """
     one_threshold = candidate.recipe.allocation in ("global", "raw") and candidate.recipe.steps == 1
-    if one_threshold and candidate.aim.keep <= 0.05 and candidate.structure != "units" and candidate.recipe.gate == "none":
+    if (
+        one_threshold
+        and candidate.aim.keep <= 0.05
+        and candidate.structure != "units"
+        and candidate.recipe.gate == "none"
+    ):
         return demote("one threshold for all layers, in one step, can empty a layer at this sparsity", 1.5)
     return None
 
@@ -159,7 +174,11 @@ def rounds_at_high_sparsity(situation: Situation, candidate: Candidate) -> Verdi
     """
     if not (candidate.trains and situation.trains) or candidate.from_scratch:
         return None
-    stepwise = candidate.recipe.steps > 1 or candidate.recipe.driver.startswith("gradual") or candidate.recipe.schedule == "cubic"
+    stepwise = (
+        candidate.recipe.steps > 1
+        or candidate.recipe.driver.startswith("gradual")
+        or candidate.recipe.schedule == "cubic"
+    )
     if candidate.aim.keep <= 0.2 and stepwise:
         return promote("it goes to a high sparsity in steps, with training between them", 1.0)
     if candidate.aim.keep <= 0.2 and candidate.when == "after" and candidate.recipe.steps == 1:

@@ -54,7 +54,7 @@ class Goal:
 
     @staticmethod
     def parse(text: str) -> Goal:
-        """Read a goal: ``latency 2x`` (twice as fast), ``size 50%`` (half of it goes), ``size to 30%``, ``sparsity 0.7``.
+        """Read a goal: ``latency 2x`` (twice as fast), ``size 50%`` (half goes), ``size to 30%``, ``sparsity 0.7``.
 
         >>> Goal.parse("latency 2x").keep, Goal.parse("size 75%").factor, Goal.parse("params to 40%").keep
         (0.5, 4.0, 0.4)
@@ -76,7 +76,9 @@ class Goal:
             share = number / 100 if unit == "%" else number
             keep = share if to else 1.0 - share
         if (unit == "x" and to) or not 0.0 < keep < 1.0:
-            raise RecipeError(f"the goal '{text}' must leave something and take something away: write 'size 50%' or '2x'")
+            raise RecipeError(
+                f"the goal '{text}' must leave something and take something away: write 'size 50%' or '2x'"
+            )
         return Goal(quantity, round(keep, 6), assumed=False)
 
     def __str__(self) -> str:

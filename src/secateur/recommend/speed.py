@@ -1,4 +1,4 @@
-"""What zeros and smaller models gained where it was measured: figures that ship with the package, each with its machine.
+"""What zeros and smaller models gained where that was measured: figures that ship, each with its machine.
 
 ``speed.json`` is made of committed benchmark results by ``python benchmarks/recommend.py --figures``.
 """
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 from .candidate import Expected
@@ -53,10 +54,20 @@ def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                  "ratio": round(ratio, 3), "bytes": None if size is None else round(size, 4), "machine": machine,
                  "file": name}
             )  # fmt: skip
-        ratios = [c["seconds"]["dense"] / c["seconds"]["torch.int8"] for c in data.get("linear", ()) if "torch.int8" in c["seconds"]]
+        ratios = [
+            c["seconds"]["dense"] / c["seconds"]["torch.int8"]
+            for c in data.get("linear", ())
+            if "torch.int8" in c["seconds"]
+        ]
         if ratios:
             made["int8"].append(
-                {"low": round(min(ratios), 3), "high": round(max(ratios), 3), "cases": len(ratios), "machine": machine, "file": name}
+                {
+                    "low": round(min(ratios), 3),
+                    "high": round(max(ratios), 3),
+                    "cases": len(ratios),
+                    "machine": machine,
+                    "file": name,
+                }
             )
         for row in data.get("rows", ()):
             for batch in ("1", "8"):
@@ -101,7 +112,8 @@ def zeros(kind: str, hardware: Hardware, sparsity: float, figures: Mapping[str, 
     middle = math.exp(sum(map(math.log, ratios)) / len(ratios))
     models = sorted({f["model"] for f, _ in chosen})
     machines = sorted({named(f["machine"]) for f, _ in chosen})
-    source = f"{', '.join(models)} in the sparse kernels, {len(chosen)} workload{'s' * (len(chosen) > 1)}, on {' and '.join(machines)}"
+    loads = f"{len(chosen)} workload{'s' * (len(chosen) > 1)}"
+    source = f"{', '.join(models)} in the sparse kernels, {loads}, on {' and '.join(machines)}"
     if hardware.instructions and not any(f["machine"].get("instructions") == hardware.instructions for f, _ in chosen):
         source += f" (nothing is measured with {hardware.instructions})"
     return Expected(middle, min(ratios), max(ratios), source) if len(ratios) > 1 else Expected(middle, source=source)
@@ -127,13 +139,15 @@ def _interpolated(line: Sequence[tuple[float, float]], x: float) -> float:
     (1.414, 2.0)
     """
     points = [(0.0, 0.0), *((z, math.log(r)) for z, r in line)]
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in pairwise(points):
         if a <= x <= b:
             return math.exp(low + (high - low) * (x - a) / (b - a))
     return math.exp(points[-1][1])
 
 
-def sparsity_for(kind: str, hardware: Hardware, factor: float, figures: Mapping[str, Any] | None = None) -> float | None:
+def sparsity_for(
+    kind: str, hardware: Hardware, factor: float, figures: Mapping[str, Any] | None = None
+) -> float | None:
     """The smallest share of zeros, in hundredths, that is expected to be so many times as fast; None where none is.
 
     Nothing is promised beyond the largest share that was measured.
@@ -169,7 +183,9 @@ def units(kind: str, keep: float, figures: Mapping[str, Any] | None = None) -> E
     low, high = keep ** -min(exponents), keep ** -max(exponents)
     models = ", ".join(sorted({f["model"] for f in chosen}))
     machines = sorted({named(f["machine"]) for f in chosen})
-    return Expected(keep**-middle, low, high, f"{models} made smaller, {len(chosen)} timings, on {' and '.join(machines)}")
+    return Expected(
+        keep**-middle, low, high, f"{models} made smaller, {len(chosen)} timings, on {' and '.join(machines)}"
+    )
 
 
 def flops_for(kind: str, factor: float, figures: Mapping[str, Any] | None = None) -> float:

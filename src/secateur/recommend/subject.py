@@ -165,7 +165,7 @@ def of_module(name: str, module: nn.Module) -> Subject:
     """
     parameters = sum(p.numel() for p in module.parameters())
     config = getattr(module, "config", None)
-    if hasattr(config, "to_dict") and getattr(config, "architectures", None):
+    if config is not None and hasattr(config, "to_dict") and getattr(config, "architectures", None):
         return Subject(name, _of_config(name, config.to_dict(), parameters).kind, parameters)
     weights: Counter[str] = Counter()
     try:
@@ -176,7 +176,9 @@ def of_module(name: str, module: nn.Module) -> Subject:
         weights[layer.kind] += layer.numel
     embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    blocks = max((len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)), default=0)
+    blocks = max(
+        (len(m) for m in module.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _alike(m)), default=0
+    )
     patches = [
         m for m in module.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride and m.kernel_size[0] > 1
     ]
