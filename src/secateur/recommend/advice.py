@@ -41,8 +41,9 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
 
     Eight bits make a quarter of float32 and half of 16 bits. On a CPU integer products are faster by what was measured.
 
-    Source: ``speed.json`` (torch's int8 product against float32, benchmarks/results/sparse_avx512.json); SparseGPT,
-    arXiv 2301.00774, section 4: joint pruning and quantization; LLM.int8(), arXiv 2208.07339: no loss at 8 bits.
+    Source: ``speed.json`` (torch's int8 product against float32, benchmarks/results/sparse_avx512.json); LLM.int8(),
+    arXiv 2208.07339: eight bits without degradation up to 175B parameters. That zeros cost more is what
+    ``language-models-without-training`` rests on; for other models it is common practice.
     """
     if situation.trains or situation.goal.assumed:
         return None
@@ -54,7 +55,7 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
             else ""
         )
         return (
-            "do not prune: quantize. Eight bits a weight are 4 times smaller than 32 bits and 2 times than 16, and cost "
+            "do not prune: quantize. Eight bits a weight are 4 times smaller than 32 bits, 2 times than 16, and cost "
             f"less than {100 * (1 - goal.keep):.3g} % of the weights would without retraining{from_16}"
         )
     figures = speed.shipped()["int8"]
@@ -64,10 +65,8 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
             machines = " and ".join(sorted({speed.named(f["machine"]) for f in figures}))
             return (
                 f"do not prune first: quantize. torch's int8 product is {low:.2g} to {high:.2g} times as fast as "
-                f"float32 on "
-                f"linear layers ({sum(f['cases'] for f in figures)} cases on {machines}): secateur compress MODEL "
-                f"--for cpu "
-                "--values int8-dynamic; zeros add to that"
+                f"float32 on linear layers ({sum(f['cases'] for f in figures)} cases on {machines}): "
+                "secateur compress MODEL --for cpu --values int8-dynamic; zeros add to that"
             )
     return None
 
@@ -77,16 +76,14 @@ def language_models_need_text(situation: Situation, entries: Sequence[Entry]) ->
     """Without a line of text a language model is pruned by its weights alone, which breaks it; any text would do.
 
     Source: benchmarks/results/quality.json: SmolLM2-135M with half of the weights gone, perplexity 24.6 dense, 398 by
-    magnitude, 39.5 by sparsegpt with 64 windows of text; wanda, arXiv 2306.11695, table 5: one sample is nearly enough.
+    magnitude, 39.5 by sparsegpt with 64 windows of text.
     """
     if not situation.language or situation.data != "none":
         return None
     return (
         "do not prune a language model without any text: quantize it, which needs none, or take a few windows of "
-        "any text "
-        "(--data unlabeled). With half of the weights gone SmolLM2-135M went from a perplexity of 24.6 to 398 by "
-        "magnitude, "
-        "and to 39.5 by sparsegpt with 64 windows"
+        "any text (--data unlabeled). With half of the weights gone SmolLM2-135M went from a perplexity of 24.6 to 398 "
+        "by magnitude, and to 39.5 by sparsegpt with 64 windows"
     )
 
 
@@ -116,8 +113,7 @@ def too_much_without_training(situation: Situation, entries: Sequence[Entry]) ->
     Six tenths for language models, as of the rule ``language-models-without-training``; seven tenths for others,
     which is prudence more than knowledge.
 
-    Source: benchmarks/results/quality.json; OBC, arXiv 2208.11580, table 3: ResNet-50 without retraining, 4 times fewer
-    operations lose a few percent of accuracy.
+    Source: benchmarks/results/quality.json for language models; a bound of our own for others.
     """
     usable = _usable(entries)
     if situation.trains or not usable:
@@ -126,8 +122,7 @@ def too_much_without_training(situation: Situation, entries: Sequence[Entry]) ->
     if least > (0.6 if situation.language else 0.7) + 1e-9:
         return (
             f"every way to this goal takes {100 * least:.3g} % or more out of a model that is not retrained, and no "
-            f"method is "
-            "known to hold that: take a smaller model, quantize, or allow retraining (--retrain 2h with labels)"
+            "method is known to hold that: take a smaller model, quantize, or allow retraining (--retrain 2h with labels)"
         )
     return None
 
@@ -142,11 +137,11 @@ def nothing_fits(situation: Situation, entries: Sequence[Entry]) -> str | None:
         return None
     first = Counter(next(v.rule for v in e.verdicts if v.action == "drop") for e in entries)
     lifts = [
-        f"{_LIFTS[rule.replace('-', '_')]} would bring back {n}"
+        f"{n} lack {_LIFTS[rule.replace('-', '_')]}"
         for rule, n in first.most_common()
         if rule.replace("-", "_") in _LIFTS
     ]
-    return "no method fits: " + ("; ".join(lifts) or "see the reasons with --all")
+    return f"no method fits; of {len(entries)}, " + ("; ".join(lifts) or "see the reasons with --all")
 
 
 @register("advice")
@@ -163,14 +158,12 @@ def nothing_is_known(situation: Situation, entries: Sequence[Entry]) -> str | No
         equal = sum(abs(v - values[0]) < 1e-9 for v in values)
         ties = f" (by which the first {equal} are equal: what needs least stands in front)" if equal > 1 else ""
         return (
-            f"nothing is known for this: no study near it was measured, and the order below is that of the rules "
-            f"alone{ties}. "
-            "--write-study study.yaml writes the study that would tell"
+            "nothing is known for this: no study near it was measured, and the order below is that of the rules "
+            f"alone{ties}. --write-study study.yaml writes the study that would tell"
         )
     if usable[0].effect is not None and not usable[0].effect.runs:
         return (
-            f"{usable[0].name} itself was not measured near this; recipes that share its axes were. --write-study "
-            f"study.yaml "
-            "writes the study that would tell"
+            f"{usable[0].name} itself was not measured near this; recipes that share its axes were. "
+            "--write-study study.yaml writes the study that would tell"
         )
     return None

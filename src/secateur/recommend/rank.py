@@ -58,8 +58,8 @@ class Effect:
             return f"regret {self.value:.2f} expected, from {from_kin}; no runs of its own"
         return (
             f"regret {self.value:.2f}: {self.direct:.2f} in {counted(self.runs, 'run')} of "
-            f"{counted(len(self.studies), 'study')} "
-            f"({', '.join(self.noted)}), shrunk towards {self.prior:.2f} ({from_kin})"
+            f"{counted(len(self.studies), 'study')} ({', '.join(self.noted)}), shrunk towards {self.prior:.2f} "
+            f"({from_kin})"
         )
 
 

@@ -29,7 +29,7 @@ def blocks_are_there(situation: Situation, candidate: Candidate) -> Verdict | No
 def criterion_sees_its_units(situation: Situation, candidate: Candidate) -> Verdict | None:
     """Criteria of feature maps and of the normalization behind a unit need layers that have them: convolutions.
 
-    Source: the cards of the criteria (what they rank, ``of``); network slimming, arXiv 1708.06519, section 3.
+    Source: the cards of the criteria (what they rank, ``of``); network slimming, arXiv 1708.06519.
     """
     name = candidate.recipe.criterion
     of = get("criterion", name).facts.get("of") if name is not None else None

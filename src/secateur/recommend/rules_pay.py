@@ -217,7 +217,7 @@ def shown_on_other_models(situation: Situation, candidate: Candidate) -> Verdict
 def rewinding_beats_fine_tuning(situation: Situation, candidate: Candidate) -> Verdict | None:
     """Training on from an earlier point of the run, at its learning rates, heals more than fine-tuning at the last one.
 
-    Source: Renda, Frankle and Carbin, arXiv 2003.02389, figures 1 and 2: rewinding weights or learning rates.
+    Source: Renda, Frankle and Carbin, arXiv 2003.02389: rewinding weights or learning rates.
     """
     if situation.trains and candidate.recipe.recovery == "rewind":
         return promote("it trains again at the rates of the run, which heals more than fine-tuning does", 1.0)
@@ -228,7 +228,7 @@ def rewinding_beats_fine_tuning(situation: Situation, candidate: Candidate) -> V
 def learned_masks_need_long_runs(situation: Situation, candidate: Candidate) -> Verdict | None:
     """Masks that are learned add what must be tuned, and in large comparisons do not beat gradual magnitude.
 
-    Source: Gale, Elsen and Hooker, The state of sparsity, arXiv 1902.09574, section 7: L0 and variational dropout.
+    Source: Gale, Elsen and Hooker, The state of sparsity, arXiv 1902.09574: against L0 and variational dropout.
     """
     if candidate.recipe.gate != "none" and candidate.structure == "weights":
         return demote("what is learned beside the weights must be tuned, and gradual magnitude is seldom worse", 1.0)
