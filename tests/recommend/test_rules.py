@@ -23,7 +23,7 @@ def sparse(gone: float) -> Goal:
 
 @dataclass
 class Case:
-    """A rule, a method and a situation in which it speaks, and one in which it does not."""
+    """A rule, a method and a situation in which it speaks; one in which it does not, and a method that it spares."""
 
     rule: str
     method: str
@@ -43,7 +43,8 @@ CASES = [
     Case("criterion-sees-its-units", "network-slimming", "drop", Situation("vit"), Situation("cnn")),
     Case("criterion-sees-its-units", "slimming", "drop", Situation("encoder"), Situation("cnn"), "group-lasso"),
     Case("data-is-there", "wanda", "drop", Situation("cnn"), Situation("cnn", data="unlabeled"), "magnitude"),
-    Case("loss-is-there", "fisher", "drop", Situation("cnn", data="unlabeled"), Situation("cnn", data="labels"), "wanda"),
+    Case("loss-is-there", "fisher", "drop", Situation("cnn", data="unlabeled"), Situation("cnn", data="labels"),
+         "wanda"),
     Case("loss-is-there", "gmp", "drop", Situation("cnn"), Situation("decoder", data="unlabeled"), "magnitude"),
     Case("time-is-there", "gmp", "drop", Situation(data="training"), Situation(**TRAINED), "wanda"),
     Case("epochs-suffice", "lth", "demote", Situation(data="training", retraining=Retraining.parse("2h")),
@@ -57,7 +58,8 @@ CASES = [
     Case("weights-say-something", "magnitude", "drop", Situation(weights="init"), Situation(weights="init", **TRAINED)),
     Case("goal-is-within-reach", "magnitude", "drop", Situation(hardware=EDGE, goal=Goal.parse("latency 2x")),
          Situation("encoder", hardware=AVX2, goal=Goal.parse("latency 2x")), "l1-norm"),
-    Case("solver-is-quick-enough", "obc", "drop", Situation(parameters=10**9), Situation(parameters=10**6), "sparsegpt"),
+    Case("solver-is-quick-enough", "obc", "drop", Situation(parameters=10**9), Situation(parameters=10**6),
+         "sparsegpt"),
     Case("baselines-are-to-be-beaten", "random", "demote", Situation(), Situation(), "magnitude"),
     Case("zeros-pay-from", "magnitude", "demote", Situation("cnn", hardware=AVX2, goal=sparse(0.3)),
          Situation("cnn", hardware=AVX2, goal=sparse(0.8)), "l1-norm"),
@@ -85,7 +87,8 @@ CASES = [
     Case("training-heals", "magnitude-distill", "promote", Situation(**TRAINED), Situation(), "magnitude-finetune"),
     Case("shown-on-other-models", "wanda", "demote", Situation("cnn"), Situation("decoder"), "magnitude"),
     Case("shown-on-other-models", "early-bird", "demote", Situation("vit"), Situation("cnn")),
-    Case("rewinding-beats-fine-tuning", "lr-rewind", "promote", Situation(**TRAINED), Situation(), "iterative-magnitude"),
+    Case("rewinding-beats-fine-tuning", "lr-rewind", "promote", Situation(**TRAINED), Situation(),
+         "iterative-magnitude"),
     Case("learned-masks-need-long-runs", "str", "demote", Situation(), Situation(), "gmp"),
     Case("weights-that-are-trained", "edge-popup", "demote", Situation(), Situation(), "maskllm"),
 ]  # fmt: skip
@@ -100,11 +103,8 @@ def word(rule: str, method: str, situation: Situation) -> str | None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: Case) -> None:
     assert word(case.rule, case.method, case.speaks) == case.action
-    other = case.other or case.method
-    if case.silent is not case.speaks and case.silent != case.speaks and not case.other:
-        assert word(case.rule, case.method, case.silent) is None
-    elif case.other:
-        assert word(case.rule, other, case.speaks) != case.action
+    if case.other:
+        assert word(case.rule, case.other, case.speaks) != case.action
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.silent != c.speaks and c.silent != Situation()], ids=str)

@@ -16,6 +16,10 @@ from .evidence import Run
 from .subject import Subject
 
 
+#: Losses that differ by less are the same: what rounding makes.
+_DUST = 1e-9
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one contender lost in one cell.
@@ -79,11 +83,12 @@ class Cell:
     def spread(self) -> float:
         """What lies between the best and the middle; where that is nothing, between the best and the mean."""
         drops = [o.drop for o in self.outcomes]
-        return (statistics.median(drops) - self.best) or (statistics.fmean(drops) - self.best)
+        middle = statistics.median(drops) - self.best
+        return middle if middle > _DUST else statistics.fmean(drops) - self.best
 
     def regret(self, outcome: Outcome) -> float:
         """What a contender lost beyond the best, in spreads: 0 is the best, 1 the middle; at most 3."""
-        return min((outcome.drop - self.best) / self.spread, 3.0) if self.spread > 0 else 0.0
+        return min((outcome.drop - self.best) / self.spread, 3.0) if self.spread > _DUST else 0.0
 
 
 def lost(score: float, dense: float, metric: str, higher_is_better: bool) -> float | None:
