@@ -92,7 +92,7 @@ def test_a_goal_beyond_what_was_measured_is_not_promised() -> None:
 
 def test_runs_move_the_answer() -> None:
     given = {"kind": "cnn", "parameters": 10**6, "data": "unlabeled", "goal": Goal.parse("sparsity 0.5")}
-    lost = {m: 0.1 for m in METHODS} | {"ria": 0.001}
+    lost = dict.fromkeys(METHODS, 0.1) | {"ria": 0.001}
     runs = [r for k in range(3) for r in study(f"s{k}", Subject(f"n{k}", "cnn", 10**6), lost, targets=("0.5",))]
     before, after = ask(**given), ask(runs=runs, **given)
     assert before.first is not None
@@ -122,7 +122,7 @@ def test_what_costs_less_comes_first_across_structures() -> None:
 
 def test_what_is_expected_not_to_hold_comes_behind_and_is_said() -> None:
     given = {"kind": "cnn", "parameters": 10**6, "data": "unlabeled", "goal": Goal.parse("sparsity 0.5")}
-    runs = study("s", Subject("net", "cnn", 10**6), {m: 0.2 for m in METHODS}, targets=("0.5",), noise=0)
+    runs = study("s", Subject("net", "cnn", 10**6), dict.fromkeys(METHODS, 0.2), targets=("0.5",), noise=0)
     answer = ask(runs=runs, max_drop=0.01, **given)
     assert any("expected to hold a drop of 1 %" in text for text in answer.advice)
     assert "more is lost than is allowed" in str(answer)

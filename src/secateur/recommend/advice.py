@@ -122,7 +122,7 @@ def too_much_without_training(situation: Situation, entries: Sequence[Entry]) ->
     if least > (0.6 if situation.language else 0.7) + 1e-9:
         return (
             f"every way to this goal takes {100 * least:.3g} % or more out of a model that is not retrained, and no "
-            "method is known to hold that: take a smaller model, quantize, or allow retraining (--retrain 2h with labels)"
+            "method is known to hold that: take a smaller model, quantize, or allow retraining (--retrain 2h, labels)"
         )
     return None
 
