@@ -39,7 +39,7 @@ ORDER = (
     ("checks",),
     ("demo", "testing", "options"),
     ("terminal",),
-    ("cli_measure", "cli_train", "cli_search", "cli_compare"),
+    ("cli_compare", "cli_measure", "cli_recommend", "cli_search", "cli_train"),
     ("__init__",),
     ("cli",),
     ("__main__",),

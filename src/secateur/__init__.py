@@ -13,6 +13,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
+from .recommend import Situation, recommend
 from .search import Found, dhp, metapruning, search
 from .structured import StructuredPlan
 from .tasks import Task
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "SecateurError",
     "Session",
+    "Situation",
     "StructuredPlan",
     "Task",
     "Trained",
@@ -43,6 +45,7 @@ __all__ = [
     "plan",
     "prune",
     "prune_directory",
+    "recommend",
     "save",
     "search",
     "train",

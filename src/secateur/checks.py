@@ -20,7 +20,8 @@ def say(part: Part, broken: str) -> str:
 
 def check_card(part: Part) -> None:
     """The docstring says what a reader needs: summary, when to choose it, source; a criterion's formula too."""
-    wanted = ["summary", "choose", "source"] + (["formula"] if part.kind == "criterion" else [])
+    wanted = ["summary", "source"] + (["formula"] if part.kind == "criterion" else [])
+    wanted += [] if part.kind in ("rule", "advice") else ["choose"]  # those speak by themselves
     opens = {"choose": "Choose it ...", "source": "Source: ...", "formula": ":: s = ..."}
     for field in wanted:
         assert getattr(part.card, field), say(

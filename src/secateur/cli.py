@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_compare, cli_measure, cli_search, cli_train, registry
+from . import cli_compare, cli_measure, cli_recommend, cli_search, cli_train, registry
 from .data import CALIBRATION
 from .errors import SecateurError
 from .granularity import parse
@@ -344,6 +344,7 @@ cli_measure.register(app)
 cli_train.register(app)
 cli_search.register(app)
 cli_compare.register(app)
+cli_recommend.register(app)
 
 
 def main() -> None:
