@@ -20,8 +20,8 @@ runner = CliRunner()
 def test_a_study_of_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "study"
     words = [
-        "compare", f"{TINY}:clouds", "--methods", "magnitude,random[allocation=erk]", "--sparsity", "0.5,0.75", "--seeds",
-        "2", "--epochs", "1", "--out", str(out), "--workers", "1", "--threads", "1", "--json",
+        "compare", f"{TINY}:clouds", "--methods", "magnitude,random[allocation=erk]", "--sparsity", "0.5,0.75",
+        "--seeds", "2", "--epochs", "1", "--out", str(out), "--workers", "1", "--threads", "1", "--json",
     ]  # fmt: skip
     done = runner.invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -59,7 +59,7 @@ def test_contrasts_are_listed() -> None:
         (["compare", "digits"], "say what is compared"),
         (["compare", "digits", "-m", "magnitude", "--sparsity", "0.5"], "--out DIR"),
         (["compare", "digits", "-m", "magnitude[allocation=owl", "--sparsity", "0.5", "--out", "x"], "not understood"),
-        (["compare", "digits", "-m", "magnitude", "--sparsity", "0.5", "--out", "x", "--set", "driver.every=2"], "no size"),
+        (["compare", "digits", "-m", "magnitude", "--sparsity", "0.5", "--out", "x", "--set", "a.b=2"], "no size"),
         (["compare", "nowhere.yaml"], "there is no study file"),
         (["contrast", "one-shot"], "did you mean 'one-shot-vs-iterative'"),
         (["contrast", "one-shot-vs-iterative", "--out", "x"], "say what contrast"),

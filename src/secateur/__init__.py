@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .compare import Study, compare, write_report
 from .compression import compress
 from .directory import plan, prune_directory
 from .errors import SecateurError
@@ -13,6 +14,7 @@ from .methods import load as _register
 from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
+from .recommend import Situation, recommend
 from .recommend import Situation, recommend
 from .search import Found, dhp, metapruning, search
 from .structured import StructuredPlan
@@ -31,10 +33,13 @@ __all__ = [
     "SecateurError",
     "Session",
     "Situation",
+    "Situation",
     "StructuredPlan",
+    "Study",
     "Task",
     "Trained",
     "attach",
+    "compare",
     "compress",
     "dhp",
     "explain",
@@ -46,7 +51,9 @@ __all__ = [
     "prune",
     "prune_directory",
     "recommend",
+    "recommend",
     "save",
     "search",
     "train",
+    "write_report",
 ]
