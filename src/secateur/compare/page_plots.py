@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..report import charts, scatter
 from ..report import values as v
-from .analysis import nondominated
 from .page_data import Frame
 
 _SHARE = re.compile(r"[\d.]+")
@@ -30,6 +27,9 @@ class Against:
     more: bool = False
     caption: str = ""
 
+
+#: Places that are as near as this count as one.
+SAME = 0.01
 
 AGAINST = (
     Against(
@@ -107,11 +107,24 @@ def _front(frame: Frame, one: Against) -> set[tuple[str, str]]:
         and not found.failures
         and (x := frame.figure(label, target, *one.path)) is not None
     ]
-    if not known:
-        return set()
-    way, up = (1 if one.more else -1), (1 if frame.up else -1)
-    kept = nondominated(np.array([(way * x, up * y) for _, _, x, y in known]))
+    up = 1 if frame.up else -1
+    places = [((1 - x) if one.more else x, up * y) for _, _, x, y in known]
+    kept = unbeaten(places)
     return {(label, target) for (label, target, _, _), on in zip(known, kept, strict=True) if on}
+
+
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which (cost, gain) no other beats on both; costs within one per cent are equal.
+
+    Counts that are rounded in every row or layer differ a little at one target, which is no reason to be on a front.
+
+    >>> unbeaten([(100.0, 0.9), (100.5, 0.95), (50.0, 0.8), (120.0, 0.95)])
+    [False, True, True, False]
+    """
+    return [
+        not any((d > b and c <= a * (1 + SAME)) or (d == b and c < a * (1 - SAME)) for c, d in points)
+        for a, b in points
+    ]
 
 
 def _curves(frame: Frame, one: Against) -> list[scatter.Curve]:
@@ -196,7 +209,10 @@ def _drawn(
     named = [_where(s) for c in curves for s in c.spots if s.front]
     side = "more" if one.more else "less"
     ring = (
-        f" A ring marks what no other mean beats on both axes ({side} and {way}): {', '.join(named)}." if named else ""
+        f" A ring marks what no other mean beats on both axes ({side} and {way}; places within one per cent are equal):"
+        f" {', '.join(named)}."
+        if named
+        else ""
     )
     caption = f"Points are means over seeds, bars their {_level(frame)} intervals.{ring} {one.caption}".strip()
     return {"chart": chart, "caption": caption, "file": file, "table": None}
