@@ -93,7 +93,7 @@ def timeless(rows: list) -> list:  # type: ignore[type-arg]
             r.status,
             r.reason,
             json.dumps({k: v for k, v in r.result.items() if k not in gone}, sort_keys=True),
-        )  # fmt: skip  # noqa: E501
+        )
         for r in rows
     )
 

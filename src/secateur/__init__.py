@@ -15,7 +15,6 @@ from .prune import Pruned, prune
 from .quality import measure
 from .recipe import Recipe
 from .recommend import Situation, recommend
-from .recommend import Situation, recommend
 from .search import Found, dhp, metapruning, search
 from .structured import StructuredPlan
 from .tasks import Task
@@ -33,7 +32,6 @@ __all__ = [
     "SecateurError",
     "Session",
     "Situation",
-    "Situation",
     "StructuredPlan",
     "Study",
     "Task",
@@ -50,7 +48,6 @@ __all__ = [
     "plan",
     "prune",
     "prune_directory",
-    "recommend",
     "recommend",
     "save",
     "search",

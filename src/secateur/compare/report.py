@@ -15,7 +15,8 @@ def write_report(found: Comparison, path: str | Path) -> Path:
     """Write the report of a comparison as one HTML file; returns its path."""
     from .page import write_study_report
 
-    return write_study_report(Path(path), found.study.to_dict(), found.rows, answers(found))
+    left = {(x.subject, x.label, x.target): x.reason for x in found.left_out}
+    return write_study_report(Path(path), found.study.to_dict(), found.rows, answers(found), left_out=left)
 
 
 def answers(found: Comparison) -> list[Answer]:
