@@ -10,11 +10,9 @@ import typer
 
 from .errors import OutputError
 from .options import Json
-from .recommend import Goal, Hardware, Retraining, Situation
+from .recommend import Situation
 from .recommend import recommend as run
 from .recommend.page import SHOWN, told
-from .recommend.situation import count, fraction
-from .recommend.subject import look
 from .terminal import err_console
 
 
@@ -60,12 +58,10 @@ def recommend(
     for file in (write, write_study):
         if file is not None and file.exists() and not force:
             raise OutputError(f"{file} exists: choose another file or --force")
-    goal = Goal() if want is None else Goal.parse(want)
-    place, time = Hardware.parse(hardware), Retraining.parse(retrain, epoch)
-    allowed = None if max_drop is None else fraction(max_drop)
-    size = None if parameters is None else count(parameters)
-    subject = look(model, kind, size)
-    situation = Situation(subject.kind, subject.parameters, subject.name, place, goal, data, time, weights, allowed)
+    situation = Situation.of(
+        model, kind=kind, parameters=parameters, hardware=hardware, want=want, data=data, retrain=retrain, epoch=epoch,
+        weights=weights, max_drop=max_drop,
+    )  # fmt: skip
     answer = run(situation, studies or ())
     if write is not None:
         write.write_text(answer.recipe(), encoding="utf-8")

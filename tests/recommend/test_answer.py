@@ -164,11 +164,24 @@ def test_the_recipe_and_the_study_can_be_read_back() -> None:
     assert Recipe.load(answer.recipe()) == answer.first.candidate.recipe
     assert answer.recipe().startswith("# secateur prune demo --recipe recipe.yaml")
     made = YAML(typ="safe").load(answer.study())
-    assert (made["subjects"], made["targets"], made["seeds"]) == (["demo"], ["2:4"], [0, 1, 2])
-    assert made["contenders"][0]["label"] == answer.first.name
-    for contender in made["contenders"]:
-        fields = dict(contender["recipe"])
-        assert Recipe.of(fields.pop("method"), granularity="2:4", **fields).granularity == "2:4"
+    assert (made["models"], made["targets"], made["seeds"]) == (["demo"], ["2:4"], 3)
+    assert made["methods"][0] == answer.first.name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "decoder", "model": "demo", "data": "unlabeled", "hardware": AMPERE},
+        {"kind": "cnn", "goal": Goal.parse("flops 50%"), "hardware": EDGE},
+        {"kind": "cnn", "goal": Goal.parse("sparsity 0.9"), "data": "training", "retraining": Retraining.parse("any")},
+    ],
+)
+def test_the_study_is_one_that_compare_reads(given: dict[str, object]) -> None:
+    study = pytest.importorskip("secateur.compare.study").Study.load(ask(**given).study())
+    assert study.contenders
+    for contender in study.contenders:
+        for target in study.targets:
+            assert study.leaves_out(contender, study.subjects[0], target) is None
 
 
 def test_commands_are_ready_to_run() -> None:

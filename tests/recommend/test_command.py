@@ -51,7 +51,7 @@ def test_a_file_and_what_is_written(run: Run, tmp_path: Path) -> None:
     assert status == 0
     assert "do not prune: quantize" in printed
     assert Recipe.load(recipe).method in printed
-    assert "contenders:" in study.read_text()
+    assert "methods:" in study.read_text()
     status, _, error = run(*words)
     assert status == 2
     assert "exists" in error

@@ -26,7 +26,7 @@ def folder(path: Path, rows: list[Row], name: str | None = None) -> Path:
     path.mkdir(parents=True)
     write_rows(path / "rows.jsonl", rows)
     if name is not None:
-        (path / "study.yaml").write_text(f"name: {name}\n")
+        (path / "study.yaml").write_text(f"study: {name}\n")
     return path
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..registry import parts, register
 from . import speed
+from .predict import lost
 from .situation import Situation
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def the_drop_is_not_held(situation: Situation, entries: Sequence[Entry]) -> str 
     rest = f"; of {unknown} others nothing is known" if unknown else ""
     return (
         f"no method with runs near this is expected to hold a drop of {100 * situation.max_drop:g} %: the least is "
-        f"{best.name}, {100 * (best.loss.value or 0.0):.2g} % ({best.loss.source}){rest}"
+        f"{best.name}, {lost(best.loss, situation.language)}{rest}"
     )
 
 

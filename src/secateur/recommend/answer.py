@@ -195,10 +195,9 @@ def recommend(situation: Situation, studies: Iterable[str | Path] = (), *, runs:
 def arrange(situation: Situation, candidates: Iterable[Candidate], evidence: Evidence) -> list[Entry]:
     """Every candidate with its reasons: the best first, then those that were dropped.
 
-    A method that is expected not to hold the drop allowed comes behind those that may. Among methods that aim alike
-    regret decides, among others what their aims cost, and those of which nothing is known come behind. Without runs
-    the regret is what the points of the rules make it. Of equal ones the one that takes fewer training runs and needs
-    less.
+    Those of which something near is known come first, and of them those that may hold the drop that is allowed. Among
+    methods that aim alike regret decides, among others what their aims cost. Without runs the regret is what the points
+    of the rules make it. Of equal ones the one that takes fewer training runs and needs less.
     """
     entries = [_entry(situation, candidate, evidence) for candidate in candidates]
     return sorted(entries, key=_place)
@@ -229,5 +228,14 @@ def _place(entry: Entry) -> tuple[Any, ...]:
         return (2, entry.name)
     made = entry.candidate
     regret = round(entry.effect.value, 9)
-    place = (True, regret) if entry.place is None else (False, round(entry.place, 9))
-    return (entry.holds is False, *place, regret, made.runs, made.needs_loss, len(made.needs), entry.name)
+    place = regret if entry.place is None else round(entry.place, 9)
+    return (
+        entry.place is None,
+        entry.holds is False,
+        place,
+        regret,
+        made.runs,
+        made.needs_loss,
+        len(made.needs),
+        entry.name,
+    )

@@ -25,7 +25,7 @@ def relevance(situation: Situation, cell: Cell) -> float:
     Kinds that are alike are near; a tenfold size is half a step; so is whether the model is trained in the study. Of
     the user's own model everything is said, and the user's own studies count twice as much as others.
     """
-    if situation.model and situation.model == cell.subject.name:
+    if situation.model and situation.model == cell.subject.task:
         return 1.0
     distance = 0.0
     if situation.kind != cell.subject.kind:

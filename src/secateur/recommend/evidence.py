@@ -133,8 +133,8 @@ def _name(directory: Path) -> str:
             found = YAML(typ="safe").load(file.read_text(encoding="utf-8"))
         except (YAMLError, OSError, UnicodeDecodeError):
             found = None  # the rows are what counts
-        if isinstance(found, dict) and isinstance(found.get("name"), str):
-            return str(found["name"])
+        if isinstance(found, dict) and isinstance(found.get("study"), str):
+            return str(found["study"])
     return directory.resolve().name
 
 

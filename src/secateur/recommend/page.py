@@ -5,26 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .candidate import Expected
+from .predict import lost
 
 if TYPE_CHECKING:
     from .answer import Answer, Entry
 
 #: How many methods are shown unless all are asked for.
 SHOWN = 5
-
-
-def lost(entry: Entry, language: bool) -> str:
-    """What is expected to be lost, as people say it."""
-    found = entry.loss
-    if found.value is None:
-        return "not known"
-    unit = "log of the ratio of perplexities" if language else "of the score"
-    if language:
-        middle, low, high = (None if x is None else f"{x:.3g}" for x in (found.value, found.low, found.high))
-    else:
-        middle, low, high = (None if x is None else f"{100 * x:.2g} %" for x in (found.value, found.low, found.high))
-    span = f" ({low} to {high})" if low is not None else ""
-    return f"{middle} {unit}{span}; {found.source}"
 
 
 def faster(found: Expected) -> str:
@@ -70,7 +57,7 @@ def _entry(answer: Answer, entry: Entry, number: int) -> list[str]:
     return [
         f"{number}. {entry.name}  [{entry.status}]  {', '.join(parts)}, {entry.candidate.aim.text}{warning}",
         f"   {answer.command(entry)}",
-        f"   lost      {lost(entry, answer.situation.language)}",
+        f"   lost      {lost(entry.loss, answer.situation.language)}",
         f"   speed     {faster(entry.speed)}",
         f"   takes     {entry.cost.time}; memory: {entry.cost.memory}; data: {entry.cost.data}",
         *(f"   {'why       ' if k == 0 else '          '}{text}" for k, text in enumerate(entry.reasons)),

@@ -35,14 +35,17 @@ def quantile(degrees: int, level: float = 0.8) -> float:
     return _T[level][min(degrees, 11) - 1]
 
 
-def _comparable(situation: Situation, cell: Cell) -> bool:
-    """Whether what is lost there is counted as it would be here: a share of accuracy, or the logarithm of
-    perplexity.
+def _comparable(situation: Situation, candidate: Candidate, cell: Cell) -> bool:
+    """Whether what is lost there says what is lost here: the same is taken away, and the loss is counted alike.
+
+    Zeros do not say what a smaller model costs. A loss is a share of accuracy, or the logarithm of perplexity.
     """
+    if not cell.absolute or candidate.aim.structure != cell.aim.structure:
+        return False
     language = situation.kind in ("decoder", "moe", "encoder-decoder")
-    if situation.model and situation.model == cell.subject.name:
-        return cell.absolute
-    return cell.absolute and (cell.metric.startswith("perplexity") if language else cell.higher_is_better)
+    if situation.model and situation.model == cell.subject.task:
+        return True
+    return cell.metric.startswith("perplexity") if language else cell.higher_is_better
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def _seen(evidence: Evidence, situation: Situation, candidate: Candidate, effect
     """By task, the cells at the targets that are nearest there."""
     tasks: dict[str, list[_Seen]] = {}
     for cell, weight in evidence.near(situation, candidate):
-        if weight < _NEAR or not _comparable(situation, cell):
+        if weight < _NEAR or not _comparable(situation, candidate, cell):
             continue
         mine = [o for o in cell.outcomes if same(candidate, o.candidate)]
         if mine:
@@ -68,7 +71,7 @@ def _seen(evidence: Evidence, situation: Situation, candidate: Candidate, effect
         else:
             value = cell.best + effect.value * cell.spread
             seen = _Seen(cell.study, weight / 2, value, sum(o.runs for o in cell.outcomes), False)
-        tasks.setdefault(cell.subject.name, []).append(seen)
+        tasks.setdefault(cell.subject.task, []).append(seen)
     return {t: [s for s in found if s.weight >= 0.9 * max(x.weight for x in found)] for t, found in tasks.items()}
 
 
@@ -104,7 +107,9 @@ def by_effect(evidence: Evidence, situation: Situation, candidate: Candidate, ef
     """What a method would lose if it lost its expected regret on every near task: methods that aim alike are in the
     order of their regret, and others are in that of what their aim costs. None where nothing near was measured.
     """
-    near = [(c, w) for c, w in evidence.near(situation, candidate) if w >= _NEAR and _comparable(situation, c)]
+    near = [
+        (c, w) for c, w in evidence.near(situation, candidate) if w >= _NEAR and _comparable(situation, candidate, c)
+    ]
     if not near:
         return None
     return math.fsum(w * (c.best + effect.value * c.spread) for c, w in near) / math.fsum(w for _, w in near)
@@ -134,3 +139,17 @@ def seconds(evidence: Evidence, situation: Situation, candidate: Candidate) -> E
     size = f" of {cell.subject.parameters / 1e6:.3g}M parameters" if cell.subject.parameters else ""
     source = f"{counted(len(outcome.seconds), 'run')} on {cell.subject.name}{size}"
     return Expected(statistics.fmean(outcome.seconds), min(outcome.seconds), max(outcome.seconds), source)
+
+
+def lost(found: Expected, language: bool) -> str:
+    """What is expected to be lost, as people say it."""
+    if found.value is None:
+        return "not known"
+    unit = "times the perplexity" if language else "of the score"
+    if language:
+        shown = [None if x is None else f"{math.exp(min(x, 50.0)):.3g}" for x in (found.value, found.low, found.high)]
+    else:
+        shown = [None if x is None else f"{100 * x:.2g} %" for x in (found.value, found.low, found.high)]
+    middle, low, high = shown
+    span = f" ({low} to {high})" if low is not None else ""
+    return f"{middle} {unit}{span}; {found.source}"

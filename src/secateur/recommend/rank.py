@@ -95,7 +95,7 @@ class Evidence:
 
     def without(self, task: str) -> Evidence:
         """The same without a task: nothing of it is left, in whatever study."""
-        kept = [cell for cell in self.cells if cell.subject.name != task]
+        kept = [cell for cell in self.cells if cell.subject.task != task]
         return Evidence(kept, shrinkage(kept))
 
     def near(self, situation: Situation, candidate: Candidate) -> list[tuple[Cell, float]]:
@@ -117,7 +117,7 @@ def shrinkage(found: Sequence[Cell]) -> float:
     for cell in found:
         for outcome in cell.outcomes:
             tasks = by_method.setdefault(outcome.candidate.recipe.method, {})
-            tasks.setdefault(cell.subject.name, []).append(cell.regret(outcome))
+            tasks.setdefault(cell.subject.task, []).append(cell.regret(outcome))
     means = [[statistics.fmean(v) for v in tasks.values()] for tasks in by_method.values() if len(tasks) > 1]
     if len(means) < 3:
         return 1.0
@@ -159,13 +159,13 @@ def effect(evidence: Evidence, situation: Situation, candidate: Candidate, point
     for cell, weight in evidence.near(situation, candidate):
         for outcome in cell.outcomes:
             if same(candidate, outcome.candidate):
-                own.add(cell.subject.name, weight, cell.regret(outcome))
+                own.add(cell.subject.task, weight, cell.regret(outcome))
                 runs += outcome.runs
                 studies.setdefault(cell.study)
                 continue
             like = likeness(candidate.profile, outcome.candidate.profile)
             if like >= KIN:
-                kin.add(f"{cell.subject.name}/{outcome.label}", weight * like**POWER, cell.regret(outcome))
+                kin.add(f"{cell.subject.task}/{outcome.label}", weight * like**POWER, cell.regret(outcome))
                 kin_runs += outcome.runs
     prior = 1.0 - POINT * points
     if kin.tasks:

@@ -97,12 +97,12 @@ def score(runs: Iterable[Run], choose: Callable[[Cell, Evidence], Outcome] = cho
         For each policy its regrets over tasks; what was chosen where; how often intervals of drops held what came.
     """
     evidence = Evidence.of(runs)
-    tasks = sorted({cell.subject.name for cell in evidence.cells})
+    tasks = sorted({cell.subject.task for cell in evidence.cells})
     regrets: dict[str, dict[str, list[Regret]]] = {}
     choices, held, widths = [], [], []
     for task in tasks:
         rest = evidence.without(task)
-        for cell in (c for c in evidence.cells if c.subject.name == task):
+        for cell in (c for c in evidence.cells if c.subject.task == task):
             if len(cell.outcomes) < 2:
                 continue
             by_name = {o.label: o for o in cell.outcomes}
@@ -138,7 +138,7 @@ def score(runs: Iterable[Run], choose: Callable[[Cell, Evidence], Outcome] = cho
 
 def _groups(evidence: Evidence) -> dict[str, list[str]]:
     """All tasks, and apart from each other those that are trained in their study and those that had been before."""
-    trained = {c.subject.name: c.task for c in evidence.cells}
+    trained = {c.subject.task: c.task for c in evidence.cells}
     groups = {
         "all tasks": sorted(trained),
         "trained in the study": sorted(t for t, task in trained.items() if task),
@@ -152,7 +152,7 @@ def _average(cell: Cell, rest: Evidence) -> str | None:
     found: dict[str, dict[str, list[float]]] = {}
     for other in rest.cells:
         for o in other.outcomes:
-            found.setdefault(o.label, {}).setdefault(other.subject.name, []).append(other.regret(o))
+            found.setdefault(o.label, {}).setdefault(other.subject.task, []).append(other.regret(o))
     means = {
         o.label: statistics.fmean(statistics.fmean(v) for v in found[o.label].values())
         for o in cell.outcomes

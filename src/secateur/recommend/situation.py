@@ -246,6 +246,29 @@ class Situation:
         if self.max_drop is not None and not 0.0 <= self.max_drop < 1.0:
             raise RecipeError(f"the drop allowed is a share in [0, 1), not {self.max_drop:g}")
 
+    @staticmethod
+    def of(
+        model: str = "", *, kind: str | None = None, parameters: str | None = None, hardware: str = "any",
+        want: str | None = None, data: str = "none", retrain: str = "no", epoch: str | None = None,
+        weights: str = "pretrained", max_drop: str | None = None,
+    ) -> Situation:  # fmt: skip
+        """A situation as it is written on the command line; of a model its structure is read.
+
+        >>> str(Situation.of(kind="cnn", parameters="25M", hardware="edge", want="latency 2x").goal)
+        '2 times as fast'
+
+        Raises:
+            RecipeError: something is not understood, with what may be written.
+            ModelError: the model cannot be looked at, and is not described.
+        """
+        from .subject import look
+
+        goal = Goal() if want is None else Goal.parse(want)
+        place, time = Hardware.parse(hardware), Retraining.parse(retrain, epoch)
+        allowed = None if max_drop is None else fraction(max_drop)
+        found = look(model, kind, None if parameters is None else count(parameters))
+        return Situation(found.kind, found.parameters, found.name, place, goal, data, time, weights, allowed)
+
     @property
     def language(self) -> bool:
         """Whether the model's own inputs are its targets, so that text without labels gives a loss."""

@@ -10,7 +10,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from ..recipe import Recipe
+from ..registry import parts
 from .candidate import Candidate
+from .situation import Situation
 
 if TYPE_CHECKING:
     from .answer import Answer
@@ -41,13 +43,12 @@ def deciding(answer: Answer) -> str:
         targets = [f"{x:.4g}" for x in around if 0 < x < 1]
     elif first is not None:
         targets = [chosen[0].recipe.granularity if first.structure == "pattern" else first.text]
-    subject = situation.model or "MODEL"
     data: dict[str, Any] = {
-        "name": "decide-" + (re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-") or "model"),
-        "subjects": [subject],
-        "contenders": [{"label": c.name, "recipe": _said(c)} for c in chosen],
+        "study": "decide-" + (re.sub(r"[^a-z0-9]+", "-", situation.model.lower()).strip("-") or situation.kind),
+        **_subject(situation),
+        "methods": [_said(c) for c in chosen],
         "targets": [DoubleQuotedScalarString(t) for t in targets],  # 2:4 is a number to some readers
-        "seeds": [0, 1, 2],
+        "seeds": 3,
     }
     stream = io.StringIO()
     yaml = YAML()
@@ -56,9 +57,17 @@ def deciding(answer: Answer) -> str:
     return f"# {situation}\n# secateur compare study.yaml\n{stream.getvalue()}"
 
 
-def _said(candidate: Candidate) -> dict[str, Any]:
-    """A recipe by its method, and what differs from it; the target says how much goes."""
+def _subject(situation: Situation) -> dict[str, Any]:
+    """A language model that was trained before is a model; all else is a task, which its own study trains."""
+    if situation.language and not situation.trains:
+        return {"models": [situation.model or "MODEL"]}
+    return {"tasks": [situation.model if situation.model in parts("task") else "TASK.py:task"]}
+
+
+def _said(candidate: Candidate) -> Any:
+    """A method by its name, with what differs from it; the target says how much goes."""
     base = Recipe.of(candidate.name).to_dict()
     own = candidate.recipe.to_dict()
     left_out = ("sparsity", "granularity") if candidate.structure == "pattern" else ("sparsity",)
-    return {"method": candidate.name, **{k: v for k, v in own.items() if v != base[k] and k not in left_out}}
+    more = {k: v for k, v in own.items() if v != base[k] and k not in left_out}
+    return {"method": candidate.name, **more} if more else candidate.name

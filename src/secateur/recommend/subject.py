@@ -38,6 +38,15 @@ class Subject:
     kind: str = "other"
     parameters: int | None = None
 
+    @property
+    def task(self) -> str:
+        """The name without the sizes that a study writes behind it: with other sizes it is the same task.
+
+        >>> Subject("fashion-vgg (images=6000)").task
+        'fashion-vgg'
+        """
+        return self.name.partition(" (")[0]
+
 
 def look(source: str, kind: str | None = None, parameters: int | None = None) -> Subject:
     """What a model is; what the user says of it is believed, and the rest is found out.
@@ -212,6 +221,7 @@ def known(name: str) -> Subject:
     >>> known("demo").kind, known("somebody/else").kind
     ('decoder', 'other')
     """
-    if name in parts("task"):
-        return of_module(name, find(name).model(0))
+    task = Subject(name).task
+    if task in parts("task"):
+        return of_module(name, find(task).model(0))
     return Subject(name, *_DEMO) if name == "demo" else Subject(name)
