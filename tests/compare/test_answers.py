@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_failures_and_single_seeds_show_nothing() -> None:
     lone = answer(rows({"a": [0.9], "b": [0.1]}), sides, statements=[Statement("left", "right", "better")])
     assert lone.agreement == "not shown" and lone.parts[0].overall[0].text == "not enough seeds (n = 1)"
     assert answer([], sides, statements=[Statement("left", "right", "better")]).agreement == "not shown"
+
+
+def test_a_seed_at_which_one_of_several_failed_is_not_the_mean_of_the_others() -> None:
+    made = [replace(row, status="failed") if row.label == "taylor x5" and row.seed == 2 else row for row in study()]
+    (part,) = answer(made, SIDES, statements=[CLAIM]).parts
+    (whole,) = part.overall
+    assert (whole.estimate.n, whole.estimate.failures, whole.left_failures, whole.right_failures) == (2, 1, 1, 0)
+    assert whole.verdict == "runs failed" or whole.verdict == "no difference shown"
+    assert part.agreement == "not shown"
 
 
 def test_matching() -> None:

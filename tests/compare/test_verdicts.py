@@ -193,3 +193,8 @@ def test_rules_are_checked() -> None:
     with pytest.raises(DataError, match="a level is a probability"):
         Rules(level=95)
     assert Rules().to_dict() == {"level": 0.95, "correction": "holm", "variance": "own", "how": "t"}
+
+
+def test_what_failed_beats_nobody_out_of_the_leaders() -> None:
+    (found,) = leaders(rows({"risky": [0.99, 0.98, None], "safe": [0.5, 0.51, 0.52]}))
+    assert found.members == ("safe",) and not found.beaten and set(found.open) == {"risky"}
