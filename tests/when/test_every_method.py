@@ -223,7 +223,7 @@ def test_what_cannot_be_is_refused() -> None:
     for said, call in {
         "SGD with momentum": lambda: attached(model, "snfs", plain),
         "pass optimizer=": lambda: attached(model, "dpf", None),
-        "weight_decay": lambda: attached(model, "gsm", plain),
+        "weight_decay, or set hold.fade": lambda: attached(model, "gsm", plain, knobs={"hold": {"fade": 0.0}}),
         "choose granularity row": lambda: attached(model, "srigl", optimizer, granularity="element"),
         "choose element or block": lambda: attached(model, "dsr", optimizer, granularity="row"),
         "only a training run shows": lambda: secateur.prune(model, criterion="movement", sparsity=0.5),

@@ -147,7 +147,7 @@ def test_movement_gathers_minus_weight_times_straight_through_gradient(method: s
 def test_gsm_gives_the_gradient_to_the_most_salient_of_this_very_batch() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
-    session = attached(model, "gsm", optimizer)
+    session = attached(model, "gsm", optimizer, knobs={"hold": {"fade": 0.0}})
     reference = Reference(lambda w, g, m: g, decay=DECAY)
     plain = reference.gradients
 

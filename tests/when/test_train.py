@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,35 @@ def test_smaller_models_heal(recovery: str) -> None:
     )
     dense = made.run["before"]["parameters"]
     assert made.run["after"]["parameters"] < 0.7 * dense and not made.masks
+
+
+@functools.cache
+def digits() -> nn.Module:
+    """A trained network; runs of 200 steps."""
+    return train("digits").model
+
+
+@pytest.mark.parametrize(("method", "sparsity", "least"), [("gsm", 0.9, 0.85), ("platon", 0.8, 0.9)])
+def test_methods_that_press_a_trained_model_keep_it_right(method: str, sparsity: float, least: float) -> None:
+    made = train("digits", method, sparsity=sparsity, model=digits())
+    assert made.sparsity == pytest.approx(sparsity, abs=1e-3) and made.metric > least
+    clean(made)
+
+
+def test_without_fading_gsm_cuts_what_is_as_large_as_ever() -> None:
+    made = train("digits", "gsm", sparsity=0.9, model=digits(), knobs={"hold": {"fade": 0.0}})
+    assert made.metric < 0.5
+
+
+def test_a_run_begins_with_the_model_that_was_given() -> None:
+    given = network(7)
+    before = {k: v.clone() for k, v in given.state_dict().items()}
+    made = train(TASK, "random-erk", sparsity=0.5, model=given, epochs=1 / 6)  # one step
+    assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items())
+    rate = 0.1 * 0.05
+    for name, mask in made.masks.items():
+        moved = (_weight(made, name) - given.get_submodule(name).weight).detach()[mask.reshape_as(_weight(made, name))]
+        assert 0 < float(moved.abs().max()) < 20 * rate
 
 
 UNITS: dict[str, Any] = {"epochs": 1, "options": {"images": 200, "width": 16}}

@@ -139,6 +139,10 @@ class Course:
     def _fresh(self) -> nn.Module:
         return fresh_model(self.task, self.recipe.seed).to(self.device)
 
+    def _start(self) -> nn.Module:
+        """What training begins with: the model that was given, or fresh weights."""
+        return self._fresh() if self.given is None else copy.deepcopy(self.given).to(self.device)
+
     def _batches(self) -> list[Any]:
         found = self.task.batches("train", self.recipe.seed, 0)
         return [placed(b, self.device) for b in islice(found, self.calibration)]
@@ -149,7 +153,7 @@ class Course:
     # -- before and during -------------------------------------------------------------------------
 
     def _along(self) -> nn.Module:
-        model, recipe = self._fresh(), self._unhealed()
+        model, recipe = self._start(), self._unhealed()
         session: Callable[[Any, int], Live] | None = None
         if settled(recipe):
             return self._healed(self._learned("train", model))

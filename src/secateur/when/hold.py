@@ -41,10 +41,10 @@ class Holding:
         reach: what gets gradients, in the stored shape, where the hold asks for it.
     """
 
-    def __init__(self, recipe: Recipe, optimizer: Optimizer | None, places: Iterable[Place]) -> None:
+    def __init__(self, recipe: Recipe, optimizer: Optimizer | None, places: Iterable[Place], steps: int) -> None:
         part = get("hold", recipe.hold)
         self._part, self._knobs, self._recipe = part, recipe.knobs_of("hold"), recipe
-        self._optimizer, self.places = optimizer, list(places)
+        self._optimizer, self.places, self._steps = optimizer, list(places), steps
         self.weight: str = part.facts["weight"]
         self._forgets = part.facts["state"] == "zero"
         self.first = bool(part.facts.get("first"))
@@ -57,9 +57,11 @@ class Holding:
         if (self.weight == "dense" or part.needs) and optimizer is None:
             raise RecipeError(f"method '{recipe.method}' works on what the optimizer is given: pass optimizer=")
         decays = optimizer is not None and any(g.get("weight_decay") for g in optimizer.param_groups)
-        if part.facts.get("decays") and not decays:
+        knob = part.facts.get("decays")
+        if knob is not None and not decays and not self._knobs[knob] > 0:
             raise RecipeError(
-                f"hold '{recipe.hold}' lets weights shrink by weight decay alone: give the optimizer a weight_decay"
+                f"hold '{recipe.hold}' lets weights shrink by weight decay alone: give the optimizer a "
+                f"weight_decay, or set hold.{knob}"
             )
         if self.weight == "dense":
             self.dense = {p.name: p.stored.detach().clone() for p in self.places}
@@ -124,7 +126,8 @@ class Holding:
             past = {f: layer.from_oi(x) for f, x in history.past.get(layer.name, {}).items()}
             facts = {
                 "weight": layer.stored.detach(), "gradient": gradient, "mask": ~dead[layer.name],
-                "reach": self.reach.get(layer.name), "rate": rates.get(id(whole), 0.0), **past,
+                "reach": self.reach.get(layer.name), "rate": rates.get(id(whole), 0.0), "steps": self._steps,
+                **past,
             }  # fmt: skip
             if "generator" in self._part.needs:
                 facts["generator"] = layer_generator(seed, f"{layer.name} hold", layer.stored.device)

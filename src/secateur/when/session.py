@@ -126,7 +126,7 @@ class Session:
         else:
             recipe.check(self.layers if units is None else ())
             self._masks = Matrices(recipe, self.layers, optimizer, history, "reach" in hold.needs)
-        self._history, self._holding = history, Holding(recipe, optimizer, self._masks.places)
+        self._history, self._holding = history, Holding(recipe, optimizer, self._masks.places, steps)
         self._ledger, self._ever = Ledger(self.layers), dict[str, Tensor]()
         soft = self._holding.weight == "free" and not self._holding.first
         self._settles = int(self._knobs.get("until", 1.0) * steps) if soft else None
