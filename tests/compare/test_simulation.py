@@ -73,7 +73,7 @@ def test_a_bootstrap_of_three_cannot_cover() -> None:
 @pytest.mark.parametrize("kind", ["normal", "skewed"])
 @pytest.mark.parametrize("scale", ["difference", "ratio"])
 def test_false_verdicts_among_equals(kind: str, scale: str) -> None:
-    rounds = 400
+    rounds = 250
     for seed, compare in ((1, lambda made: against(made, "m0")), (2, all_pairs)):
         false = 0
         for scores in draw(rounds, 5, 3, seed, kind):
