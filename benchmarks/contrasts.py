@@ -25,6 +25,7 @@ def arguments() -> argparse.Namespace:
         "--other", nargs="*", default=["digits", "width=8"], help="task that masks come from, its sizes"
     )
     parser.add_argument("--only", nargs="*", help="names of contrasts")
+    parser.add_argument("--sparsity", nargs="*", help="some of the targets of contrasts that have these")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=32)
@@ -55,9 +56,10 @@ def main() -> None:
     for name, asked in contrasts().items():
         if not asked.sides(args.kind) or (args.only and name not in args.only):
             continue
+        some = [t for t in args.sparsity or () if t in asked.levels_of(args.kind)]
         study = study_of(
             name, args.kind, args.subject, options=sizes(args.set), epochs=args.epochs, seeds=args.seeds, budget=budget,
-            other={"task": args.other[0], **sizes(args.other[1:])},
+            other={"task": args.other[0], **sizes(args.other[1:])}, targets=some or None,
         )  # fmt: skip
         if args.show:
             (args.store / "study.yaml").write_text(study.dump(), encoding="utf-8")
