@@ -20,9 +20,12 @@ from .methods import all_methods, explain, load
 from .options import (
     Alloc,
     Crit,
+    Device,
+    Epochs,
     EvalWindows,
     Example,
     Exported,
+    Force,
     Goal,
     Gran,
     Json,
@@ -31,6 +34,7 @@ from .options import (
     Model,
     Multiple,
     Only,
+    Out,
     Propagate,
     RecipeFile,
     Recovery,
@@ -42,6 +46,7 @@ from .options import (
     Sparsity,
     Steps,
     Windows,
+    axes_of,
     read_recipe,
 )
 from .printing import compared, summary
@@ -56,7 +61,7 @@ from .terminal import app, bar, command, err_console, fail, interruptible, out_c
 @app.command()
 def prune(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    out: Out,
     method: Method = None,
     recipe_file: RecipeFile = None,
     sparsity: Sparsity = None,
@@ -88,9 +93,9 @@ def prune(
     multiple: Multiple = 8,
     blocks: Annotated[int | None, typer.Option("--blocks", min=1, help="Prune only the first so many blocks.")] = None,
     resident: Annotated[bool, typer.Option("--resident", help="Load the whole model at once.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
-    epochs: cli_train.Epochs = None,
-    device: cli_train.Device = "cpu",
+    force: Force = False,
+    epochs: Epochs = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Prune a model directory into another that stock tools load; a task (secateur tasks) is trained first.
@@ -100,11 +105,7 @@ def prune(
     from .directory import prune_directory, works_on_the_whole
     from .modules import is_module, prune_module
 
-    axes = {
-        "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
-        "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
-        "schedule": schedule, "steps": steps,
-    }  # fmt: skip
+    axes = axes_of(locals())
     if names_a_task(model):
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
@@ -221,10 +222,7 @@ def plan(
     """Say what a recipe would do to a model; writes nothing, and reads only headers but for coupled units."""
     from .directory import plan as make
 
-    axes = {
-        "sparsity": sparsity, "granularity": granularity, "allocation": allocation, "criterion": criterion,
-        "solver": solver, "recovery": recovery, "only": only, "skip": skip, "schedule": schedule, "steps": steps,
-    }  # fmt: skip
+    axes = axes_of(locals())
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     made: Any
@@ -327,7 +325,7 @@ def demo(
     windows: Windows = 16,
     eval_windows: Annotated[int, typer.Option("--eval-windows", min=1)] = 12,
     length: Length = 512,
-    force: Annotated[bool, typer.Option("--force")] = False,
+    force: Force = False,
 ) -> None:
     """Prune the real SmolLM2-135M with magnitude, wanda and sparsegpt, and print one table."""
     from .demo import run_demo

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from .data import EVALUATION
-from .options import Example, Json, Length, Model, Tokens, numbers
+from .options import Example, Force, Json, Length, Model, Out, Tokens, numbers
 from .printing import measured
 from .terminal import bar, fail, interruptible, out_console, steps
 
 
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    out: Out,
     target: Annotated[str, typer.Option("--for", help="What it is to run on: cpu or cuda.")] = "cpu",
     values: Annotated[
         str,
@@ -29,7 +28,7 @@ def compress(
     tokens: Tokens = "128,1",
     example: Example = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Install the kernels for zeros that are faster than dense ones on this machine, and say which and why."""

@@ -27,6 +27,7 @@ from .options import (
     Skip,
     Sparsity,
     Windows,
+    axes_of,
     pairs,
     read_recipe,
 )
@@ -71,6 +72,7 @@ def search(
     Writes a recipe, which `secateur prune MODEL --recipe` takes. Interrupted at any moment, the same command goes on
     at the next evaluation.
     """
+    axes = axes_of(locals())
     from .coupled import batches_of, example_inputs, load_module
     from .models import named
     from .search import search as run
@@ -84,10 +86,6 @@ def search(
     judge = named(Path(path), name) if colon and path.endswith(".py") else None
     if not callable(judge):
         raise RecipeError(f"--evaluate '{evaluate}' is not there: write FILE.py:NAME of a function of the model")
-    axes = {
-        "sparsity": sparsity, "granularity": granularity, "criterion": criterion, "only": only, "skip": skip,
-        "seed": seed,
-    }  # fmt: skip
     recipe = read_recipe(method or (None if recipe_file else "magnitude"), recipe_file, axes, knobs or [])
     if recipe_file is None:  # a method's own recovery would heal each try
         recipe = recipe.override(recovery="none")

@@ -16,12 +16,16 @@ from .masks import Masks
 from .options import (
     Alloc,
     Crit,
+    Device,
+    Epochs,
+    Force,
     Goal,
     Gran,
     Json,
     Method,
     Multiple,
     Only,
+    Out,
     RecipeFile,
     Recovery,
     Schedule,
@@ -31,6 +35,7 @@ from .options import (
     Solver,
     Sparsity,
     Steps,
+    axes_of,
     read_recipe,
     split_knobs,
 )
@@ -38,13 +43,10 @@ from .recipe import Recipe
 from .terminal import bar, command, err_console, interruptible, out_console
 from .when import train as run
 
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Of a whole training run (default: the task's own).")]
-Device = Annotated[str, typer.Option("--device", help="Where it trains: cpu or cuda.")]
-
 
 def train(
     task: Annotated[str, typer.Argument(help="A ready task (secateur tasks) or FILE.py:NAME.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")],
+    out: Out,
     method: Method = None,
     recipe_file: RecipeFile = None,
     sparsity: Sparsity = None,
@@ -72,18 +74,14 @@ def train(
         str, typer.Option("--score", help="What the result is measured on: test, or valid to choose a setting by.")
     ] = "test",
     device: Device = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train a task, densely or with a method of pruning; --set task.NAME=VALUE sets its sizes.
 
     Interrupted at any moment, the same command goes on where it was, and ends with the same weights.
     """
-    axes = {
-        "sparsity": sparsity, "seed": seed, "granularity": granularity, "allocation": allocation,
-        "criterion": criterion, "solver": solver, "recovery": recovery, "schedule": schedule, "steps": steps,
-        "only": only, "skip": skip,
-    }  # fmt: skip
+    axes = axes_of(locals())
     train_source(
         task, method, recipe_file, axes, knobs or [], out, force=force, as_json=as_json, epochs=epochs, when=when,
         masks=None if masks is None else Masks.load(masks), device=device, target=target, multiple=multiple,
@@ -96,7 +94,7 @@ def train_source(
     force: bool = False, as_json: bool = False, **more: Any,
 ) -> None:  # fmt: skip
     """What ``train`` and ``prune`` do with a task; ``more`` is for `secateur.train`."""
-    given = {k: v for k, v in axes.items() if v is not None and v != []}
+    given = dict(axes)
     options, own = split_knobs(knobs)
     chosen: str | Recipe | None = method
     if recipe_file is not None:

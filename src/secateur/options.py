@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,27 @@ Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration wind
 Length = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.")]
 Tokens = Annotated[str, typer.Option("--tokens", help="Tokens of each pass that a language model is timed on.")]
 EvalWindows = Annotated[int | None, typer.Option("--eval-windows", min=1, help="Held-out windows (default: all).")]
+
+Force = Annotated[bool, typer.Option("--force", help="Overwrite --out.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write; must not exist.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Of a whole training run (default: the task's own).")]
+Device = Annotated[str, typer.Option("--device", help="Where it trains: cpu or cuda.")]
+
+#: Fields of a recipe that have an option.
+_AXES = (
+    "sparsity", "granularity", "allocation", "criterion", "solver", "recovery", "schedule", "steps", "propagate",
+    "only", "skip", "seed",
+)  # fmt: skip
+
+
+def axes_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe among the options of a command, as it has them by name; None where one was not given.
+
+    >>> axes_of({"model": "demo", "sparsity": 0.5, "only": [], "seed": None})
+    {'sparsity': 0.5}
+    """
+    found = {name: options.get(name) for name in _AXES}
+    return {k: v for k, v in found.items() if v is not None and v != []}
 
 
 def numbers(text: str) -> list[int]:
@@ -102,7 +124,7 @@ def pairs(items: list[str]) -> dict[str, Any]:
 
 def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
     """The recipe of a method or a file, with what the options override."""
-    given = {k: v for k, v in axes.items() if v is not None and v != []}
+    given = axes_of(axes)
     if knobs:
         given["knobs"] = _knobs(knobs)
     if file is not None:

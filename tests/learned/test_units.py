@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import secateur
 from secateur import Recipe, attach
+from secateur.errors import ModelError, RecipeError
 from secateur.layers import find_layers
+from secateur.structured import plan_zeros
 from secateur.when.pools import MatrixPool, find_units, scale_pools
 
 STEPS = 20
@@ -118,6 +120,30 @@ def test_hesso_leaves_zero_invariant_groups_that_plan_takes_exactly() -> None:
     assert zero_channels(model) == gone and sum(gone) > 12
     x, _ = batch(99)
     assert torch.allclose(plan.shrink()(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [None, "flops 50%"])
+def test_a_session_of_gates_shrinks_to_what_they_left(target: str | None) -> None:
+    """Exactly the closed units go, within the target, and the outputs stay."""
+    model, session = trained("l0-units", sparsity=0.4, adam=True, steps=24, target=target, multiple=1)
+    plan = session.plan()
+    small, x = session.shrink(), batch(99)[0]
+    model.eval(), small.eval()
+    gone = [f.units - f.kept for f in plan.families if not f.reason]
+    assert gone == zero_channels(model) and sum(gone) > 4
+    counted, share = ("params", 0.6) if target is None else ("flops", 0.5)
+    assert 0.7 * share * plan.before[counted] < plan.after[counted] <= share * plan.before[counted]
+    assert torch.allclose(small(x), model(x), atol=1e-5)
+    assert not any("parametrizations" in n for n in small.state_dict())
+
+
+def test_what_closed_nothing_is_not_cut() -> None:
+    model, x = net(), batch(0)[0]
+    with pytest.raises(ModelError, match="no unit of this model is zero"):
+        plan_zeros(model, Recipe.of("l0-units"), target="params 50%", example=x)
+    _, session = trained("group-lasso")
+    with pytest.raises(RecipeError, match=r"finish, then secateur.plan\(model"):
+        session.shrink()
 
 
 def test_l0_gates_of_units_leave_a_model_that_plan_makes_smaller() -> None:

@@ -40,8 +40,8 @@ def l1(*, strength: float = 1e-4, proximal: bool = False) -> Penalty:
 
     Beware: it shrinks what stays too; without ``proximal`` weights hover about zero and few are exactly zero.
 
-    Source: l1 regularization before pruning in Han et al., Learning both weights and connections, arXiv 1506.02626,
-    section 3.1; the proximal step is ISTA's.
+    Source: l1 regularization before pruning in Han et al., Learning both weights and connections, arXiv 1506.02626;
+    the proximal step is ISTA's.
     """
     if proximal:
         return Penalty(step=lambda x, state, now: soft(x, now.lr * strength))
@@ -63,7 +63,7 @@ def group_lasso(*, strength: float = 1e-4, proximal: bool = False, sized: bool =
     Beware: the proximal step goes through the families one after the other; where they share weights, as coupled ones
     do, that is not the operator of their sum. SSL's official code leaves ``sqrt(size)`` out.
 
-    Source: Wen et al., Learning structured sparsity in deep neural networks (SSL), arXiv 1608.03665, equations 2 and 3.
+    Source: Wen et al., Learning structured sparsity in deep neural networks (SSL), arXiv 1608.03665.
     """
 
     def amount(x: Tensor) -> float:
@@ -86,7 +86,7 @@ def slimming(*, strength: float = 1e-4) -> Penalty:
     the first is penalized.
 
     Source: Liu et al., Learning efficient convolutional networks through network slimming, arXiv 1708.06519,
-    equation 1, and its official code.
+    and its official code.
     """
     return Penalty(value=lambda x, state: strength * x.abs().sum())
 

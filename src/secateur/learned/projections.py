@@ -38,7 +38,7 @@ def oto(*, strength: float = 1e-3, begin: float = 0.25, epsilon: float = 0.0) ->
     penalty hesso); the chosen units' weights are kept a second time. Units are chosen by norm alone; the official
     code also looks at the angle to the gradient, and adapts the strength.
 
-    Source: Chen et al., Only train once (OTO), arXiv 2107.07467, section 3 and equation 6; the split into chosen and
+    Source: Chen et al., Only train once (OTO), arXiv 2107.07467; the split into chosen and
     free groups is of OTOv2's official code (DHSPG).
     """
     _fraction("oto", begin)
@@ -134,8 +134,7 @@ def admm_training(*, rho: float = 1e-3, every: int = 100) -> Penalty:
     Beware: Z and U are two more copies of the weights. The paper trains in several rounds with rising ``rho``, then
     cuts and retrains: leave the last part of the run for that (the driver's ``begin`` and ``end``).
 
-    Source: Zhang et al., A systematic DNN weight pruning framework using ADMM, arXiv 1804.03294, section 3, and the
-    authors' code.
+    Source: Zhang et al., A systematic DNN weight pruning framework using ADMM, arXiv 1804.03294, and the authors' code.
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise RecipeError(f"penalty 'admm-training': every is a whole number of steps of at least 1, not {every!r}")

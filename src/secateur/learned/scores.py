@@ -30,7 +30,7 @@ def continuous_sparsification(
     >>> round(float(fixed["beta"]), 3), gate.factor({"s": torch.tensor([[0.0, 9.0]])}, fixed, True).tolist()
     (14.142, [[1.0, 2.0]])
 
-    Source: Savarese et al., Winning the lottery with continuous sparsification, arXiv 1912.04427, section 4, and its
+    Source: Savarese et al., Winning the lottery with continuous sparsification, arXiv 1912.04427, and its
     official code; its rounds of rewinding are left to the user.
     """
     scale = 1.0 + math.exp(-start)
@@ -72,8 +72,8 @@ def edge_popup(
     >>> gate.factor(learned, fixed, True).tolist()
     [[0.0, 1.0, 1.0, 0.0]]
 
-    Source: Ramanujan et al., What's hidden in a randomly weighted neural network?, arXiv 1911.13299, section 3, and
-    its official code.
+    Source: Ramanujan et al., What's hidden in a randomly weighted neural network?, arXiv 1911.13299, and its
+    official code.
     """
     first = torch.empty(pool_shape, device=generator.device)
     bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform with a = sqrt(5), as in the official code

@@ -45,8 +45,8 @@ def l0(
     >>> round(float(open_probability(torch.tensor(0.0), 2 / 3)), 4)
     0.8318
 
-    Source: Louizos et al., Learning sparse neural networks through L0 regularization, arXiv 1712.01312, equations 10
-    to 13, and its official code, whose bounds on log alpha (1/100 to 100) are kept.
+    Source: Louizos et al., Learning sparse neural networks through L0 regularization, arXiv 1712.01312, and its
+    official code, whose bounds on log alpha (1/100 to 100) are kept.
     """
     first = torch.empty(pool_shape, device=generator.device)
     first.normal_(math.log(1 - drop) - math.log(drop), 1e-2, generator=generator)
@@ -101,8 +101,8 @@ def variational_dropout(weight: Tensor, *, start: float = -10.0, lr: float | Non
     >>> round(float(gate.regularizer(torch.ones(1, 1), learned, {})), 3)  # 0.3466 + 0.63576 (1 - 0.8668)
     0.431
 
-    Source: Molchanov et al., Variational dropout sparsifies deep neural networks, arXiv 1701.05369, equation 14;
-    start and bounds as in Gale et al., arXiv 1902.09574.
+    Source: Molchanov et al., Variational dropout sparsifies deep neural networks, arXiv 1701.05369; start and
+    bounds as in Gale et al., arXiv 1902.09574.
     """
 
     def log_alpha(w: Tensor, learned: Values) -> Tensor:

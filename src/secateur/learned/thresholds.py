@@ -32,8 +32,8 @@ def soft_threshold(weight: Tensor, *, start: float = -5.0, decay: float = 0.0, l
     >>> gate.weight(torch.tensor([[-2.0, 0.4, 1.0]]), s, {}, True).tolist()
     [[-1.5, 0.0, 0.5]]
 
-    Source: Kusupati et al., Soft threshold weight reparameterization (STR), arXiv 2002.03231, equation 4, and its
-    official code.
+    Source: Kusupati et al., Soft threshold weight reparameterization (STR), arXiv 2002.03231, and its official
+    code.
     """
 
     def margin(w: Tensor, learned: Values) -> Tensor:
@@ -69,8 +69,8 @@ def dst(weight: Tensor, *, lr: float | None = None) -> Gate:
     >>> gate.weight(torch.tensor([[0.3, -1.0], [0.3, -1.0]]), {"t": torch.tensor([[0.5], [0.0]])}, {}, True).tolist()
     [[0.0, -1.0], [0.30000001192092896, -1.0]]
 
-    Source: Liu et al., Dynamic sparse training with trainable masked layers, arXiv 2005.06870, sections 3.2 to 3.4,
-    and its official code.
+    Source: Liu et al., Dynamic sparse training with trainable masked layers, arXiv 2005.06870, and its official
+    code.
     """
 
     def margin(w: Tensor, learned: Values) -> Tensor:

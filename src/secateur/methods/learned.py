@@ -133,7 +133,7 @@ method(
     "l1",
     "Train with an l1 penalty, cut the smallest weights at three quarters of the run, train on.",
     choose="Choose it as the baseline of sparsity regularization.",
-    source="Han et al., Learning both weights and connections, arXiv 1506.02626, section 3.1.",
+    source="Han et al., Learning both weights and connections, arXiv 1506.02626.",
     paper="1506.02626",
     family="regularization",
     when="during",

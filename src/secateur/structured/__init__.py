@@ -2,7 +2,7 @@
 
 from .depth import plan_depth
 from .experts import plan_experts
-from .make import plan_structured
+from .make import plan_structured, plan_zeros
 from .plan import FamilyPlan, StructuredPlan
 from .store import load, save
 from .targets import Target
@@ -17,5 +17,6 @@ __all__ = [
     "plan_depth",
     "plan_experts",
     "plan_structured",
+    "plan_zeros",
     "save",
 ]

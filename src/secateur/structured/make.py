@@ -104,6 +104,33 @@ def plan_structured(
     return plan
 
 
+def plan_zeros(
+    model: nn.Module, recipe: Recipe, *, target: str | Target, example: Any, multiple: int = 8
+) -> StructuredPlan:  # fmt: skip
+    """The plan that takes exactly the units whose making weights are all zero, with a proof.
+
+    Args:
+        recipe: which layers units may be of; it ranks nothing here.
+        target: what the zeros were to meet, for the record.
+
+    Raises:
+        ModelError: nothing is zero, or the smaller model is not proven to compute what this one does.
+    """
+    wanted = target if isinstance(target, Target) else Target.parse(target)
+    norms = Recipe(method=recipe.method, only=recipe.only, skip=recipe.skip, knobs={"criterion": {"p": 2.0}})
+    case = Case(model, norms, example)
+    scores, _ = case.scores(model, None, "output")
+    active, left = chosen(case.found, norms, model, case.remade)
+    zero = [u.gone for i in active for u, s in zip(case.found.families[i].units, scores[i], strict=False) if s == 0]
+    if not zero:
+        raise ModelError("no unit of this model is zero: nothing can be taken out")
+    labels = frozenset[int]().union(*zero)
+    proof = case.prove(labels)
+    if not proof.proven:
+        raise ModelError(f"the smaller model is not proven to compute what the masked one does: {proof.reason}")
+    return case.plan(wanted, labels, proof, left, multiple)
+
+
 def named_table(recipe: Recipe) -> Mapping[str, float]:
     """What the recipe's allocation ``explicit`` says of families by name."""
     return recipe.knobs_of("allocation")["table"] or {}

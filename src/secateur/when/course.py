@@ -25,6 +25,7 @@ from ..record import run_record
 from ..recover.distill import lessons
 from ..registry import get
 from ..schedule import sparsity_at
+from ..structured import plan_zeros
 from ..tasks import Fitted, Live, Task, fit
 from ..tasks.base import Split, placed
 from ..tasks.loop import OFTEN, Leg
@@ -208,11 +209,8 @@ class Course:
         self._fit(name, model, attach=session, loss=loss)
         if penalized:
             return self._smaller(model)
-        closed = Recipe(  # what is to go is zero: the smallest are exactly those
-            method=recipe.method, granularity="filter", allocation="global", sparsity=recipe.sparsity, only=recipe.only,
-            skip=recipe.skip, knobs={"criterion": {"p": 2.0}},
-        )  # fmt: skip
-        return self._cut(prune(copy.deepcopy(model), closed, example=example, **self._goal))
+        goal = self.target if self.target is not None else f"params {100 * recipe.sparsity:g}%"
+        return self._cut(plan_zeros(model, recipe, target=goal, example=example, multiple=self.multiple))
 
     def _smaller(self, model: nn.Module) -> nn.Module:
         """Take coupled units away; what training heals is not healed by anything else first."""

@@ -17,6 +17,7 @@ from ..learned import Now, Penalty
 from ..recipe import Recipe
 from ..registry import get
 from ..schedule import sparsity_at
+from ..structured import StructuredPlan, plan_zeros
 from .gates import Gates
 from .pools import MatrixPool, Pool, Units, allocated, find_units, scale_pools
 
@@ -41,7 +42,8 @@ class Learning:
 
     Attributes:
         decides: the driver makes no masks: the gate's score makes them at the end, or units of the whole model are
-            penalized, which `plan` cuts.
+            penalized, which `secateur.plan` ranks and cuts.
+        cuts: gates close units of the whole model, so that `plan` says what can be cut away.
     """
 
     def __init__(
@@ -64,6 +66,12 @@ class Learning:
         self._on: str = "" if part is None else part.facts["on"]
         self._penalty: Penalty | None = None if part is None else part.function(**recipe.knobs_of("penalty"))
         self.decides = recipe.gate != "none" or bool(self._pattern.coupled)
+        self.cuts = recipe.gate != "none" and bool(self._pattern.coupled)
+        self._goal = {
+            "target": target or f"params {100 * recipe.sparsity:g}%",
+            "example": example,
+            "multiple": multiple,
+        }
         self._check(example)
         looked = recipe.gate != "none" or self._on in ("unit", "zero-invariant")
         units = find_units(model, recipe, example, target, multiple) if self._pattern.coupled and looked else None
@@ -184,6 +192,14 @@ class Learning:
     def masks(self) -> dict[str, Tensor]:
         """Which weights would stay now, by layer name."""
         return {} if self._gates is None else self._gates.masks()
+
+    def plan(self) -> StructuredPlan:
+        """What the gates closed, with the proof that the model without it computes the same.
+
+        Raises:
+            ModelError: they closed nothing, or it is not proven.
+        """
+        return plan_zeros(self._model, self._recipe, **self._goal)
 
     def finish(self) -> dict[str, Tensor]:
         """Leave a plain model; returns the masks, by layer name, where gates made them."""

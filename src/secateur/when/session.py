@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -343,11 +342,12 @@ class Session:
         Raises:
             RecipeError: the method masks weights, and no units of the whole model.
         """
-        if not isinstance(self._masks, Units):
+        by = self._masks if isinstance(self._masks, Units) else self._learning
+        if by is None or not by.cuts:
             way = "finish, then secateur.plan(model, ...)" if self.recipe.learns else "nothing is smaller"
             raise RecipeError(f"method '{self.recipe.method}' masks by '{self.recipe.granularity}': {way}")
         self.finish()
-        return self._masks.plan()
+        return by.plan()
 
     def shrink(self) -> nn.Module:
         """Finish, and return a really smaller copy of the model, proven to compute the same.
@@ -360,9 +360,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.finish()
 

@@ -50,10 +50,15 @@ class Units:
         target: see `Target`; without it the recipe's sparsity is the share of the parameters that goes.
         multiple: sizes that remain are multiples of it.
 
+    Attributes:
+        cuts: `plan` says what can be cut away.
+
     Raises:
         RecipeError: no example, a criterion that scores no weights, or nothing that could go.
         ModelError: the model does not run on the example.
     """
+
+    cuts = True
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, layers: list[Layer], optimizer: Optimizer | None, history: History, *,
