@@ -50,7 +50,7 @@ def test_a_contrast_answers_its_question(tmp_path: Path) -> None:
 
 def test_contrasts_are_listed() -> None:
     listed = json.loads(runner.invoke(app, ["contrast", "--json"], catch_exceptions=False).stdout)
-    assert len(listed) == 9 and all(x["question"] and x["source"] for x in listed)
+    assert len(listed) == 10 and all(x["question"] and x["source"] for x in listed)
 
 
 @pytest.mark.parametrize(

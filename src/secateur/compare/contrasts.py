@@ -187,6 +187,19 @@ _CONTRASTS = (
         "twice the epochs.",
     ),
     Contrast(
+        "rewound-vs-reinitialized",
+        "Does a sparse network need the weights that its mask was found with?",
+        "Rewound to its early weights it trains better than drawn anew, the more so the sparser it is.",
+        "Frankle and Carbin, The lottery ticket hypothesis, arXiv 1803.03635",
+        ("rewound", "reinitialized"),
+        tasks={
+            "rewound": [{"method": "lth-rewind", "steps": 4}],
+            "reinitialized": [{"method": "lth-rewind", "steps": 4, "recovery": "scratch"}],
+        },
+        levels=_HIGH,
+        note="Four rounds of magnitude, each trained as long as the dense run, from early weights or from new ones.",
+    ),
+    Contrast(
         "original-vs-transferred",
         "Does a mask that was found on one task serve another?",
         "Tickets transfer between tasks that resemble each other, better the larger the source.",

@@ -101,7 +101,7 @@ def compare(
         store.release()
         found = _collect(asked, store)
         store.close()
-    write_rows(target / "rows.jsonl", found.rows)
+        write_rows(target / "rows.jsonl", found.rows)
     if not found.missing:
         shutil.rmtree(target / "work", ignore_errors=True)
     return found
