@@ -22,7 +22,7 @@ from secateur.when import supermask
 from secateur.when.course import Course
 from secateur.when.early import EarlyBird, channel_mask
 from secateur.when.healing import fitting, fresh_model
-from secateur.when.train import _recipe
+from secateur.when.train import recipe_and_moment
 from tests.tasks.conftest import _one_thread  # noqa: F401  each test on one thread
 from tests.tasks.tiny import TASK, batches, network
 
@@ -86,7 +86,7 @@ def test_rounds_are_nested_and_a_fifth_each() -> None:
     ],
 )
 def test_how_many_rounds(given: dict[str, Any], rounds: int) -> None:
-    recipe, moment = _recipe("lth", given, None, None)
+    recipe, moment = recipe_and_moment("lth", given, None, None)
     assert recipe.steps == rounds and moment == "after"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StudyError
+from ..granularity import parse
 from ..layers import find_layers
 from ..recipe import Recipe
 from ..registry import get
 from ..tasks import Task, find
 from ..tasks.base import accuracy, by_class
 from ..when import train
+from ..when.course import settled
+from ..when.result import Trained
 from ..when.train import recipe_and_moment
 from .measured import sizes, speed, surroundings
 
@@ -35,35 +37,38 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     chosen, moment = recipe_and_moment(recipe, {} if recipe is not None else {"seed": spec["seed"]}, None, spec["when"])
     epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
     if budget["total_epochs"] is not None:
-        epochs = float(budget["total_epochs"]) / training_runs(chosen, moment)
+        other = spec["masks"] is not None  # what finds the masks trains, and so does what holds them
+        epochs = float(budget["total_epochs"]) / (training_runs(chosen, moment) + other)
     given: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": work / "dense", "calibration": budget["samples"],
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"]), "calibration": budget["samples"],
         "score": "valid" if tuning else "test",
     }  # fmt: skip
     out = work / name
     for old in (out, out.with_name(out.name + ".partial")):
         shutil.rmtree(old, ignore_errors=True)  # it ended just before an earlier attempt was stopped
-    begun = time.perf_counter()
-    found: Any = None
-    if spec["masks"] is not None:
-        found = _elsewhere(spec, recipe, epochs, work)
+    source = _elsewhere(spec, recipe, epochs, work) if spec["masks"] is not None else None
     if recipe is None:
         made = train(spec["source"], None, out=out, seed=spec["seed"], **given)
-    elif found is not None:
-        made = train(spec["source"], None, out=out, seed=spec["seed"], masks=found, **given)
+    elif source is not None:
+        made = train(spec["source"], None, out=out, seed=spec["seed"], masks=dict(source.masks), **given)
     else:
         made = train(
             spec["source"], recipe, out=out, when=spec["when"], **given,
             **({"target": spec["target"]} if spec["target"] else {}),
         )  # fmt: skip
-    seconds = time.perf_counter() - begun
     shutil.rmtree(out, ignore_errors=True)
     run = made.run
+    seconds = run["timings"]["total"] + (0.0 if source is None else source.run["timings"]["total"])
     masks: dict[str, Tensor] = dict(made.masks)
     example = task.example_input()
-    passed = _epochs(run["curves"])
-    count = _examples(spec["source"], tuple(sorted(options.items())), "train")
-    seen = round(sum(passed.values()) * count)
+    rewound = float(chosen.knobs_of("recovery").get("to", 0.0))
+    passed = _epochs(run["curves"], rewound)
+    seen = round(sum(passed.values()) * _examples(spec["source"], tuple(sorted(options.items())), "train"))
+    if source is not None:
+        there = _epochs(source.run["curves"], rewound)
+        mask_task, sizes_there = spec["masks"]["task"], tuple(sorted(_options_there(spec).items()))
+        seen += round(sum(there.values()) * _examples(mask_task, sizes_there, "train"))
+        passed |= {f"{leg} there": length for leg, length in there.items()}
     if recipe is not None and recipe.needs_data:
         seen += budget["samples"] * max(1, recipe.steps) * _batch(task)
     result = {
@@ -75,7 +80,7 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
         "cost": {
             "seconds": seconds, "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
             "epochs": round(sum(passed.values()), 4),
-            "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4) if moment == "after" else 0.0,
+            "after_dense": round(sum(v for k, v in passed.items() if moment == "after" and k[:5] != "dense"), 4),
         },
         "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget)},
         "data": {
@@ -92,6 +97,8 @@ def training_runs(recipe: Recipe, moment: str) -> float:
 
     >>> training_runs(Recipe.of("rigl"), "during"), training_runs(Recipe.of("magnitude-finetune"), "after")
     (1.0, 1.5)
+    >>> training_runs(Recipe.of("greg"), "after")
+    2.0
 
     Raises:
         StudyError: its recovery trains until the FLOPs of dense training are spent, which is not known before.
@@ -104,21 +111,30 @@ def training_runs(recipe: Recipe, moment: str) -> float:
                 "with total_epochs, recovery 'scratch' takes budget epochs: flops are not known beforehand"
             )
         share = float(knobs["length"]) if "length" in knobs else 1.0 - float(knobs.get("to", 0.0))
-    rounds = recipe.steps if moment == "after" else 1
+    after, coupled = moment == "after", bool(parse(recipe.granularity).coupled)
+    rounds = recipe.steps if after and not coupled else 1  # units of the whole model go at once
+    alone = 1.0 if after and settled(recipe) else 0.0  # gates and penalties train the dense model once more
     teacher = 1.0 if moment != "after" and part.facts.get("teacher") else 0.0  # it is trained for its own sake
-    return 1.0 + rounds * share + teacher
+    return 1.0 + rounds * share + alone + teacher
 
 
-def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Mapping[str, Tensor]:
-    """The masks that the method finds on another task."""
+def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Trained:
+    """The run on another task that finds the masks."""
     if recipe is None:
         raise StudyError("masks from another task belong to a method")
-    options = {k: v for k, v in spec["masks"].items() if k != "task"}
-    made = train(
-        spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=options, dense=work / "dense",
-        calibration=spec["budget"]["samples"], score="valid",
+    return train(
+        spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=_options_there(spec),
+        dense=_dense(work, spec.get("masks_code")), calibration=spec["budget"]["samples"], score="valid",
     )  # fmt: skip
-    return dict(made.masks)
+
+
+def _options_there(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in spec["masks"].items() if k != "task"}
+
+
+def _dense(work: Path, code: str | None) -> Path:
+    """Where dense models are kept: of a task in a file apart, for two files may have tasks of one name."""
+    return work / "dense" if code is None else work / "dense" / code
 
 
 def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -140,15 +156,17 @@ def _speed(
     return speed(dense.model, copy.deepcopy(made), masked, example)
 
 
-def _epochs(curves: list[dict[str, Any]]) -> dict[str, float]:
-    """Leg -> epochs that it trained."""
-    legs: dict[str, list[float]] = {}
-    for row in curves:
-        legs.setdefault(row["leg"], []).append(row["epoch"])
+def _epochs(curves: list[dict[str, Any]], rewound: float = 0.0) -> dict[str, float]:
+    """Leg -> epochs that it trained; a recovery that rewinds begins at that share of its schedule.
+
+    >>> _epochs([{"leg": "dense", "epoch": 1.0, "step": 8}, {"leg": "dense", "epoch": 1.25, "step": 10}])
+    {'dense': 1.25}
+    """
     found = {}
-    for leg, at in legs.items():
-        step = at[1] - at[0] if len(at) > 1 else min(1.0, at[0])
-        found[leg] = at[-1] - at[0] + step
+    for leg, row in {row["leg"]: row for row in curves}.items():
+        heals = leg == "recovery" or leg.startswith("round-")
+        begun = round(rewound * row["step"]) if heals else 0
+        found[leg] = row["epoch"] * (row["step"] - begun) / row["step"]
     return found
 
 

@@ -202,6 +202,8 @@ class _Facts:
             "target": structured(target) if target else None, "role": role, "latency": study.latency,
             "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
         }  # fmt: skip
+        if masks is not None and (code := self.code(masks["task"])) is not None:
+            spec["masks_code"] = code
         if subject.kind == "model":
             spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
         decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": recipe and recipe.steps}

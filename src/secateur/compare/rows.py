@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ class Row:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """One line of JSON a row, in an order that does not depend on when runs ended; beside first, then in place."""
     ordered = sorted(rows, key=lambda r: (r.subject, r.label != "dense", r.label, r.target, r.seed, r.role, r.digest))
-    part = path.with_name(path.name + ".partial")
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two engines may end at once
     text = "".join(json.dumps(row.to_dict(), ensure_ascii=False, sort_keys=True) + "\n" for row in ordered)
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import StudyError
+from ..errors import OutputError, StudyError
 from .plan import Run
 
 #: Seconds without a sign of life after which the runs of an engine on another machine are taken over.
@@ -37,24 +37,35 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self.owner = uuid.uuid4().hex
+        self.owner, self._path = uuid.uuid4().hex, path
         try:
             self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
             self._db.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            raise self._trouble(error) from None
         except sqlite3.DatabaseError as error:
             raise StudyError(f"{path} is not a store of runs: {error}") from None
         self._db.row_factory = sqlite3.Row
 
     @contextmanager
     def _now(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that nobody else writes beside."""
-        self._db.execute("begin immediate")
+        """One transaction that nobody else writes beside.
+
+        Raises:
+            OutputError: the disk is full, or somebody holds the file for a minute.
+        """
         try:
+            self._db.execute("begin immediate")
             yield self._db
-        except BaseException:
-            self._db.execute("rollback")
-            raise
-        self._db.execute("commit")
+            self._db.execute("commit")
+        except sqlite3.OperationalError as error:
+            raise self._trouble(error) from None
+        finally:
+            if self._db.in_transaction:  # sqlite ends some by itself
+                self._db.execute("rollback")
+
+    def _trouble(self, error: sqlite3.OperationalError) -> OutputError:
+        return OutputError(f"{self._path} cannot be used: {error}; what has been run is kept, the same command goes on")
 
     def add(self, runs: Iterable[Run]) -> None:
         """Make room for runs; those that are there stay as they are."""
@@ -132,6 +143,11 @@ class Store:
         for digest in {run.digest for run in runs}:
             found[states.get(digest, "pending")] += 1
         return found
+
+    def quiet(self) -> bool:
+        """Whether no living engine has a run under way, of whatever study."""
+        owners = {x["owner"] for x in self._db.execute("select distinct owner from runs where status = 'running'")}
+        return not any(x["owner"] in owners and _lives(x) for x in self._db.execute("select * from owners"))
 
     def starts(self) -> dict[str, int]:
         """Digest -> how often it was begun."""

@@ -67,6 +67,7 @@ class Course:
         shared: a folder of dense runs.
         target, multiple: of units of the whole model.
         score: the split that the figures before and after are measured on.
+        earlier: seconds of training that was read: before an interruption, or by another run with the same dense model.
     """
 
     task: Task
@@ -91,6 +92,7 @@ class Course:
     before: dict[str, Any] | None = None
     early: Mapping[str, Tensor] | None = None
     watch: EarlyBird | None = None
+    earlier: float = 0.0
     _dense: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -120,11 +122,18 @@ class Course:
     def _fit(self, name: str, model: nn.Module, number: int = 0, attach: Any = None, **fields: Any) -> Fitted:
         watch = fields.pop("watch", None)
         leg = self._leg(name, self.epochs, number, **fields)
-        if name == "dense" and self.shared is not None and watch is None:
+        if self.shared is not None and watch is None and (name == "dense" or self._plain):
             leg = self._shared(leg)
+        begun = time.perf_counter()
         made = fit(self.task, model, leg, attach=attach, watch=watch, progress=self._doing(name))
+        self.earlier += max(0.0, made.seconds - (time.perf_counter() - begun))
         self.curves += [{"leg": name, **row} for row in made.rows]
         return made
+
+    @property
+    def _plain(self) -> bool:
+        """Whether all of it is the dense run."""
+        return self.recipe.method == "dense" and self.ticket is None and self.given is None
 
     def _shared(self, leg: Leg) -> Leg:
         """The dense run, which does not depend on what comes after it, in a place of its own."""
@@ -283,6 +292,7 @@ class Course:
     def _heal(self, model: nn.Module, name: str, number: int) -> None:
         part, healing = get("recovery", self.recipe.recovery), self._healing(model, name, number)
         part.function(healing, **self.recipe.knobs_of("recovery"))
+        self.earlier += healing.earlier
         self.curves += [{"leg": name, **row} for row in healing.rows]
         self.rounds.append({
             "leg": name, "sparsity": Masks(self.masks).sparsity, "untrained": healing.untrained,
@@ -313,7 +323,7 @@ class Course:
             model={"source": f"task {self.task.name}", "class": type(model).__name__,
                    "parameters": count_parameters(model)[0], "blocks": 0},
             records=records, skipped=skipped, data={"source": f"task {self.task.name}"},
-            timings={"total": time.perf_counter() - self.begun}, peak_memory=memory, command=command,
+            timings={"total": time.perf_counter() - self.begun + self.earlier}, peak_memory=memory, command=command,
             before=self.before, after=self._figures(model), notes=self.notes,
         )  # fmt: skip
         distances = self.watch.distances if self.watch is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Healing:
         early: weights of the dense run at the point that the recovery goes back to.
         leg: makes the next leg.
         rows: what was seen on the way, a row for each epoch.
+        earlier: seconds of training that was done before an interruption.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class Healing:
     progress: Callable[[int, int], None] = lambda done, of: None
     rows: list[dict[str, Any]] = field(default_factory=list)
     untrained: float | None = None
+    earlier: float = 0.0
 
     @property
     def loss(self) -> Callable[[nn.Module, Any], Tensor]:
@@ -70,9 +73,11 @@ class Healing:
             return attach(self.model, optimizer=optimizer, masks=self.kept, seed=self.seed)
 
         leg = self.leg(length * self.epochs, begin=begin, rate=rate, loss=loss)
+        begun = time.perf_counter()
         made: Fitted = fit(
             self.task, self.model, leg, attach=held if masks and self.kept else None, progress=self.progress
         )
+        self.earlier += max(0.0, made.seconds - (time.perf_counter() - begun))
         self.rows += made.rows
 
     def rewind(self, to: float) -> None:
