@@ -103,7 +103,9 @@ def contrast(
     data: Annotated[str, typer.Option("--data", help="Calibration text of language models.")] = "text:calibration",
     evaluation: Annotated[str, typer.Option("--eval", help="Held-out text of language models.")] = "text:evaluation",
     seeds: Seeds = 3,
-    epochs: Epochs = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Of all training that a method asks for (scratch: of one run).")
+    ] = None,
     windows: Windows = 32,
     length: Length = 512,
     eval_windows: EvalWindows = 36,

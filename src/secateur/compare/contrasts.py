@@ -30,8 +30,7 @@ class Contrast:
         source: of what is reported.
         tasks, models: side -> its contenders, on tasks and on language models; empty where it makes no sense there.
         levels: target -> level: targets of one level are compared with each other.
-        budget: what the contrast needs to be fair, in place of the study's ``epochs``: ``total`` where the sides differ
-            in how often they train.
+        budget: what ``epochs`` are of: ``total``, all training that a contender asks for, or ``run``, one training run.
         note: what to know of how the sides are matched.
     """
 
@@ -44,7 +43,7 @@ class Contrast:
     models: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     levels: Mapping[str, str] = field(default_factory=dict)
     model_levels: Mapping[str, str] = field(default_factory=dict)
-    budget: str = "epochs"
+    budget: str = "total"
     note: str = ""
 
     def sides(self, kind: str) -> dict[str, list[dict[str, Any]]]:
@@ -86,13 +85,9 @@ _CONTRASTS = (
         "Mao et al., Exploring the granularity of sparsity, arXiv 1705.08922",
         ("unstructured", "semi-structured", "structured"),
         tasks={
-            "unstructured": [{"method": "magnitude-finetune", "targets": ["0.5", "0.75"], **_FINE}],
-            "semi-structured": [
-                {"method": "magnitude-finetune", "allocation": "uniform", "targets": ["2:4", "1:4"], **_FINE}
-            ],
-            "structured": [
-                {"method": "l1-norm", "recovery": "finetune", "targets": ["flops 50%", "flops 75%"], **_FINE}
-            ],
+            "unstructured": [{"method": "magnitude-finetune", "targets": ["0.5", "0.75"]}],
+            "semi-structured": [{"method": "magnitude-finetune", "allocation": "uniform", "targets": ["2:4", "1:4"]}],
+            "structured": [{"method": "l1-norm", "recovery": "finetune", "targets": ["flops 50%", "flops 75%"]}],
         },
         models={
             "unstructured": [{"method": "sparsegpt", "targets": ["0.5"]}, {"method": "wanda", "targets": ["0.5"]}],
@@ -117,10 +112,10 @@ _CONTRASTS = (
         ("iterative", "one-shot"),
         tasks={
             "one-shot": [{"method": "magnitude-finetune", "knobs": {"recovery": {"length": 2.0}}}],
-            "iterative": [{"method": "iterative-magnitude", "steps": 4, "knobs": {"recovery": {"length": 0.5}}}],
+            "iterative": [{"method": "iterative-magnitude", "steps": 4}],
         },
         levels=_HIGH,
-        note="Both train as long: twice the dense run after it, at once or in four rounds.",
+        note="Both train as long: a third of the epochs before the cut, two thirds after one cut or in four rounds.",
     ),
     Contrast(
         "data-free-vs-data-driven",
@@ -150,7 +145,6 @@ _CONTRASTS = (
             "pre-trained": [{"method": "magnitude-finetune"}],
         },
         levels=_HIGH,
-        budget="total",
         note="All train as many epochs in all; magnitude spends two thirds of them on the dense model.",
     ),
     Contrast(
@@ -183,6 +177,7 @@ _CONTRASTS = (
             ],
         },
         levels={"0.9": "90 % of the weights", "0.95": "95 % of the weights", "flops 50%": "half of the FLOPs"},
+        budget="run",
         note="scratch-E trains as many epochs as fine-tuning does, scratch-B as many FLOPs as the dense run, at most "
         "twice the epochs.",
     ),
@@ -197,7 +192,8 @@ _CONTRASTS = (
             "reinitialized": [{"method": "lth-rewind", "steps": 4, "recovery": "scratch"}],
         },
         levels=_HIGH,
-        note="Four rounds of magnitude, each trained as long as the dense run, from early weights or from new ones.",
+        note="Four rounds of magnitude, each trained as long as the dense run, from early weights or from new ones, "
+        "under one budget of epochs.",
     ),
     Contrast(
         "original-vs-transferred",
@@ -279,7 +275,7 @@ def study_of(
 
     Args:
         kind, subject, options: ``task`` or ``model``, its name, and the sizes of a ready task.
-        epochs: of a training run, or of all of them where the contrast shares out one budget.
+        epochs: of all training that a contender asks for; of one run where the contrast is about that.
         other: the task that masks come from, for original-vs-transferred: ``{"task": NAME, ...sizes}``.
         targets: those of the contrast's that are wanted.
         more: further fields of the study.
