@@ -22,7 +22,13 @@ def main() -> None:
     from secateur.compare.statistics import mean
 
     found = load(args.study)
-    factor, digits = (100.0, 1) if args.percent else (1.0, 2)
+    factor, top = (100.0, 100.0) if args.percent else (1.0, float("inf"))
+
+    def shown(x: float) -> str:
+        if args.percent:
+            return f"{x:.1f}"
+        return f"{x:.2f}" if x < 100 else f"{x:.0f}" if x < 1e5 else f"{x:.0e}".replace("e+0", "e")
+
     grid = tables(found.rows)
     best = {(x.subject, x.target): x for x in leaders(found.rows)}
     for subject in found.study.subjects:
@@ -38,15 +44,15 @@ def main() -> None:
                     line.append("failed" if cell is not None and cell.failures else "–")
                     continue
                 e = mean(scores, scale=cell.scale)
-                text = f"{factor * e.value:.{digits}f}"
-                if e.low is not None and e.high is not None:
-                    text += f" [{factor * e.low:.{digits}f}, {factor * e.high:.{digits}f}]"
+                text = shown(factor * e.value)
+                if e.low is not None and e.high is not None and e.low != e.high:
+                    text += f" [{shown(max(0.0, factor * e.low))}, {shown(min(top, factor * e.high))}]"
                 first = best.get((subject.name, target))
                 text = f"**{text}**" if first is not None and contender.label in first.members else text
                 line.append(text + (f" ({cell.failures} failed)" if cell.failures else ""))
             lines.append(line)
         metric = next((r.metric for r in found.rows if r.subject == subject.name and r.metric), "score")
-        print(f"{subject.name}: {metric}, dense {factor * sum(dense) / max(1, len(dense)):.{digits}f}\n")
+        print(f"{subject.name}: {metric}, dense {shown(factor * sum(dense) / max(1, len(dense)))}\n")
         print(table([metric, *own], lines))
         print("\nBold: not shown to be worse than the best.\n")
 
