@@ -14,6 +14,7 @@ from secateur.compare.of_tasks import run_task
 from secateur.compare.plan import Run, runs_of
 from secateur.compare.report import answers
 from secateur.compare.study import Study
+from secateur.compare.tables import _cell
 from secateur.errors import StudyError
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -95,3 +96,7 @@ def test_a_contrast_needs_two_sides_and_one_budget() -> None:
     asked = study_of("unstructured-vs-structured", "task", "digits", seeds=1)
     rows = [r.row("done", None, {"metric": "accuracy", "test": 0.5}) for r in runs_of(asked) if r.target in ("", "0.5")]
     assert answers(Comparison(asked, rows, 1, [])) == [], "the other sides have no runs yet"
+
+
+def test_a_lost_model_fits_into_the_table() -> None:
+    assert _cell([1e304, 1e304]) == "1e+304" and _cell([23.456, 23.458]) == "23.46 ±0.00"
