@@ -71,3 +71,11 @@ def test_contrasts_are_listed() -> None:
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(SecateurError, match=message):
         runner.invoke(app, words, catch_exceptions=False, standalone_mode=False)
+
+
+def test_what_a_study_file_says_is_not_said_again(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("task: digits\nmethods: [magnitude]\ntargets: [0.5]\n", encoding="utf-8")
+    with pytest.raises(SecateurError, match="--seeds is the study's to say: write it into"):
+        runner.invoke(app, ["compare", str(file), "--seeds", "5", "--workers", "1"], catch_exceptions=False)
+    assert not (tmp_path / "study").exists()

@@ -36,7 +36,12 @@ Sizes = Annotated[list[str] | None, typer.Option("--set", help="A size of a read
 Latency = Annotated[bool, typer.Option("--latency", help="Also measure speed, beside the dense model.")]
 
 
+#: Options that do not change what a study is.
+_HOW = {"what", "out", "workers", "threads", "ray", "retry", "as_json"}
+
+
 def compare(
+    ctx: typer.Context,
     what: Annotated[list[str], typer.Argument(help="A study file (YAML), or tasks and language models.")],
     methods: Annotated[
         str | None, typer.Option("--methods", "-m", help="magnitude,wanda,wanda[allocation=owl],gmp[driver.every=10]")
@@ -70,6 +75,10 @@ def compare(
     from .compare import Study
 
     if len(what) == 1 and what[0].endswith((".yaml", ".yml")):
+        for option in ctx.command.params:
+            source = ctx.get_parameter_source(option.name or "")
+            if option.name not in _HOW and source is not None and source.name == "COMMANDLINE":
+                raise RecipeError(f"{option.opts[0]} is the study's to say: write it into {what[0]}")
         study = Study.load(_there(Path(what[0])))
         out = out or Path(what[0]).with_suffix("")
     else:

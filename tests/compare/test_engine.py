@@ -18,7 +18,7 @@ from secateur.compare import compare, load, read_rows
 from secateur.compare.plan import runs_of
 from secateur.compare.store import Store
 from secateur.compare.study import Study
-from secateur.errors import OutputError, StudyError
+from secateur.errors import OutputError, StudyError, UnknownName
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -87,6 +87,7 @@ def test_a_worker_that_dies_takes_one_run_with_it(tmp_path: Path) -> None:
     assert {r.seed for r in made.rows if not r.done} == {1}
     assert all("signal 9" in (r.reason or "") for r in made.rows if not r.done)
     assert all(r.done for r in made.rows if r.seed == 0)
+    assert [p.name for p in (tmp_path / "s" / "work").iterdir()] == ["workers.log"], "a reason may point to it"
 
 
 def test_a_run_over_its_budget_of_time_is_stopped(tmp_path: Path) -> None:
@@ -209,6 +210,37 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(tmp_path: Path) ->
     starts = store.starts()
     assert timeless(load(tmp_path / "s").rows) == timeless(alone.rows)
     assert len(starts) == 20 and sum(starts.values()) <= 20 + killed, "only runs that were under way are begun again"
+
+
+def test_another_engine_at_work_keeps_its_files(tmp_path: Path) -> None:
+    asked = study(methods=["magnitude"], targets=[0.5], seeds=1)
+    made = compare(asked, tmp_path / "s", workers=1, threads=1)
+    assert made.missing == 0
+    store = Store(tmp_path / "s" / "runs.sqlite")
+    others = runs_of(study(methods=["random"], targets=[0.5], seeds=1))
+    store.add(others)
+    assert store.quiet() and store.claim(others, lambda r, s: True) is not None
+    assert not store.quiet()
+    (tmp_path / "s" / "work" / "dense").mkdir(parents=True)
+    compare(asked, tmp_path / "s")
+    assert (tmp_path / "s" / "work" / "dense").is_dir()
+
+
+def test_what_cannot_be_found_is_said_before_any_run(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no model at fashion-resnt.*nor is it a task"):
+        compare({"model": "fashion-resnt", "methods": ["magnitude"], "targets": [0.5]}, tmp_path / "a")
+    with pytest.raises(StudyError, match="nothing named 'clowds'"):
+        compare(study("clowds"), tmp_path / "b")
+    with pytest.raises(UnknownName, match="contrast named 'one-shot'|'one-shot'"):
+        compare(study(contrast="one-shot"), tmp_path / "c")
+
+
+def test_trouble_of_the_store_is_one_sentence(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r.sqlite")
+    store._db.execute("pragma max_page_count = 1")
+    with pytest.raises(OutputError, match="full; what has been run is kept"):
+        store.add(runs_of(study()))
+    assert not store._db.in_transaction
 
 
 def test_where_it_may_not_write(tmp_path: Path) -> None:

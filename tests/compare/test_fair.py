@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
+from secateur.compare.contrasts import study_of
+from secateur.compare.engine import Comparison
+from secateur.compare.execute import execute
 from secateur.compare.of_tasks import run_task
 from secateur.compare.plan import Run, runs_of
+from secateur.compare.report import answers
 from secateur.compare.study import Study
+from secateur.compare.tables import _cell
+from secateur.errors import StudyError
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -66,3 +72,31 @@ def test_the_file_that_masks_come_from_is_in_the_digest(tmp_path: Path) -> None:
     there.write_text(TINY.read_text(encoding="utf-8"), encoding="utf-8")
     after = planned("digits", {"method": "magnitude", "masks": {"task": f"{there}:clouds"}})
     assert [a.digest == b.digest for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def test_a_file_that_was_edited_since_is_refused(tmp_path: Path) -> None:
+    there = other(tmp_path / "b")
+    run = planned(f"{there}:clouds", "magnitude")[0]
+    there.write_text(TINY.read_text(encoding="utf-8"), encoding="utf-8")
+    outcome = execute(run.digest, run.spec, tmp_path / "work")
+    assert outcome.status == "failed" and "is not what it was when the study began" in (outcome.reason or "")
+
+
+def test_nothing_is_calibrated_on_the_held_out_text() -> None:
+    asked = {"model": "demo", "targets": [0.5], "data": "text:evaluation"}
+    with pytest.raises(StudyError, match="calibration text and the held-out text are the same"):
+        runs_of(Study.of({**asked, "methods": ["wanda"]}))
+    assert runs_of(Study.of({**asked, "methods": ["magnitude"]}))
+
+
+def test_a_contrast_needs_two_sides_and_one_budget() -> None:
+    with pytest.raises(StudyError, match="no two sides at 0.5"):
+        study_of("unstructured-vs-structured", "task", "digits", targets=["0.5"])
+    assert study_of("initialized-vs-pretrained", "task", "digits").budget.total_epochs == 5.0
+    asked = study_of("unstructured-vs-structured", "task", "digits", seeds=1)
+    rows = [r.row("done", None, {"metric": "accuracy", "test": 0.5}) for r in runs_of(asked) if r.target in ("", "0.5")]
+    assert answers(Comparison(asked, rows, 1, [])) == [], "the other sides have no runs yet"
+
+
+def test_a_lost_model_fits_into_the_table() -> None:
+    assert _cell([1e304, 1e304]) == "1e+304" and _cell([23.456, 23.458]) == "23.46 ±0.00"

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import StudyError, UnknownName
+from ..tasks import find
 from .answers import Answer, Side, Statement, answer
 from .rows import Row
 from .study import Study
@@ -61,6 +62,11 @@ class Contrast:
     def levels_of(self, kind: str) -> Mapping[str, str]:
         """Target -> level, on tasks or on language models."""
         return self.model_levels if kind == "model" and self.model_levels else self.levels
+
+    def meet(self, rows: Iterable[Row], kind: str) -> int:
+        """How many of its sides have runs."""
+        there = {row.label for row in rows if row.kind == kind and row.target in self.levels_of(kind)}
+        return sum(not there.isdisjoint(labels) for labels in self.labels(kind).values())
 
     def answer(self, rows: Iterable[Row], kind: str) -> Answer:
         """What runs say to it."""
@@ -297,7 +303,14 @@ def study_of(
             raise StudyError(f"contrast '{name}' has no target {strange[0]}; its targets: {', '.join(levels)}")
         wanted = [t for t in wanted if t in targets]
         methods = [{**c, "targets": [t for t in c["targets"] if t in wanted]} if "targets" in c else c for c in methods]
+        met = [s for s, given in sides.items() if any(set(c.get("targets", wanted)) & set(wanted) for c in given)]
+        if len(met) < 2:
+            raise StudyError(
+                f"contrast '{name}' has no two sides at {', '.join(targets)}: {', '.join(levels)} are its own"
+            )
     budget = dict(more.pop("budget", None) or {})
+    if epochs is None and asked.budget == "total" and kind == "task" and not budget.keys() & {"epochs", "total_epochs"}:
+        epochs = float(find(subject, **(options or {})).epochs)  # of all training: as long as the task's own
     if epochs is not None:
         budget["total_epochs" if asked.budget == "total" else "epochs"] = epochs
     what = {"task": subject, "options": dict(options or {})} if kind == "task" else subject

@@ -11,8 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, StudyError
+from ..errors import ModelError, OutputError, SecateurError, StudyError
+from ..frozen import thawed
+from ..models import resolve
 from ..record import dumps
+from ..tasks import find
+from .contrasts import contrast
 from .execute import Outcome
 from .local import Executor, Local
 from .plan import Left, Run, chosen_knobs, left_out, runs_of
@@ -93,18 +97,50 @@ def compare(
         if retry:
             store.retry(r.digest for r in runs)
         if any(status in ("pending", "running") for status in _states(store, runs)):
+            _there(asked)
             runner = _executor(target, workers, threads, ray)
             _work(asked, store, runner, target, progress or (lambda _: None))
     finally:
         if runner is not None:
             runner.close()
         store.release()
-        found = _collect(asked, store)
+        found, quiet = _collect(asked, store), store.quiet()
         store.close()
         write_rows(target / "rows.jsonl", found.rows)
-    if not found.missing:
-        shutil.rmtree(target / "work", ignore_errors=True)
+    if not found.missing and quiet:
+        _tidy(target / "work", keep_log=any(not row.done for row in found.rows))
     return found
+
+
+def _there(study: Study) -> None:
+    """Find what is pruned before any run is made; the demo model is converted here, and not by every worker."""
+    sources = [(s.kind, s.source, dict(s.options)) for s in study.subjects]
+    given = [thawed(c.masks) for c in study.contenders if c.masks]
+    sources += [("task", m["task"], {k: v for k, v in m.items() if k != "task"}) for m in given]
+    for kind, source, options in sources:
+        try:
+            if kind == "task":
+                find(source, **options)
+            else:
+                resolve(source)
+        except ModelError as error:
+            raise StudyError(f"{error}; nor is it a task (secateur tasks)" if kind == "model" else str(error)) from None
+        except SecateurError:
+            raise
+        except Exception as error:  # of the user's file
+            said = str(error).strip().splitlines()
+            raise StudyError(f"{source} cannot be read: {type(error).__name__}: {said[0] if said else ''}") from error
+
+
+def _tidy(work: Path, keep_log: bool) -> None:
+    """Remove what runs shared; failures may point to the log."""
+    for path in work.iterdir() if work.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif not keep_log:
+            path.unlink(missing_ok=True)
+    if not keep_log:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def load(path: str | Path) -> Comparison:
@@ -226,13 +262,16 @@ def _study(given: Study | Mapping[str, Any] | str | Path) -> Study:
 
     load_methods()
     if isinstance(given, Study):
-        return given
-    if isinstance(given, Mapping):
-        return Study.of(given)
-    path = Path(given)
-    if not path.is_file():
+        asked = given
+    elif isinstance(given, Mapping):
+        asked = Study.of(given)
+    elif not (path := Path(given)).is_file():
         raise StudyError(f"there is no study file {path}")
-    return Study.load(path)
+    else:
+        asked = Study.load(path)
+    if asked.contrast is not None:
+        contrast(asked.contrast)
+    return asked
 
 
 def _beside(study: Any) -> Path:
@@ -244,7 +283,7 @@ def _beside(study: Any) -> Path:
 def _keep_protocol(study: Study, target: Path) -> None:
     """Write what was asked beside the runs; a directory that holds something else is refused."""
     file = target / "study.yaml"
-    if not file.exists() and any(target.iterdir()):
+    if not file.exists() and any(not p.name.startswith(".study.") for p in target.iterdir()):
         raise OutputError(f"{target} exists, and is not the directory of a study: choose another --out")
     part = target / f".study.{os.getpid()}.tmp"
     part.write_text(study.dump(), encoding="utf-8")

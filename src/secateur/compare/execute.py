@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import SecateurError
+from ..errors import SecateurError, StudyError
 from .of_models import run_model
 from .of_tasks import run_task
+from .plan import code_digest
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def execute(digest: str, spec: Mapping[str, Any], work: Path) -> Outcome:
     begun = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     try:
+        _unchanged(spec)
         made = {"task": run_task, "model": run_model}[spec["kind"]]
         result, record = made(spec, work, digest)
     except SecateurError as error:
@@ -43,6 +45,14 @@ def execute(digest: str, spec: Mapping[str, Any], work: Path) -> Outcome:
         return Outcome(digest, "failed", reason, seconds=time.perf_counter() - begun)
     seconds = time.perf_counter() - begun
     return Outcome(digest, "done", None, finite(result), finite(record), seconds)
+
+
+def _unchanged(spec: Mapping[str, Any]) -> None:
+    """Refuse files of code that are not those which the run is named by: edited since, or others on this machine."""
+    masks = spec["masks"] or {}
+    for source, code in ((spec["source"], spec["code"]), (masks.get("task", ""), spec.get("masks_code"))):
+        if code is not None and code_digest(source) != code:
+            raise StudyError(f"{source.rpartition(':')[0]} is not what it was when the study began: start it again")
 
 
 def finite(value: Any) -> Any:

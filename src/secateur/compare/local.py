@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -67,7 +69,7 @@ class Local:
             assert worker.process.stdout is not None
             os.set_blocking(worker.process.stdout.fileno(), False)
             self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-        worker.digest, worker.begun = digest, time.perf_counter()
+        worker.digest, worker.begun = digest, math.inf
         worker.limit = spec["budget"].get("seconds")
         assert worker.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it is dead: `wait` says so
@@ -90,9 +92,12 @@ class Local:
         if chunk:
             worker.text += chunk
             *lines, worker.text = worker.text.split(b"\n")
-            if lines:
+            found = [json.loads(line) for line in lines]
+            if {} in found:
+                worker.begun = time.perf_counter()
+            if any(found):
                 worker.digest = None
-            return [Outcome(**json.loads(line)) for line in lines]
+            return [Outcome(**said) for said in found if said]
         if chunk is None:
             return []
         code = worker.process.wait()
@@ -102,7 +107,7 @@ class Local:
         return [lost] if lost.digest else []
 
     def _lost(self, worker: _Worker, reason: str) -> Outcome:
-        digest, seconds = worker.digest or "", time.perf_counter() - worker.begun
+        digest, seconds = worker.digest or "", max(0.0, time.perf_counter() - worker.begun)
         assert worker.process.stdout is not None
         self._selector.unregister(worker.process.stdout)
         self._workers.remove(worker)
@@ -118,7 +123,9 @@ class Local:
 
 
 def _end(worker: _Worker) -> None:
-    worker.process.kill()
+    if worker.process.poll() is None:  # its number is its own until it has been waited for
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.process.pid, signal.SIGKILL)  # it leads a session: what it started goes with it
     worker.process.wait()
     for stream in (worker.process.stdin, worker.process.stdout):
         if stream is not None:

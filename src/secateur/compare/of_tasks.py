@@ -21,10 +21,9 @@ from ..recipe import Recipe
 from ..registry import get
 from ..tasks import Task, find
 from ..tasks.base import accuracy, by_class
-from ..when import train
 from ..when.course import settled
 from ..when.result import Trained
-from ..when.train import recipe_and_moment
+from ..when.train import recipe_and_moment, train
 from .measured import sizes, speed, surroundings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,21 +67,30 @@ class Cluster:
         self.slots = max(1, min(room, workers or room))
         self._work, self._threads = str(work.absolute()), threads
         self._call = ray.remote(num_cpus=threads, max_retries=0)(_remote)
-        self._flying: dict[Any, tuple[str, Any]] = {}
+        self._flying: dict[Any, tuple[str, float, float | None]] = {}
 
     def start(self, digest: str, spec: Mapping[str, Any]) -> None:
         job = json.dumps({"digest": digest, "spec": dict(spec)})
-        self._flying[self._call.remote(job, self._work, self._threads)] = (digest, spec)
+        self._flying[self._call.remote(job, self._work, self._threads)] = (
+            digest, time.perf_counter(), spec["budget"].get("seconds"),
+        )  # fmt: skip
 
     def wait(self, seconds: float) -> list[Outcome]:
         ready, _ = self._ray.wait(list(self._flying), num_returns=1, timeout=seconds)
         found = []
         for reference in ready:
-            digest, _ = self._flying.pop(reference)
+            digest, *_ = self._flying.pop(reference)
             try:
                 found.append(Outcome(**json.loads(self._ray.get(reference))))
             except self._ray.exceptions.RayError as error:
                 found.append(Outcome(digest, "failed", f"the cluster lost it: {str(error).strip().splitlines()[0]}"))
+        now = time.perf_counter()
+        for reference, (digest, begun, limit) in list(self._flying.items()):
+            if limit is not None and now - begun > limit:
+                self._ray.cancel(reference, force=True)
+                del self._flying[reference]
+                reason = f"it took longer than its budget of {limit:g} s"
+                found.append(Outcome(digest, "failed", reason, seconds=now - begun))
         return found
 
     def close(self) -> None:

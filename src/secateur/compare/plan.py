@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import read_text
+from ..errors import StudyError
 from ..frozen import plain, thawed
 from ..recipe import Recipe
 from .rows import Row
@@ -157,6 +158,14 @@ def _after(run: Run, first: Mapping[tuple[str, int], str]) -> Run:
     return replace(run, after=first.get((run.subject, run.seed)))
 
 
+def code_digest(source: str) -> str | None:
+    """Of the file of a task, ``FILE.py:NAME``; None where it is in no file."""
+    path, colon, _ = source.rpartition(":")
+    if not (colon and path.endswith(".py") and Path(path).is_file()):
+        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 class _Facts:
     """Digests of files, each read once."""
 
@@ -164,14 +173,11 @@ class _Facts:
         self.known: dict[str, str] = {}
 
     def code(self, source: str) -> str | None:
-        path, colon, _ = source.rpartition(":")
-        return self._of(Path(path)) if colon and path.endswith(".py") and Path(path).is_file() else None
-
-    def _of(self, path: Path) -> str:
-        key = str(path)
-        if key not in self.known:
-            self.known[key] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        return self.known[key]
+        if ".py:" not in source:
+            return None
+        if source not in self.known:
+            self.known[source] = code_digest(source) or ""
+        return self.known[source] or None
 
     def text(self, source: str) -> dict[str, str]:
         if source not in self.known:
@@ -206,6 +212,9 @@ class _Facts:
             spec["masks_code"] = code
         if subject.kind == "model":
             spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
+            if recipe is not None and recipe.needs_data and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:
+                both = f"{study.data} and {study.evaluation}"
+                raise StudyError(f"the calibration text and the held-out text are the same ({both}): give two texts")
         decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": recipe and recipe.steps}
         text = json.dumps(plain(decides), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:20]

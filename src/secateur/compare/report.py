@@ -20,12 +20,13 @@ def write_report(found: Comparison, path: str | Path) -> Path:
 
 
 def answers(found: Comparison) -> list[Answer]:
-    """What a study says to the contrast that it was made for; nothing where it was made for none, or has no runs."""
+    """What a study says to the contrast that it was made for; nothing where it was made for none, or no two sides
+    have runs."""
     if found.study.contrast is None:
         return []
     asked = contrast(found.study.contrast)
     kinds = dict.fromkeys(s.kind for s in found.study.subjects)
-    return [asked.answer(found.rows, kind) for kind in kinds if any(r.kind == kind and not r.dense for r in found.rows)]
+    return [asked.answer(found.rows, kind) for kind in kinds if asked.meet(found.rows, kind) > 1]
 
 
 def sayings(found: Comparison) -> list[str]:

@@ -40,6 +40,8 @@ def table(study: Study, rows: Sequence[Row], missing: int = 0) -> str:
 
 def _cell(scores: Sequence[float]) -> str:
     mean = statistics.mean(scores)
+    if abs(mean) >= 1e6:  # a perplexity of a model that is lost
+        return f"{mean:.2g}"
     digits = 4 if abs(mean) < 2 else max(0, 3 - int(math.log10(abs(mean)))) if mean else 4
     spread = f" ±{(max(scores) - min(scores)) / 2:.{digits}f}" if len(scores) > 1 else ""
     return f"{mean:.{digits}f}{spread}"

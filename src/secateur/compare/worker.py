@@ -1,4 +1,5 @@
-"""A process that makes runs: a description a line on standard input, an outcome a line on what was standard output."""
+"""A process that makes runs: a description a line on standard input, on what was standard output an empty
+line of JSON when it begins, and its outcome when it has ended."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ def main() -> None:
     load()
     while True:
         job = asked.get()
+        answers.write("{}\n")  # it begins: the time before this is not the run's
+        answers.flush()
         outcome = execute(job["digest"], job["spec"], work)
         answers.write(json.dumps(asdict(outcome)) + "\n")
         answers.flush()
