@@ -157,9 +157,12 @@ def load(path: str | Path) -> Comparison:
     if (folder / "runs.sqlite").is_file():
         store = Store(folder / "runs.sqlite")
         try:
-            return _collect(study, store)
+            found = _collect(study, store)
         finally:
             store.close()
+        # Read elsewhere than it was run, the files that it names may be others; what it found stays what it found.
+        if found.rows or not (folder / "rows.jsonl").is_file():
+            return found
     if not (folder / "rows.jsonl").is_file():
         raise StudyError(f"{folder} has no runs: secateur compare {file} makes them")
     rows = read_rows(folder / "rows.jsonl")

@@ -14,11 +14,14 @@ from ..data import read_text
 from ..errors import StudyError
 from ..frozen import plain, thawed
 from ..recipe import Recipe
+from ..when.train import rounds_of
 from .rows import Row
 from .study import NOT_ASKED, Contender, Study, Subject, axes_of, structured
 
 #: Counts up when the same description would give other figures than before.
 PROTOCOL = 1
+#: Bytes at both ends of a file of weights that its digest is of.
+_ENDS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,23 @@ class _Facts:
             self.known[source] = code_digest(source) or ""
         return self.known[source] or None
 
+    def weights(self, source: str) -> str | None:
+        """Of a model directory: sizes, beginnings and ends of its files; None of a name that stands for one model."""
+        folder = Path(source)
+        if not folder.is_dir():
+            return None
+        if f"weights {source}" not in self.known:
+            total = hashlib.sha256()
+            for file in sorted(folder.glob("*.safetensors")):
+                with file.open("rb") as stream:
+                    size = stream.seek(0, 2)
+                    stream.seek(0)
+                    total.update(f"{file.name} {size}".encode() + stream.read(_ENDS))
+                    stream.seek(max(0, size - _ENDS))
+                    total.update(stream.read(_ENDS))
+            self.known[f"weights {source}"] = total.hexdigest()[:16]
+        return self.known[f"weights {source}"]
+
     def text(self, source: str) -> dict[str, str]:
         if source not in self.known:
             self.known[source] = hashlib.sha256(read_text(source).encode()).hexdigest()[:16]
@@ -192,6 +212,8 @@ class _Facts:
         if contender is not None:
             own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
             recipe = contender.recipe(**own)
+            if subject.kind == "task" and "steps" not in contender.axes:  # a fifth a round: so many as the target takes
+                recipe = recipe.override(steps=rounds_of(Recipe.of(contender.method), recipe))
         matters = _seed_matters(subject, recipe)
         drawn = seed if matters else 0
         recipe = None if recipe is None else recipe.override(seed=drawn)
@@ -210,6 +232,8 @@ class _Facts:
         }  # fmt: skip
         if masks is not None and (code := self.code(masks["task"])) is not None:
             spec["masks_code"] = code
+        if subject.kind == "model" and (weights := self.weights(subject.source)) is not None:
+            spec["weights"] = weights
         if subject.kind == "model":
             spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
             if recipe is not None and recipe.needs_data and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:

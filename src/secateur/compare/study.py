@@ -157,6 +157,8 @@ class Study:
             twice = next((n for k, n in enumerate(names) if n in names[:k]), None)
             if twice is not None:
                 raise StudyError(f"{what} {twice!r} is there twice: name each once")
+        if wrong := [c.when for c in self.contenders if c.when not in (None, "before", "during", "after")]:
+            raise StudyError(f"when is before, during or after, not {wrong[0]!r}")
         if any(c.label == "dense" for c in self.contenders):
             raise StudyError("'dense' is the baseline, which every study has: name no method so")
         for text in self.targets:
@@ -353,7 +355,11 @@ def _list(data: Mapping[str, Any], key: str) -> list[Any]:
 def _target(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise StudyError(f"a target is written 0.9, 2:4 or 'flops 50%', not {value!r}")
-    return value.strip() if isinstance(value, str) else f"{value:g}"
+    text = value.strip() if isinstance(value, str) else f"{value:g}"
+    try:
+        return f"{float(text):g}"  # 0.50 is 0.5
+    except ValueError:
+        return text
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

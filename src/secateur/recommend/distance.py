@@ -17,6 +17,8 @@ _KINDS = {
     frozenset(("cnn", "vit")): 1.0,
 }  # fmt: skip
 FAR = 1.5
+#: How alike recipes of one method must be to count as that method: other knobs or rounds, not another recovery.
+NEARLY = 0.9
 
 
 def relevance(situation: Situation, cell: Cell) -> float:
@@ -80,7 +82,6 @@ def likeness(one: Profile, other: Profile) -> float:
 
 
 def same(one: Candidate, other: Candidate) -> bool:
-    """Whether runs of one are runs of the other: the method of one name, or recipes that agree on every axis."""
-    if one.recipe.method == other.recipe.method != "custom":
-        return True
-    return likeness(one.profile, other.profile) > 1 - 1e-9
+    """Whether runs of one are runs of the other: recipes that agree on every axis; of one method, on nearly all."""
+    named = one.recipe.method == other.recipe.method != "custom"
+    return likeness(one.profile, other.profile) > (NEARLY if named else 1 - 1e-9)

@@ -119,6 +119,21 @@ def train(
     return result
 
 
+def rounds_of(base: Recipe, recipe: Recipe) -> int:
+    """How many rounds a recipe of a method takes: of what a round of the method leaves, so many as its target wants.
+
+    >>> base = Recipe.of("iterative-magnitude")
+    >>> [rounds_of(base, base.override(sparsity=s)) for s in (0.2, 0.9, 0.98)]
+    [1, 11, 18]
+    """
+    if not (trains(recipe) and recipe.schedule == "geometric" and base.steps > 1):
+        return recipe.steps
+    if recipe.sparsity == 0:
+        return 1
+    share = (1 - base.sparsity) ** (1 / base.steps)
+    return max(1, math.ceil(math.log(1 - recipe.sparsity) / math.log(share) - 1e-6))
+
+
 def recipe_and_moment(
     method: str | Recipe | None, axes: dict[str, Any], masks: Any, when: str | None
 ) -> tuple[Recipe, str]:  # fmt: skip
@@ -135,10 +150,8 @@ def recipe_and_moment(
         base, recipe = method, method.override(**axes)
     else:
         base, recipe = Recipe.of(method), Recipe.of(method, **axes)
-    if trains(recipe) and recipe.schedule == "geometric" and base.steps > 1 and axes.get("steps") is None:
-        share = (1 - base.sparsity) ** (1 / base.steps)  # what a round leaves: another target takes more rounds of it
-        rounds = math.ceil(math.log(1 - recipe.sparsity) / math.log(share) - 1e-6) if recipe.sparsity > 0 else 1
-        recipe = recipe.override(steps=max(1, rounds))
+    if axes.get("steps") is None:
+        recipe = recipe.override(steps=rounds_of(base, recipe))
     named = parts("method").get(recipe.method)
     own = named.facts["when"] if named is not None else "after"
     asked = early(recipe) or (settled(recipe) and recipe.learns)
