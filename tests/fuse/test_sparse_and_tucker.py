@@ -45,7 +45,7 @@ def planted(o: int, i: int, seed: int) -> Tensor:
 def test_no_worse_than_either_alone_at_equal_bytes(o: int, i: int, keep: float, bits: bool, seed: int) -> None:
     w, x = planted(o, i, seed), drawn(3 * i, i, seed=seed + 9) @ drawn(i, i, seed=seed + 8)
     gram, budget, mask = x.T @ x, keep * o * i, o * i / 32 if bits else 0.0
-    made = low_rank_sparse(w, gram, budget, mask)
+    made = low_rank_sparse(w, gram, budget, mask, iterations=4)
     nonzeros, ranks = int(made.facts.get("nonzeros", 0)), made.facts.get("ranks", [0])
     size = ranks[0] * (o + i) + nonzeros + (mask if nonzeros else 0)
     assert budget - (o + i if not nonzeros else 1) < size <= budget
@@ -90,11 +90,13 @@ def test_exact_counts_on_a_constant_matrix() -> None:
 def test_model_with_sparse_terms_and_its_files(quantity: str, tmp_path: Path) -> None:
     def net() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(4, 12, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 25, 24))
+        return nn.Sequential(nn.Conv2d(4, 12, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 9, 24))
 
-    model, x = net(), torch.randn(9, 4, 5, 5)
+    model, x = net(), torch.randn(60, 4, 5, 5)
+    with torch.no_grad():
+        model[3].weight.copy_(planted(24, 108, 0))  # type: ignore[union-attr]
     before = model(x)
-    made = secateur.decompose(model, "low-rank+sparse", target=f"{quantity} 50%", data=x)
+    made = secateur.decompose(model, "low-rank+sparse", target=f"{quantity} 50%", data=x, iterations=3, shares=(0.5,))
     assert {r.kind for r in made.records} <= {"low-rank+sparse", "sparse", "low-rank"}
     assert any(r.kind == "low-rank+sparse" for r in made.records)
     goal = made.run["before"][quantity] / 2

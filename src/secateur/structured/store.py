@@ -60,9 +60,9 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
         save_file(state, part / _WEIGHTS)
         record["tied"] = aliases
         record["sha256"] = digest(part / _WEIGHTS)
-        if (record.get(BEFORE) or record.get(AFTER)) and hasattr(config := getattr(model, "config", None), "to_dict"):
+        config: Any = copy.deepcopy(getattr(model, "config", None))
+        if (record.get(BEFORE) or record.get(AFTER)) and hasattr(config, "to_dict"):
             record["dtype"] = str(next(model.parameters()).dtype)[6:]
-            config = copy.deepcopy(config)
             config.architectures = [type(model).__name__]
             config.save_pretrained(
                 part / _CONFIG
