@@ -7,6 +7,7 @@ from .compression import compress
 from .directory import plan, prune_directory
 from .errors import SecateurError
 from .files import load, save
+from .fuse import Decomposed, decompose
 from .masks import Masks
 from .methods import all_methods as list_methods
 from .methods import explain
@@ -25,6 +26,7 @@ _register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decomposed",
     "Found",
     "Masks",
     "Pruned",
@@ -39,6 +41,7 @@ __all__ = [
     "attach",
     "compare",
     "compress",
+    "decompose",
     "dhp",
     "explain",
     "list_methods",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from . import cli_compare, cli_measure, cli_recommend, cli_search, cli_train, registry
 from .data import CALIBRATION
-from .errors import SecateurError
+from .errors import RecipeError, SecateurError
+from .fuse.decompose import methods as decompositions
 from .granularity import parse
 from .methods import all_methods, explain, load
 from .options import (
@@ -47,6 +48,7 @@ from .options import (
     Steps,
     Windows,
     axes_of,
+    pairs,
     read_recipe,
 )
 from .printing import compared, summary
@@ -111,6 +113,9 @@ def prune(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
             epochs=epochs, when="after", device=device, target=target, multiple=multiple,
         )  # fmt: skip
+    if method in decompositions():
+        with interruptible(f"stopped: {out} was not written"):
+            return _decompose(model, method, out, axes, knobs, target, data, windows, length, force, as_json)
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
     if parse(recipe.granularity).coupled:
@@ -186,6 +191,31 @@ def _prune_coupled(
         f"latency     {times[0] * 1e3:.1f} ms to {times[1] * 1e3:.1f} ms: {times[0] / times[1]:.2f} times as fast here"
     )
     out_console.print(f"model   {escape(str(out))}", soft_wrap=True)
+
+
+def _decompose(
+    model: str,
+    method: str,
+    out: Path,
+    axes: Mapping[str, Any],
+    knobs: list[str] | None,
+    target: str | None,
+    data: str,
+    windows: int,
+    length: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from .fuse.command import decompose_source
+
+    taken = ("sparsity", "allocation", "only", "skip")
+    if others := sorted(k for k, v in axes.items() if v and k not in taken):
+        raise RecipeError(f"'{method}' replaces layers by smaller ones: it has no --{others[0]}")
+    made = decompose_source(
+        model, method, out, {k: v for k, v in axes.items() if k in taken and v}, dict(pairs(knobs or [])),
+        target=target, data=data, count=windows, length=length, force=force, command=command(),
+    )  # fmt: skip
+    print(json.dumps(made.run) if as_json else f"{made}\nmodel  {out}")
 
 
 def _evaluator(text: str | None, count: int | None, length: int) -> Callable[[Path], dict[str, Any]] | None:
@@ -273,7 +303,7 @@ def methods(
     out_console.print(table)
     if needs is granularity is family is when is None:
         out_console.print()
-        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery", "search"):
+        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery", "search", "transform"):
             out_console.print(f"[bold]{kind:12}[/] {', '.join(registry.parts(kind))}")
         out_console.print("\nsecateur explain NAME tells more of any of them", style="dim")
 

@@ -23,6 +23,9 @@ class Fact:
 
 FACTS: dict[str, Fact] = {
     "weight": Fact("the weight matrix, (o, i)", "engine"),
+    "stored": Fact("the weight as its layer stores it, (o, i, ...)", "engine"),
+    "budget": Fact("how many values the layer may keep", "engine"),
+    "mask_size": Fact("what a mask of the layer takes, in values", "engine"),
     "score": Fact("the criterion's score, (o, i)", "engine"),
     "keep": Fact("the fraction of the layer that stays", "engine"),
     "granularity": Fact("how the matrix is cut into units", "engine"),

@@ -15,6 +15,7 @@ from ..graph.state import duplicate
 from ..graph.trace import plain_operations, stored_tensors
 from ..graph.units import kind_of
 from ..recipe import Recipe
+from ..surgery.factors import carried
 from ..surgery.program import Program
 from ..surgery.prove import Proof
 from ..surgery.shrink import shrink
@@ -109,7 +110,7 @@ class StructuredPlan:
         args, kwargs = self.example
         with plain_operations(small):
             small(*args, **kwargs)
-        surgery = describe(self)
+        surgery = describe(self) | carried(self.model)
         if stock_config(small, self.sizes, args, kwargs):
             surgery["format"] = "transformers"
         small.secateur_surgery = surgery  # type: ignore[assignment]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,12 +19,14 @@ from ..errors import ModelError
 from ..graph.trace import stored_tensors
 from ..surgery.depth import BLOCKS
 from ..surgery.experts import EXPERTS
+from ..surgery.factors import AFTER, BEFORE, install, pack, unpack
 from ..surgery.pieces import Pieces
+from ..surgery.prove import twin
 from ..surgery.shrink import Mend, shrink
 from ..surgery.tied import shared_heads, untie
 from .exported import other_torch, program_again
 
-_PLAN, _WEIGHTS = "surgery.json", "model.safetensors"
+_PLAN, _WEIGHTS, _CONFIG = "surgery.json", "model.safetensors", "architecture"
 _OVER = 1 << 31
 
 
@@ -33,7 +37,7 @@ def save(model: nn.Module, out: str | Path) -> Path:
     ``from_pretrained`` loads it; ``surgery.json`` says ``"format": "transformers"`` then.
 
     Raises:
-        ModelError: the model was not made by `StructuredPlan.shrink`.
+        ModelError: the model was not made by `StructuredPlan.shrink`, nor by `fuse.decompose`.
         OutputError: ``out`` exists and is not empty.
     """
     surgery = getattr(model, "secateur_surgery", None)
@@ -50,10 +54,19 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
         model.save_pretrained(part)  # type: ignore[operator]
     else:
         state, aliases = _unique(model)
+        record["shapes"] = {n: list(t.shape) for n, t in state.items()}
+        if packed := pack(state, record):
+            record["packed"] = packed
         save_file(state, part / _WEIGHTS)
         record["tied"] = aliases
-        record["shapes"] = {n: list(t.shape) for n, t in state.items()}
         record["sha256"] = digest(part / _WEIGHTS)
+        config: Any = copy.deepcopy(getattr(model, "config", None))
+        if (record.get(BEFORE) or record.get(AFTER)) and hasattr(config, "to_dict"):
+            record["dtype"] = str(next(model.parameters()).dtype)[6:]
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(
+                part / _CONFIG
+            )  # beside it, stock loaders would fill the factors with random numbers
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -79,6 +92,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder} is not a model that secateur saved: {error}") from None
     if stock:
         return _load_stock(folder)
+    if model is None and (folder / _CONFIG / "config.json").is_file():
+        model = _fresh(folder / _CONFIG, record)
     if model is None:
         raise ModelError(f"{folder} needs a fresh model from the factory of the original: load(path, model)")
     if not isinstance(record, dict) or record.get("version") != 1:
@@ -90,7 +105,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ModelError(f"{folder / _PLAN} is damaged: a program has no experts and no blocks")
         model = program_again(record["exported"], model, str(folder / _PLAN))
     removed = [(kind, _check_removed(record, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
-    shape = model
+    shape = _with_factors(model, record, BEFORE, folder)
     try:
         for kind, gone in removed:
             shape = kind.without(shape, gone) if gone else shape
@@ -103,14 +118,23 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{error}{other_torch(record)}") from None
     try:
         state = load_file(folder / _WEIGHTS)
+        unpack(state, record.get("packed", {}))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
-    _check_shapes(record, state, shape, kept, folder)
+    except (ModelError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / _PLAN} does not describe {_WEIGHTS}: {error}") from None
+    if record.get(AFTER):
+        shape = _smaller(shape, kept, mends)
+        _check_shapes(record, state, _with_factors(shape, record, AFTER, folder), {}, folder)
+    else:
+        _check_shapes(record, state, shape, kept, folder)
+    install(model, record.get(BEFORE, {}))
     for kind, gone in removed:
         if gone:
             kind.remove(model, gone)
     untie(model, apart)
     shrink(model, kept, mends)
+    install(model, record.get(AFTER, {}))
     for alias, name in record["tied"].items():
         state[alias] = state[name]
     model.load_state_dict(state, strict=False, assign=False)
@@ -120,11 +144,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         elif name in state:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._buffers[key] = state[name].to(buffer.device)
-    model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256")}  # type: ignore[assignment]
+    model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256", "packed")}  # type: ignore[assignment]
     return model
 
 
 def _load_stock(folder: Path) -> nn.Module:
+    kind, _ = _stock_class(folder)
+    loaded: nn.Module = kind.from_pretrained(folder, use_safetensors=True)
+    return loaded
+
+
+def _stock_class(folder: Path) -> tuple[Any, Any]:
+    """The class of transformers that a config names, and the config."""
     import transformers
 
     try:
@@ -135,8 +166,39 @@ def _load_stock(folder: Path) -> nn.Module:
     kind: Any = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ModelError(f"{folder / 'config.json'} names no model of transformers: {names}")
-    loaded: nn.Module = kind.from_pretrained(folder, use_safetensors=True)  # type: ignore[attr-defined]
-    return loaded
+    return kind, config
+
+
+def _fresh(folder: Path, record: Mapping[str, Any]) -> nn.Module:
+    """A model of the config in ``folder``, in the type of the floats that were saved; its weights are random."""
+    kind, config = _stock_class(folder)
+    dtype = getattr(torch, str(record.get("dtype", "float32")), None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ModelError(f"{folder.parent / _PLAN} is damaged: there are no floats of type {record.get('dtype')}")
+    with torch.random.fork_rng():
+        made: nn.Module = kind._from_config(config, dtype=dtype).eval()
+    return made
+
+
+def _with_factors(model: nn.Module, record: Mapping[str, Any], key: str, folder: Path) -> nn.Module:
+    """A copy that shares the tensors of the layers that are not factored; the model itself where all are not."""
+    layers = record.get(key)
+    if not layers:
+        return model
+    if not isinstance(layers, dict) or not all(isinstance(f, dict) for f in layers.values()):
+        raise ModelError(f"{folder / _PLAN} is damaged: what it says of factored layers is not understood")
+    other = twin(model)
+    try:
+        install(other, layers)
+    except ModelError as error:
+        raise ModelError(f"{folder / _PLAN} does not fit this model: {error}") from None
+    return other
+
+
+def _smaller(model: nn.Module, kept: dict[str, dict[int, Any]], mends: list[Mend]) -> nn.Module:
+    other = twin(model)
+    shrink(other, kept, mends)
+    return other
 
 
 def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

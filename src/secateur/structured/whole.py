@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import ModelError
 from ..graph.state import duplicate
 from ..recipe import Recipe
+from ..surgery.factors import carried
 from ..surgery.pieces import Pieces, member
 from ..surgery.prove import Proof
 from .plan import asked, described, header, proof_line
@@ -72,7 +73,7 @@ class WholePlan:
             raise ModelError(f"no {self.pieces.name} can be taken out: " + "; ".join(self.notes or ["none may go"]))
         small = duplicate(self.model)
         self.pieces.remove(small, self.removed)
-        surgery = self._describe()
+        surgery = self._describe() | carried(self.model)
         if stock_config(small, self._sizes(), *self.example):
             surgery["format"] = "transformers"
         small.secateur_surgery = surgery  # type: ignore[assignment]

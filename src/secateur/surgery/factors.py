@@ -1,0 +1,202 @@
+"""Layers as products and sums of smaller plain layers: how they are built, put in, and replayed from data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+#: What one layer became, as JSON data: ``{"kind": ..., "ranks": [...]}``.
+Facts = Mapping[str, Any]
+
+#: Where a surgery plan lists what layers became: before anything was cut, and after.
+BEFORE, AFTER = "factored", "factored_after"
+
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class PlusSparse(nn.Module):
+    """The sum of a factored layer and of a plain layer most of whose weights are zero."""
+
+    def __init__(self, factored: nn.Module, sparse: nn.Module) -> None:
+        super().__init__()
+        self.factored, self.sparse = factored, sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both, added."""
+        total: Tensor = self.factored(x) + self.sparse(x)
+        return total
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module cannot be factored; None where it can be."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return None
+    if type(module) not in (nn.Linear, *_CONV):
+        return f"a {type(module).__name__}, whose weight other code reads"
+    if int(getattr(module, "groups", 1)) > 1:
+        return "a grouped convolution"
+    return None
+
+
+def factored(module: nn.Module, facts: Facts) -> nn.Module:
+    """An empty layer of that structure in place of a plain one: same device, dtype, mode and geometry.
+
+    ``low-rank`` is a narrow layer followed by a pointwise one. ``tucker`` is pointwise, the kernel between few
+    channels, and pointwise. ``low-rank+sparse`` adds a layer of the full shape to the first.
+
+    >>> factored(nn.Linear(8, 6), {"kind": "low-rank", "ranks": [2]})
+    Sequential(
+      (0): Linear(in_features=8, out_features=2, bias=False)
+      (1): Linear(in_features=2, out_features=6, bias=True)
+    )
+
+    Raises:
+        ModelError: the module is no plain layer, or the ranks are not ranks of it.
+    """
+    if reason := why_not(module):
+        raise ModelError(f"it cannot be factored: {reason}")
+    weight: Any = module.weight
+    linear = not isinstance(module, _CONV)
+    i, o = (int(n) for n in (weight.shape if type(module).__name__ == "Conv1D" else weight.shape[:2][::-1]))
+    ranks = _ranks(facts, o, i if linear else i * weight[0, 0].numel(), o if facts.get("kind") == "tucker" else 0, i)
+    bias = getattr(module, "bias", None) is not None
+
+    def pointwise(a: int, b: int, bias: bool) -> nn.Module:
+        made: nn.Module = nn.Linear(a, b, bias, device="meta") if linear else _like(module, a, b, bias, kernel=False)
+        return made
+
+    def full(a: int, b: int) -> nn.Module:
+        return nn.Linear(a, b, False, device="meta") if linear else _like(module, a, b, False, kernel=True)
+
+    made: nn.Module
+    if facts["kind"] == "tucker":
+        if linear:
+            raise ModelError("Tucker-2 is for convolutions")
+        made = nn.Sequential(
+            pointwise(i, ranks[1], False), full(ranks[1], ranks[0]), pointwise(ranks[0], o, bias)
+        )  # fmt: skip
+    else:
+        made = nn.Sequential(full(i, ranks[0]), pointwise(ranks[0], o, bias))
+        if facts["kind"] == "low-rank+sparse":
+            made = PlusSparse(made, full(i, o))
+    made = made.to_empty(device=weight.device).to(weight.dtype).train(module.training)
+    for parameter in made.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    return made
+
+
+def _ranks(facts: Facts, o: int, i: int, tucker: int, channels: int) -> list[int]:
+    try:
+        ranks = [int(r) for r in facts["ranks"]]
+        known = facts["kind"] in ("low-rank", "low-rank+sparse", "tucker")
+    except (KeyError, TypeError, ValueError):
+        ranks, known = [], False
+    limits = (tucker, channels) if tucker else (min(o, i),)
+    if not known or len(ranks) != len(limits):
+        raise ModelError(f"what it became is not understood: {dict(facts)}")
+    for rank, limit in zip(ranks, limits, strict=True):
+        if not 1 <= rank <= limit:
+            raise ModelError(f"a layer of shape {o} x {i} has no rank {rank}: ranks are 1 to {limit}")
+    return ranks
+
+
+def _like(conv: nn.Module, a: int, b: int, bias: bool, kernel: bool) -> nn.Module:
+    """A convolution of the same dimensions: with the same kernel and geometry, or pointwise."""
+    kind: Any = type(conv)
+    if not kernel:
+        made: nn.Module = kind(a, b, 1, bias=bias, device="meta")
+        return made
+    own: Any = conv
+    made = kind(
+        a, b, own.kernel_size, stride=own.stride, padding=own.padding, dilation=own.dilation,
+        padding_mode=own.padding_mode, bias=bias, device="meta",
+    )  # fmt: skip
+    return made
+
+
+@torch.no_grad()
+def fill(made: nn.Module, tensors: Sequence[Tensor], bias: Tensor | None) -> None:
+    """Give a factored layer its matrices, in the order in which they are applied, and the bias."""
+    layers = [m for m in made.modules() if not list(m.children())]
+    for layer, tensor in zip(layers, tensors, strict=True):
+        weight: Any = layer.weight
+        weight.copy_(tensor.reshape(weight.shape))
+    own = [b for m in layers if (b := getattr(m, "bias", None)) is not None]
+    if bias is not None:
+        own[0].copy_(bias)
+
+
+def put(model: nn.Module, name: str, made: nn.Module) -> None:
+    """Put a module in the place of another."""
+    owner, _, key = name.rpartition(".")
+    setattr(model.get_submodule(owner), key, made)
+
+
+def install(model: nn.Module, layers: Mapping[str, Facts]) -> None:
+    """Replay a decomposition: replace plain layers by empty factored ones, in place.
+
+    Raises:
+        ModelError: a layer is not there, or has no such ranks; earlier ones are replaced by then.
+    """
+    for name, facts in layers.items():
+        if facts.get("kind") == "sparse":
+            continue  # a plain layer with zeros
+        try:
+            made = factored(model.get_submodule(name), facts)
+        except (AttributeError, ModelError) as error:
+            raise ModelError(f"{name} is not the layer that was decomposed: {error}") from None
+        put(model, name, made)
+
+
+def carried(model: nn.Module) -> dict[str, Any]:
+    """The part of a decomposed model's surgery that a plan made on it must repeat first."""
+    surgery = getattr(model, "secateur_surgery", None)
+    return {BEFORE: surgery[BEFORE]} if isinstance(surgery, dict) and surgery.get(BEFORE) else {}
+
+
+def pack(state: dict[str, Tensor], surgery: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Store the sparse terms of a decomposition as their values and a bit for each weight, where that is smaller.
+
+    Args:
+        state: tensors by name; changed in place.
+
+    Returns:
+        The shapes of those that were packed.
+    """
+    shapes: dict[str, list[int]] = {}
+    for key in (BEFORE, AFTER):
+        for path, facts in surgery.get(key, {}).items():
+            name = {"low-rank+sparse": f"{path}.sparse.weight", "sparse": f"{path}.weight"}.get(facts["kind"], "")
+            dense = state.get(name)
+            if dense is None:
+                continue
+            there = dense != 0
+            if int(there.sum()) * dense.element_size() + -(-dense.numel() // 8) < dense.numel() * dense.element_size():
+                shapes[name] = list(dense.shape)
+                bits = np.packbits(there.flatten().cpu().numpy(), bitorder="little")
+                del state[name]
+                state[f"{name}.values"], state[f"{name}.bits"] = dense[there], torch.from_numpy(bits)
+    return shapes
+
+
+def unpack(state: dict[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """The inverse of `pack`, in place.
+
+    Raises:
+        ModelError: the parts of a tensor do not fit each other.
+    """
+    for name, shape in shapes.items():
+        values, bits = state.pop(f"{name}.values", None), state.pop(f"{name}.bits", None)
+        size = int(np.prod(shape))
+        if values is None or bits is None or bits.dtype != torch.uint8 or bits.numel() != -(-size // 8):
+            raise ModelError(f"it holds no mask of {size} bits, and values, for {name}")
+        there = torch.from_numpy(np.unpackbits(bits.numpy(), count=size, bitorder="little").astype(bool))
+        if int(there.sum()) != values.numel():
+            raise ModelError(f"it holds {values.numel()} values for the {int(there.sum())} of the mask of {name}")
+        state[name] = torch.zeros(size, dtype=values.dtype).masked_scatter_(there, values).view(*shape)
