@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_compare, cli_measure, cli_recommend, cli_search, cli_train, registry
+from . import cli_compare, cli_measure, cli_recommend, cli_runtime, cli_search, cli_train, registry
 from .data import CALIBRATION
 from .errors import SecateurError
 from .granularity import parse
@@ -42,11 +42,13 @@ from .options import (
     Sparsity,
     Steps,
     Windows,
+    part_knobs,
     read_recipe,
 )
 from .printing import compared, summary
 from .prune import recipe_of
 from .recipe import Recipe
+from .runtime import is_runtime
 from .tasks import names_a_task
 from .terminal import app, bar, command, err_console, fail, interruptible, out_console
 
@@ -105,6 +107,11 @@ def prune(
         "solver": solver, "recovery": recovery, "propagate": propagate, "only": only, "skip": skip, "seed": seed,
         "schedule": schedule, "steps": steps,
     }  # fmt: skip
+    if method is not None and is_runtime(method):
+        return cli_runtime.prune_tokens(
+            model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
+            force=force, as_json=as_json,
+        )  # fmt: skip
     if names_a_task(model):
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
@@ -275,7 +282,7 @@ def methods(
     out_console.print(table)
     if needs is granularity is family is when is None:
         out_console.print()
-        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery", "search"):
+        for kind in ("criterion", "granularity", "allocation", "schedule", "solver", "recovery", "search", "transform"):
             out_console.print(f"[bold]{kind:12}[/] {', '.join(registry.parts(kind))}")
         out_console.print("\nsecateur explain NAME tells more of any of them", style="dim")
 
