@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
             answers: dict[str, Tensor | None] = {}
             for turn in range(-WARMUP if number == 0 else 0, repeats):
                 for name in models if turn % 2 == 0 else reversed(models):
-                    took, out = seconds(lambda name=name: models[name](*args, **kwargs))  # type: ignore[misc]
+                    took, out = seconds(partial(models[name], *args, **kwargs))
                     if turn >= 0:
                         found[name]["seconds"].append(took)
                         answers[name] = _classes(out)

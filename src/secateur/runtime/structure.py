@@ -80,7 +80,7 @@ class _Look(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is multi_head_attention_forward and self.frames:
             raise ModelError(
-                f"{self.frames[-1].name or 'the model'} is an nn.MultiheadAttention, which does not show its keys: tokens "
+                f"{self.frames[-1].name or 'the model'} is an nn.MultiheadAttention, which hides its keys: tokens "
                 "leave models that call scaled_dot_product_attention themselves"
             )
         out = func(*args, **kwargs)

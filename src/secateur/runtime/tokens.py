@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError, RecipeError
 from ..layers import evaluating
@@ -158,15 +158,12 @@ def _reaching(
 ) -> Pace:
     """The first level at which what is executed is within the target."""
     if target.quantity != "flops":
-        raise RecipeError(
-            f"tokens have no {target.quantity if target.quantity != 'latency' else 'latency known before it is measured'}: "
-            f"give {method} a target in FLOPs, such as 'flops 40%'"
-        )
+        raise RecipeError(f"{method} takes a target in FLOPs, such as 'flops 40%', not in {target.quantity}")
     limit = target.remaining(before)
     low, high = 0, len(levels) - 1
     if (least := cost(level(levels[high]))) > limit:
         raise RecipeError(
-            f"target '{target}' is out of reach: {method} leaves {100 * least / before:.0f} % of the FLOPs at least here"
+            f"target '{target}' is out of reach: {method} cannot leave less than {100 * least / before:.0f} %"
         )
     while low < high:
         middle = (low + high) // 2
@@ -184,13 +181,14 @@ def _check_output(model: nn.Module, call: Call, structure: Structure, act: Act, 
         except (RuntimeError, IndexError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{kind} does not run on fewer than its {structure.tokens} tokens: something in it counts on them ({reason})"
+                f"{kind} does not run on fewer than its {structure.tokens} tokens, on which something counts: {reason}"
             ) from None
-    shapes = [
-        [x.shape for x in tree_leaves(tree_map(lambda x: x, o)) if isinstance(x, torch.Tensor)] for o in (dense, out)
-    ]
-    if shapes[0] != shapes[1]:
+    if _shapes(dense) != _shapes(out):
         raise ModelError(
             f"the answer of {kind} has an entry for each token, and tokens leave: give a model that answers once for "
             "each input, such as a classifier"
         )
+
+
+def _shapes(out: Any) -> list[torch.Size]:
+    return [x.shape for x in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(x, torch.Tensor)]
