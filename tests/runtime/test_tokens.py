@@ -108,12 +108,34 @@ def test_transformers(name: str) -> None:
         assert call(fast).logits.shape == call(net).logits.shape
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_modules_of_torch(first: bool) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=first)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.encoder(x).mean(1))
+
+    torch.manual_seed(0)
+    net, x = Encoder().eval(), vectors()
+    for method in METHODS.values():
+        fast = method(net, x, target="flops 20%")
+        assert fast.structure.sites == ("encoder.layers.0", "encoder.layers.1")
+        same = TokenGates(net, fast.structure, fast.act, secateur.runtime.Pace(r=0), {})
+        torch.testing.assert_close(same(x), net(x))
+        assert fast.run(x)[1][-1] < 20
+
+
 @pytest.mark.parametrize(
     ("net", "example", "match"),
     [
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LazyLinear(3)), images(1), "no attention"),
         (TextTransformer(30, 16, 30, 16, 2, causal=True), torch.zeros(1, 16, dtype=torch.int64), "causal"),
-        (nn.TransformerEncoderLayer(16, 2, batch_first=True), vectors(), "nn.MultiheadAttention"),
+        (nn.TransformerEncoderLayer(16, 2, batch_first=True), vectors(), "an entry for each token"),
         (classifier(1).blocks, vectors(), "an entry for each token"),
     ],
 )  # fmt: skip
@@ -234,11 +256,11 @@ def test_command(tmp_path: Path) -> None:
 
     (tmp_path / "own.py").write_text(FILE)
     own, out = str(tmp_path / "own.py"), tmp_path / "out"
-    words = ["prune", f"{own}:vit", "--method", "tome", "--target", "flops 40%", "--data", f"{own}:images"]
+    words = ["prune", f"{own}:vit", "--method", "tome", "--target", "flops 30%", "--data", f"{own}:images"]
     made = CliRunner().invoke(app, [*words, "--out", str(out)], catch_exceptions=False)
     assert made.exit_code == 0 and "times as fast here, on 4 inputs" in made.output
     run = json.loads((out / "run.json").read_text())
-    assert run["measured"]["gated"]["flops"]["mean"] <= 0.6 * run["measured"]["dense"]["flops"]["mean"]
+    assert run["measured"]["gated"]["flops"]["mean"] <= 0.7 * run["measured"]["dense"]["flops"]["mean"]
     assert isinstance(secateur.load(out, vit(16, 2)), TokenGates)
     for more, match in ((["--sparsity", "0.5"], "has no sparsity"), (["--set", "solver.damp=1"], "no part 'solver'")):
         with pytest.raises(RecipeError, match=match):

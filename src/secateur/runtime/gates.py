@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, RecipeError
 from ..select import keep_count
 from .act import Act, Seen
+from .packed import attend_packed, is_limited, packed_arguments
 from .structure import ADDS, Structure, attention_arguments, first_tensor, is_operand
 
 _MEANS = frozenset((torch.mean, Tensor.mean))
@@ -127,6 +128,11 @@ class _Run(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
             return self._attend(attention_arguments(args, kwargs))
+        if func is multi_head_attention_forward and self.given is not None:
+            given = packed_arguments(args, kwargs)
+            if is_limited(given):
+                raise _masked()
+            return attend_packed(given, self._attend)
         if self.seen is not None and func in ADDS:
             out = func(*args, **kwargs)
             assert self.given is not None
@@ -142,10 +148,7 @@ class _Run(TorchFunctionMode):
         weighted = self.size is not None and self.act.weighs and key.shape[-2] == self.size.shape[1]
         site = self.given is not None and query.shape[-2] == key.shape[-2] == self.given.shape[1]
         if (site or weighted) and (given["attn_mask"] is not None or given["is_causal"]):
-            raise ModelError(
-                "attention is masked or causal for this input: tokens can only leave where every token sees every "
-                "other one (batches without padding)"
-            )
+            raise _masked()
         if weighted:
             assert self.size is not None
             bias = self.size.log().to(query.dtype)[:, None, None]
@@ -160,7 +163,8 @@ class _Run(TorchFunctionMode):
             )
             self.seen = Seen(key.detach().mean(1), attention, size, self.structure.protected)
         if attention is not None and attention.shape[2] == query.shape[-2] and not given["dropout_p"]:
-            return (attention.to(value.dtype) @ _heads(value, query)).to(value.dtype)
+            mixed: Tensor = attention.to(value.dtype) @ _heads(value, query)
+            return mixed
         return scaled_dot_product_attention(query, key, value, **{k: v for k, v in given.items() if k not in _QKV})
 
     def _attention(self, given: dict[str, Any]) -> Tensor:
@@ -202,6 +206,13 @@ class _Run(TorchFunctionMode):
 
 
 _QKV = ("query", "key", "value")
+
+
+def _masked() -> ModelError:
+    return ModelError(
+        "attention is masked or causal for this input: tokens can only leave where every token sees every other one "
+        "(batches without padding)"
+    )
 
 
 def _heads(x: Tensor, query: Tensor) -> Tensor:

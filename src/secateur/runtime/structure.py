@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ModelError
 from ..layers import evaluating
+from .packed import is_limited, packed_arguments
 
 #: What adds the result of an attention to the hidden state.
-ADDS = frozenset(
-    (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)  # type: ignore[attr-defined]
-)
+ADDS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__))
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -78,15 +77,14 @@ class _Look(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is multi_head_attention_forward and self.frames:
-            raise ModelError(
-                f"{self.frames[-1].name or 'the model'} is an nn.MultiheadAttention, which hides its keys: tokens "
-                "leave models that call scaled_dot_product_attention themselves"
-            )
         out = func(*args, **kwargs)
         if func is scaled_dot_product_attention:
-            self.attentions += 1
-            self._attended(attention_arguments(args, kwargs))
+            given = attention_arguments(args, kwargs)
+            limited = given["attn_mask"] is not None or given["is_causal"]
+            self._attended(given["query"].shape[-2], given["key"].shape[-2], limited)
+        elif func is multi_head_attention_forward:  # (tokens, batch, width)
+            given = packed_arguments(args, kwargs)
+            self._attended(given["query"].shape[0], given["key"].shape[0], is_limited(given))
         elif func in ADDS and isinstance(out, Tensor) and out.dim() == 3:
             for frame in reversed(self.frames):
                 x = frame.given
@@ -94,11 +92,11 @@ class _Look(TorchFunctionMode):
                     return self._found(frame, out)
         return out
 
-    def _attended(self, given: Mapping[str, Any]) -> None:
-        tokens = given["key"].shape[-2]
-        if given["query"].shape[-2] != tokens:
+    def _attended(self, tokens: int, others: int, limited: bool) -> None:
+        self.attentions += 1
+        if tokens != others:
             return
-        if given["attn_mask"] is not None or given["is_causal"]:
+        if limited:
             self.limited = self.limited or self.frames[-1].name
         for frame in self.frames:
             frame.tokens = tokens
