@@ -265,11 +265,14 @@ def methods(
     if granularity is not None and ":" in granularity:
         granularity = "N:M"
     chosen = all_methods(needs=needs, granularity=granularity, family=family, when=when)
+    others = [p for p in registry.parts("transform").values() if when is not None and p.facts.get("when") == when]
+    if needs is not None or granularity is not None or family is not None:
+        others = []
     if as_json:
         rows = [{"name": p.name, "summary": p.card.summary, "recipe": p.facts["recipe"].to_dict()} for p in chosen]
-        print(json.dumps(rows))
+        print(json.dumps([*rows, *({"name": p.name, "summary": p.card.summary, "recipe": None} for p in others)]))
         return
-    if not chosen:
+    if not chosen and not others:
         out_console.print("no method fits; drop a filter")
         raise typer.Exit(1)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -279,6 +282,8 @@ def methods(
         recipe = part.facts["recipe"]
         facts = ", ".join(sorted(recipe.needs())) or "nothing"
         table.add_row(part.name, facts, recipe.granularity, recipe.solver, part.card.summary)
+    for part in others:
+        table.add_row(part.name, ", ".join(part.needs), "", "", part.card.summary)
     out_console.print(table)
     if needs is granularity is family is when is None:
         out_console.print()

@@ -265,6 +265,8 @@ def test_command(tmp_path: Path) -> None:
     for more, match in ((["--sparsity", "0.5"], "has no sparsity"), (["--set", "solver.damp=1"], "no part 'solver'")):
         with pytest.raises(RecipeError, match=match):
             CliRunner().invoke(app, [*words, "--out", str(tmp_path / "b"), *more], catch_exceptions=False)
+    listed = CliRunner().invoke(app, ["methods", "--when", "runtime", "--json"], catch_exceptions=False)
+    assert {row["name"] for row in json.loads(listed.output)} >= {"tome", "evit"}
     words[1] = "fashion-vit"
     with pytest.raises(RecipeError, match="trained already"):
         CliRunner().invoke(app, [*words, "--out", str(tmp_path / "b")], catch_exceptions=False)

@@ -172,7 +172,8 @@ class _Run(TorchFunctionMode):
         query, key = given["query"], given["key"]
         rows = query[..., :1, :] if self.structure.protected else query
         scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        return ((rows * scale) @ _heads(key, query).mT).softmax(-1, dtype=torch.float32)
+        found: Tensor = ((rows * scale) @ _heads(key, query).mT).softmax(-1, dtype=torch.float32)
+        return found
 
     def _leaving(self, tokens: int) -> int:
         protected = self.structure.protected
