@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_compare, cli_measure, cli_recommend, cli_search, cli_train, registry
+from . import cli_compare, cli_measure, cli_recommend, cli_runtime, cli_search, cli_train, registry
 from .data import CALIBRATION
 from .errors import RecipeError, SecateurError
 from .fuse.decompose import methods as decompositions
@@ -49,11 +49,13 @@ from .options import (
     Windows,
     axes_of,
     pairs,
+    part_knobs,
     read_recipe,
 )
 from .printing import compared, summary
 from .prune import recipe_of
 from .recipe import Recipe
+from .runtime import is_runtime
 from .tasks import names_a_task
 from .terminal import app, bar, command, err_console, fail, interruptible, out_console
 
@@ -108,6 +110,11 @@ def prune(
     from .modules import is_module, prune_module
 
     axes = axes_of(locals())
+    if method is not None and is_runtime(method):
+        return cli_runtime.prune_tokens(
+            model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
+            force=force, as_json=as_json,
+        )  # fmt: skip
     if names_a_task(model):
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
@@ -286,11 +293,14 @@ def methods(
     if granularity is not None and ":" in granularity:
         granularity = "N:M"
     chosen = all_methods(needs=needs, granularity=granularity, family=family, when=when)
+    others = [p for p in registry.parts("transform").values() if when is not None and p.facts.get("when") == when]
+    if needs is not None or granularity is not None or family is not None:
+        others = []
     if as_json:
         rows = [{"name": p.name, "summary": p.card.summary, "recipe": p.facts["recipe"].to_dict()} for p in chosen]
-        print(json.dumps(rows))
+        print(json.dumps([*rows, *({"name": p.name, "summary": p.card.summary, "recipe": None} for p in others)]))
         return
-    if not chosen:
+    if not chosen and not others:
         out_console.print("no method fits; drop a filter")
         raise typer.Exit(1)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -300,6 +310,8 @@ def methods(
         recipe = part.facts["recipe"]
         facts = ", ".join(sorted(recipe.needs())) or "nothing"
         table.add_row(part.name, facts, recipe.granularity, recipe.solver, part.card.summary)
+    for part in others:
+        table.add_row(part.name, ", ".join(part.needs), "", "", part.card.summary)
     out_console.print(table)
     if needs is granularity is family is when is None:
         out_console.print()

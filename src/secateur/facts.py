@@ -8,8 +8,11 @@ from typing import Literal
 #: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
 #: ``unrolled``: gradients of each weight that take all batches together. ``shape``: of each weight, for which the shape
 #: of an input is enough. ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole
-#: pieces of the model. ``training``: what only a training run shows (`secateur.attach`), which shows the gradient too.
-Source = Literal["engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts", "training"]
+#: pieces of the model. ``tokens``: of the tokens of one input, as the model runs. ``training``: what only a training
+#: run shows (`secateur.attach`), which shows the gradient too.
+Source = Literal[
+    "engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts", "tokens", "training"
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,11 @@ FACTS: dict[str, Fact] = {
         "last token's hidden state in front of each block and after the last, (blocks + 1, windows, width)", "blocks"
     ),
     "block_loss": Fact("loss of the model without each block, (blocks,)", "blocks", loss=True),
+    "token_key": Fact("the key of each token, mean over heads, (..., tokens, width)", "tokens"),
+    "token_free": Fact("which tokens may go and may receive others, bool, (tokens,)", "tokens"),
+    "token_attention": Fact(
+        "attention of the queries that count to each token, (..., heads, queries, tokens)", "tokens"
+    ),
     "momentum": Fact("the optimizer's momentum; of Adam over the root of its second moment, (o, i)", "training"),
     "movement": Fact("minus the sum over steps of weight times gradient, (o, i)", "training"),
     "sensitivity": Fact("exponential mean over steps of |weight times gradient|, (o, i)", "training"),

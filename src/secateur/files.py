@@ -7,17 +7,23 @@ from pathlib import Path
 from torch import nn
 
 from .compression import Installed, is_compressed, load_compressed, save_compressed
+from .runtime import TokenGates, is_gated
+from .runtime import load as load_gated
 from .structured import load as load_smaller
 from .structured import save as save_smaller
 
 
 def save(model: nn.Module, out: str | Path) -> Path:
-    """Write a smaller model (`StructuredPlan.shrink`) or a compressed one (`compress`) as safetensors and JSON.
+    """Write a smaller model (`StructuredPlan.shrink`), a compressed one (`compress`), or one with gates (`runtime`).
+
+    What is written is safetensors and JSON.
 
     Raises:
-        ModelError: the model is neither.
+        ModelError: the model is none of these.
         OutputError: ``out`` exists and is not empty.
     """
+    if isinstance(model, TokenGates):
+        return model.save(out)
     if any(isinstance(m, Installed) for m in model.modules()):
         return save_compressed(model, out)
     return save_smaller(model, out)
@@ -32,4 +38,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ModelError: a file is missing, was changed, or does not fit the model.
     """
+    if is_gated(path):
+        return load_gated(path, model)
     return load_compressed(path, model) if is_compressed(path) else load_smaller(path, model)

@@ -86,7 +86,12 @@ def _number(value: str) -> Any:
     return YAML(typ="safe").load(value)
 
 
-def _knobs(items: list[str]) -> dict[str, dict[str, Any]]:
+def part_knobs(items: list[str]) -> dict[str, dict[str, Any]]:
+    """Knobs by part.
+
+    >>> part_knobs(["solver.damp=0.02"])
+    {'solver': {'damp': 0.02}}
+    """
     knobs: dict[str, dict[str, Any]] = {}
     for item in items:
         name, equals, value = item.partition("=")
@@ -104,7 +109,7 @@ def split_knobs(items: list[str]) -> tuple[dict[str, Any], list[str]]:
     ({'width': 8}, ['solver.damp=0.02'])
     """
     own = [x for x in items if x.startswith("task.")]
-    return _knobs(own).get("task", {}), [x for x in items if not x.startswith("task.")]
+    return part_knobs(own).get("task", {}), [x for x in items if not x.startswith("task.")]
 
 
 def pairs(items: list[str]) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], kno
     """The recipe of a method or a file, with what the options override."""
     given = axes_of(axes)
     if knobs:
-        given["knobs"] = _knobs(knobs)
+        given["knobs"] = part_knobs(knobs)
     if file is not None:
         if not file.exists():
             raise RecipeError(f"there is no recipe file {file}")

@@ -23,6 +23,8 @@ from .measure import Peak, count_parameters
 from .recipe import TRAINING, Recipe
 from .record import run_record
 from .registry import get
+from .runtime import is_runtime
+from .runtime import made as gated
 from .schedule import sparsity_at
 from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
@@ -127,7 +129,8 @@ def prune(
     Returns:
         `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`, for whole blocks and experts
         a `WholePlan`: the model is masked (but for experts, which no zeros stand for), and its ``shrink()`` returns
-        the smaller one.
+        the smaller one. For methods of run time (tome, evit), whose knobs ``axes`` are, a `runtime.TokenGates`: a
+        module to be used in place of the model, which is as it was.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError: before the model is touched wherever possible.
@@ -136,6 +139,8 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
+    if is_runtime(method):
+        return gated(model, str(method), example, target=target, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if get("recovery", recipe.recovery).facts.get("data") == "task":
         raise RecipeError(

@@ -12,6 +12,7 @@ from . import (
     random,
     redundancy,
     saliency,
+    tokens,
     training,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "random",
     "redundancy",
     "saliency",
+    "tokens",
     "training",
 ]

@@ -1,0 +1,76 @@
+"""What the command line does with methods of run time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .coupled import batches_of, example_inputs, load_module
+from .data import CALIBRATION
+from .disk import refuse
+from .errors import RecipeError
+from .measure import machine, versions
+from .record import dumps
+from .runtime import made, save
+from .runtime.measured import measured, table
+from .runtime.store import stock
+from .tasks import names_a_task
+from .terminal import command, interruptible, out_console
+
+
+def prune_tokens(
+    source: str,
+    method: str,
+    out: Path,
+    axes: Mapping[str, Any],
+    knobs: Mapping[str, Mapping[str, Any]],
+    *,
+    target: str | None,
+    example: str | None,
+    data: str | None,
+    count: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Put a method of run time into a model, write it, and print what it brings on the data or the example.
+
+    Raises:
+        RecipeError: options that such a method does not have.
+    """
+    if unused := [name for name, value in axes.items() if value not in (None, [])]:
+        raise RecipeError(
+            f"'{method}' works at run time and has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE"
+        )
+    if others := sorted(set(knobs) - {method}):
+        raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
+    if names_a_task(source):
+        raise RecipeError(f"'{method}' needs a model that is trained already: {source} is a task")
+    refuse(out, force, way="choose another directory or --force")
+    with interruptible(f"stopped: {out} was not written"):
+        net = _model(source)
+        given = None if data == CALIBRATION else data
+        batches = batches_of(source, given, net, count, 128)[0] if given else []
+        inputs = batches[0] if batches and example is None else example_inputs(example, net)
+        if isinstance(inputs, (tuple, list)):
+            inputs = inputs[0]
+        gates = made(net, method, inputs, target=target, **knobs.get(method, {}))
+        found = measured(gates, batches or [inputs])
+        gates.record |= {"source": source, "command": command()}
+        save(gates, out, force)
+        run = {**gates.record, "measured": found, "versions": versions(), "machine": machine()}
+        (out / "run.json").write_text(dumps(run), encoding="utf-8")
+    if as_json:
+        print(json.dumps(run))
+        return
+    print(table(gates.record, found))
+    out_console.print(f"model   {out}", soft_wrap=True, markup=False)
+
+
+def _model(source: str) -> nn.Module:
+    """A model by name; a transformers directory as the class that its config names."""
+    folder = Path(source)
+    return stock(folder).eval() if (folder / "config.json").is_file() else load_module(source)

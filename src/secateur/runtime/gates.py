@@ -1,0 +1,221 @@
+"""Gates in a model that runs: score this input's tokens, keep an exact number, act."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ModelError, RecipeError
+from ..select import keep_count
+from .act import Act, Seen
+from .packed import attend_packed, is_limited, packed_arguments
+from .structure import ADDS, Structure, attention_arguments, first_tensor, is_operand
+
+_MEANS = frozenset((torch.mean, Tensor.mean))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many tokens leave at which gate.
+
+    Attributes:
+        r: so many at each, or as many as can.
+        keep: the fraction that stays at each, of those that are not protected; where ``r`` is None.
+        at: numbers of the attentions that have a gate; None for all.
+
+    >>> Pace(keep=0.75).leaving(0, 17, 1, most=8), Pace(r=3).leaving(0, 17, 1, most=8)
+    (4, 3)
+    """
+
+    r: int | None = None
+    keep: float | None = None
+    at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r is not None and self.r < 0:
+            raise RecipeError(f"r is {self.r}: it is how many tokens leave at each gate, 0 or more")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise RecipeError(
+                f"keep is {self.keep}: it is the fraction of the tokens that stays, above 0 and at most 1"
+            )
+
+    def leaving(self, site: int, tokens: int, protected: int, most: int) -> int:
+        """How many of the tokens leave at a gate, where at most ``most`` can."""
+        if self.at is not None and site not in self.at:
+            return 0
+        free = tokens - protected
+        wanted = self.r if self.r is not None else free - keep_count(1.0 if self.keep is None else self.keep, free)
+        return min(wanted, most)
+
+
+class TokenGates(nn.Module):
+    """A model in which tokens leave at run time. The model itself is as it was, and its weights are the same tensors.
+
+    At each gate as many leave for every input, so that the products that follow are really smaller and batches stay
+    batches; which ones leave is the input's own.
+
+    Attributes:
+        model: the dense model.
+        structure, act, pace: where, what and how many.
+        record: how it was made; plain data.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, act: Act, pace: Pace, record: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.structure, self.act, self.pace, self.record = structure, act, pace, dict(record)
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)[0]
+
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, list[int]]:
+        """The model's answer, and how many tokens there are behind each gate."""
+        run = _Run(self.structure, self.act, self.pace)
+        handles = []
+        for name in dict.fromkeys(self.structure.sites):
+            site = self.model.get_submodule(name)
+            handles.append(site.register_forward_pre_hook(run.enter, with_kwargs=True))
+            handles.append(site.register_forward_hook(run.leave))
+        try:
+            with run:
+                out = self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(run.tokens) != len(self.structure.sites):
+            raise ModelError(
+                f"{len(run.tokens)} of {len(self.structure.sites)} gates were passed: the model runs otherwise than it "
+                "did on the example"
+            )
+        return out, run.tokens
+
+    def extra_repr(self) -> str:
+        return str(self.record)
+
+    def save(self, out: str | Path) -> Path:
+        """Write the dense weights and ``tokens.json``; see `runtime.store.save`."""
+        from .store import save
+
+        return save(self, out)
+
+
+class _Run(TorchFunctionMode):
+    """One forward pass of a gated model."""
+
+    def __init__(self, structure: Structure, act: Act, pace: Pace) -> None:
+        super().__init__()
+        self.structure, self.act, self.pace = structure, act, pace
+        self.given: Tensor | None = None  # what the site that is running was given
+        self.seen: Seen | None = None
+        self.size: Tensor | None = None  # None while every token stands for itself
+        self.tokens: list[int] = []
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.given, self.seen = first_tensor(args, kwargs), None
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.given = self.seen = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            return self._attend(attention_arguments(args, kwargs))
+        if func is multi_head_attention_forward and self.given is not None:
+            given = packed_arguments(args, kwargs)
+            if is_limited(given):
+                raise _masked()
+            return attend_packed(given, self._attend)
+        if self.seen is not None and func in ADDS:
+            out = func(*args, **kwargs)
+            assert self.given is not None
+            if isinstance(out, Tensor) and out.shape == self.given.shape and is_operand(self.given, args):
+                return self._gate(out)
+            return out
+        if self.size is not None and func in _MEANS and (found := self._mean(args, kwargs)) is not None:
+            return found
+        return func(*args, **kwargs)
+
+    def _attend(self, given: dict[str, Any]) -> Tensor:
+        query, key, value = given["query"], given["key"], given["value"]
+        weighted = self.size is not None and self.act.weighs and key.shape[-2] == self.size.shape[1]
+        site = self.given is not None and query.shape[-2] == key.shape[-2] == self.given.shape[1]
+        if (site or weighted) and (given["attn_mask"] is not None or given["is_causal"]):
+            raise _masked()
+        if weighted:
+            assert self.size is not None
+            bias = self.size.log().to(query.dtype)[:, None, None]
+            given["attn_mask"] = bias.expand(-1, 1, query.shape[-2], -1)
+        attention = None
+        if site:
+            leave = self._leaving(key.shape[-2])
+            if leave and self.act.attends:
+                attention = self._attention(given)
+            size = (
+                self.size if self.size is not None else key.new_ones(key.shape[0], key.shape[-2], dtype=torch.float32)
+            )
+            self.seen = Seen(key.detach().mean(1), attention, size, self.structure.protected)
+        if attention is not None and attention.shape[2] == query.shape[-2] and not given["dropout_p"]:
+            mixed: Tensor = attention.to(value.dtype) @ _heads(value, query)
+            return mixed
+        return scaled_dot_product_attention(query, key, value, **{k: v for k, v in given.items() if k not in _QKV})
+
+    def _attention(self, given: dict[str, Any]) -> Tensor:
+        """Attention of the first token, where that is a class token, else of all."""
+        query, key = given["query"], given["key"]
+        rows = query[..., :1, :] if self.structure.protected else query
+        scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+        found: Tensor = ((rows * scale) @ _heads(key, query).mT).softmax(-1, dtype=torch.float32)
+        return found
+
+    def _leaving(self, tokens: int) -> int:
+        protected = self.structure.protected
+        return self.pace.leaving(len(self.tokens), tokens, protected, self.act.most(tokens, protected))
+
+    def _gate(self, x: Tensor) -> Tensor:
+        seen, self.seen = self.seen, None
+        assert seen is not None
+        leave = self._leaving(x.shape[1])
+        if leave > 0:
+            x, size = self.act(x, seen, leave)
+            self.size = size if self.act.weighs else None
+        self.tokens.append(x.shape[1])
+        return x
+
+    def _mean(self, args: Any, kwargs: Any) -> Tensor | None:
+        """A mean over tokens, weighted by how many each stands for; None for any other mean."""
+        x = args[0] if args else None
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+        assert self.size is not None
+        if not isinstance(x, Tensor) or x.dim() != 3 or axes not in ((1,), (-2,)) or len(x) != len(self.size):
+            return None
+        without = self.size.shape[1] - x.shape[1]
+        if not 0 <= without <= self.structure.protected or x.shape[2] != self.structure.width:
+            return None
+        size = self.size[:, without:, None]
+        found = ((x.float() * size).sum(1) / size.sum(1)).to(kwargs.get("dtype") or x.dtype)
+        keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+        return found[:, None] if keep else found
+
+
+_QKV = ("query", "key", "value")
+
+
+def _masked() -> ModelError:
+    return ModelError(
+        "attention is masked or causal for this input: tokens can only leave where every token sees every other one "
+        "(batches without padding)"
+    )
+
+
+def _heads(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with as many heads as the queries have."""
+    return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -1,0 +1,110 @@
+"""What a gated model brings on real inputs, with the dense model beside it in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..layers import evaluating
+from ..measure.flops import flops
+from ..measure.latency import WARMUP, seconds
+from .gates import TokenGates
+from .structure import Call
+
+
+def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dict[str, Any]:
+    """FLOPs, seconds of a batch, and whether answers change, over a distribution of inputs.
+
+    FLOPs are those that are executed; all inputs of one shape cost the same, because as many tokens leave of each.
+
+    Args:
+        batches: a dict is passed as keywords; of a pair of inputs and class indices, the second gives the accuracy.
+        repeats: how often each batch is timed, the dense and the gated model in turns.
+
+    Returns:
+        ``dense`` and ``gated``, each with ``flops`` (``mean``, ``p50``, ``p99`` over batches), ``seconds`` (the same)
+        and, for pairs, ``accuracy``; ``agreement``, the share of answers with the same largest class, where there are
+        classes; ``inputs`` and ``ratio``, how many times as fast the gated model is, by the medians.
+
+    Raises:
+        DataError: there are no batches.
+    """
+    models: dict[str, nn.Module] = {"dense": gates.model, "gated": gates}
+    found: dict[str, dict[str, list[float]]] = {name: {"flops": [], "seconds": []} for name in models}
+    right, same, count, answered = dict.fromkeys(models, 0), 0, 0, 0
+    labelled = True
+    with evaluating(gates), torch.inference_mode():
+        for number, batch in enumerate(batches):
+            (args, kwargs), labels = _call(batch)
+            labelled = labelled and labels is not None
+            answers: dict[str, Tensor | None] = {}
+            for turn in range(-WARMUP if number == 0 else 0, repeats):
+                for name in models if turn % 2 == 0 else reversed(models):
+                    took, out = seconds(partial(models[name], *args, **kwargs))
+                    if turn >= 0:
+                        found[name]["seconds"].append(took)
+                        answers[name] = _classes(out)
+            for name, model in models.items():
+                found[name]["flops"].append(flops(model, *args, **kwargs).total)
+                if labels is not None and (best := answers[name]) is not None:
+                    right[name] += int((best == labels).sum())
+            dense, gated = answers["dense"], answers["gated"]
+            if dense is not None and gated is not None:
+                same, answered = same + int((dense == gated).sum()), answered + dense.numel()
+            count += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+    if not count:
+        raise DataError("there is no batch to measure on")
+    result: dict[str, Any] = {name: {k: _spread(v) for k, v in facts.items()} for name, facts in found.items()}
+    if labelled and answered:
+        for name in models:
+            result[name]["accuracy"] = right[name] / answered
+    if answered:
+        result["agreement"] = same / answered
+    middle = {name: result[name]["seconds"]["p50"] for name in models}
+    return {**result, "inputs": count, "ratio": middle["dense"] / middle["gated"]}
+
+
+def _call(batch: Any) -> tuple[Call, Tensor | None]:
+    if isinstance(batch, Mapping):
+        given = dict(batch)
+        labels = given.pop("labels", None)
+        return ((), given), labels if isinstance(labels, Tensor) and labels.dim() == 1 else None
+    if isinstance(batch, (tuple, list)):
+        labels = batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
+        return ((batch[0],), {}), labels
+    return ((batch,), {}), None
+
+
+def _classes(out: Any) -> Tensor | None:
+    """The largest class of each answer; None where answers are no classes."""
+    logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    return logits.argmax(1) if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1 else None
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    low, high = x.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+    return {"mean": float(x.mean()), "p50": low, "p99": high}
+
+
+def table(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What was made and what was measured, as text."""
+    lines = [
+        f"{record['method']}: tokens {' > '.join(map(str, record['tokens']))}, {record['protected']} of them protected",
+        f"{'':20}{'dense':>14}{'gated':>14}",
+    ]
+    for name, unit in (("flops", 1e6), ("seconds", 1e-3)):
+        for part in ("mean", "p50", "p99"):
+            label = f"{'MFLOPs' if name == 'flops' else 'ms'} a batch, {part}"
+            lines.append(f"{label:20}" + "".join(f"{found[m][name][part] / unit:>14.2f}" for m in ("dense", "gated")))
+    if "accuracy" in found["dense"]:
+        lines.append(f"{'accuracy':20}" + "".join(f"{100 * found[m]['accuracy']:>13.2f}%" for m in ("dense", "gated")))
+    if "agreement" in found:
+        lines.append(f"{'same answer':20}{'':>14}{100 * found['agreement']:>13.2f}%")
+    lines.append(f"{found['ratio']:.2f} times as fast here, on {found['inputs']} inputs")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Methods by which tokens leave a model that runs, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ModelError, RecipeError
+from ..layers import evaluating
+from ..measure.flops import flops
+from ..registry import register
+from ..structured import Target
+from .act import Act, Fuse, Merge
+from .gates import Pace, TokenGates
+from .structure import Call, Structure, call_of, find
+
+_WHERE = ("A3.6", "B3.5", "B4", "E2")
+
+
+@register("transform", paper="2210.09461", survey=_WHERE, when="runtime")
+def tome(
+    model: nn.Module,
+    example: Any,
+    *,
+    r: int | None = None,
+    keep: float | None = None,
+    target: str | None = None,
+    proportional: bool = True,
+) -> TokenGates:
+    """Merge the most similar tokens in every block of a vision transformer or an encoder while it runs.
+
+    :: for the r even tokens with the largest max_j cos(k_i, k_j): x_j <- (m_j x_j + m_i x_i) / (m_j + m_i)
+
+    Between the attention and the feed-forward part of each block ``r`` tokens leave, or all but the fraction ``keep``
+    of them; at most half can. With a ``target`` such as ``"flops 40%"`` the smallest ``r`` is taken that reaches it.
+    A token counts in attention, and in a mean over tokens, as many times as tokens went into it (``proportional``).
+
+    Choose it to speed up a vision transformer at once: no training, no data, and nothing is lost from sight.
+
+    Beware: models trained as masked autoencoders want ``proportional=False``, says the paper. What does not call
+    scaled_dot_product_attention, or masks it, is refused.
+
+    >>> from secateur.tasks.nets import VisionTransformer
+    >>> fast = tome(VisionTransformer(16, 2), torch.zeros(1, 1, 28, 28), r=10)
+    >>> fast.run(torch.zeros(5, 1, 28, 28))[1]
+    [39, 29]
+
+    Source: Bolya et al., ToMe, arXiv 2210.09461, section 3, and the official code, whose order of tokens it keeps;
+    means over tokens as in its code for masked autoencoders. Attention stays weighted by size there also.
+    """
+    act = Merge(proportional)
+    record = {"method": "tome", "proportional": proportional}
+    given = _checked(r=r, keep=keep, target=target)
+    call = call_of(example)
+    structure = find(model, call)
+    most = act.most(structure.tokens, structure.protected)
+
+    def level(k: int) -> Pace:
+        return Pace(r=k)
+
+    pace = Pace(r, keep) if target is None else None
+    return _made(model, call, structure, act, pace, given, record, level, range(most + 1))
+
+
+@register("transform", paper="2202.07800", survey=_WHERE, when="runtime")
+def evit(
+    model: nn.Module,
+    example: Any,
+    *,
+    keep: float | None = None,
+    target: str | None = None,
+    at: tuple[int, ...] | None = None,
+    fuse: bool = True,
+) -> TokenGates:
+    """Keep the tokens that get the most attention at a few places of a vision transformer, and fuse the rest into one.
+
+    :: s = 1/H sum_h a_class,h;  the round(keep n) largest stay;  x_fused = sum over the others of s_i x_i
+
+    Gates are at a quarter, half and three quarters of the depth, or ``at`` the attentions with these numbers. With a
+    ``target`` such as ``"flops 40%"`` the largest ``keep`` is taken that reaches it.
+
+    Choose it for models with a class token: what that does not look at goes. No training, no data.
+
+    Beware: the paper trains with it, and without training much is lost where much goes. Without a class token the
+    attention of all tokens counts, and tome is the better choice.
+
+    >>> from secateur.tasks.nets import VisionTransformer
+    >>> fast = evit(VisionTransformer(16, 4), torch.zeros(1, 1, 28, 28), keep=0.5)
+    >>> fast.run(torch.zeros(5, 1, 28, 28))[1]  # 25 of 49 and a fused one, 13 of 26 and one, 7 of 14 and one
+    [49, 26, 14, 8]
+
+    Source: Liang et al., EViT, arXiv 2202.07800, section 3.2 and the official code, without its training. Exactly
+    round(keep n) tokens stay, where its code rounds up.
+    """
+    act = Fuse(fuse)
+    record = {"method": "evit", "fuse": fuse}
+    given = _checked(keep=keep, target=target)
+    call = call_of(example)
+    structure = find(model, call)
+    depth, free = len(structure.sites), structure.tokens - structure.protected
+    places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else tuple(at)
+    if wrong := [k for k in places if not 0 <= k < depth]:
+        raise RecipeError(f"at names attention {wrong[0]}, and the model has {depth} of them, from 0 on")
+
+    def level(k: int) -> Pace:
+        return Pace(keep=(free - k) / free, at=places)
+
+    pace = Pace(None, keep, places) if target is None else None
+    return _made(model, call, structure, act, pace, given, record, level, range(free))
+
+
+def _checked(**given: Any) -> dict[str, Any]:
+    """The one of these that is given."""
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) != 1:
+        names = ", ".join(given)
+        raise RecipeError(f"say how many tokens leave by one of {names}; given: {', '.join(found) or 'none'}")
+    return found
+
+
+def _made(
+    model: nn.Module,
+    call: Call,
+    structure: Structure,
+    act: Act,
+    pace: Pace | None,
+    given: dict[str, Any],
+    record: dict[str, Any],
+    level: Callable[[int], Pace],
+    levels: range,
+) -> TokenGates:
+    """The gated model, checked on the example, with what it costs before and after in its record."""
+    _check_output(model, call, structure, act, pace or level(levels[-1]))
+    before = flops(model, *call[0], **call[1]).total
+
+    def cost(at: Pace) -> int:
+        return flops(TokenGates(model, structure, act, at, {}), *call[0], **call[1]).total
+
+    if pace is None:
+        pace = _reaching(Target.parse(given["target"]), before, cost, level, levels, record["method"])
+    made = TokenGates(model, structure, act, pace, {})
+    with evaluating(made), torch.no_grad():
+        tokens = made.run(*call[0], **call[1])[1]
+    made.record = {
+        **record, "r": pace.r, "keep": pace.keep, "at": None if pace.at is None else list(pace.at),
+        "tokens": [structure.tokens, *tokens], "protected": structure.protected,
+        "flops": {"before": before, "after": cost(pace)},
+    }  # fmt: skip
+    return made
+
+
+def _reaching(
+    target: Target, before: int, cost: Callable[[Pace], int], level: Callable[[int], Pace], levels: range, method: str
+) -> Pace:
+    """The first level at which what is executed is within the target."""
+    if target.quantity != "flops":
+        raise RecipeError(f"{method} takes a target in FLOPs, such as 'flops 40%', not in {target.quantity}")
+    limit = target.remaining(before)
+    low, high = 0, len(levels) - 1
+    if (least := cost(level(levels[high]))) > limit:
+        raise RecipeError(
+            f"target '{target}' is out of reach: {method} cannot leave less than {100 * least / before:.0f} %"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(level(levels[middle])) <= limit else (middle + 1, high)
+    return level(levels[low])
+
+
+def _check_output(model: nn.Module, call: Call, structure: Structure, act: Act, pace: Pace) -> None:
+    """Refuse a model that does not run on fewer tokens, or whose answer has an entry for each token."""
+    kind = type(model).__name__
+    with evaluating(model), torch.no_grad():
+        dense = model(*call[0], **call[1])
+        try:
+            out = TokenGates(model, structure, act, pace, {}).eval()(*call[0], **call[1])
+        except (RuntimeError, IndexError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{kind} does not run on fewer than its {structure.tokens} tokens, on which something counts: {reason}"
+            ) from None
+    if _shapes(dense) != _shapes(out):
+        raise ModelError(
+            f"the answer of {kind} has an entry for each token, and tokens leave: give a model that answers once for "
+            "each input, such as a classifier"
+        )
+
+
+def _shapes(out: Any) -> list[torch.Size]:
+    return [x.shape for x in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(x, torch.Tensor)]
