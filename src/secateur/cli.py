@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import cli_compare, cli_measure, cli_recommend, cli_search, cli_train, registry
 from .data import CALIBRATION
-from .errors import SecateurError
+from .errors import RecipeError, SecateurError
 from .granularity import parse
 from .methods import all_methods, explain, load
 from .options import (
@@ -32,6 +32,7 @@ from .options import (
     Multiple,
     Only,
     Propagate,
+    Quantize,
     RecipeFile,
     Recovery,
     Schedule,
@@ -64,6 +65,7 @@ def prune(
     allocation: Alloc = None,
     criterion: Crit = None,
     solver: Solver = None,
+    quantize: Quantize = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -106,12 +108,14 @@ def prune(
         "schedule": schedule, "steps": steps,
     }  # fmt: skip
     if names_a_task(model):
+        if quantize is not None:
+            raise RecipeError("--quantize takes a model directory: write the trained model first, and quantize that")
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
             epochs=epochs, when="after", device=device, target=target, multiple=multiple,
         )  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     if parse(recipe.granularity).coupled:
         with interruptible(f"stopped: {out} was not written"):
             return _prune_coupled(
@@ -205,6 +209,7 @@ def plan(
     allocation: Alloc = None,
     criterion: Crit = None,
     solver: Solver = None,
+    quantize: Quantize = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -226,7 +231,7 @@ def plan(
         "solver": solver, "recovery": recovery, "only": only, "skip": skip, "schedule": schedule, "steps": steps,
     }  # fmt: skip
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     made: Any
     if parse(recipe.granularity).coupled:
         from .coupled import plan_source

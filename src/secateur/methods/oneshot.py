@@ -151,6 +151,18 @@ method(
     solver="sparsegpt",
 )
 method(
+    "gptq",
+    "Quantize column by column: later columns make up for what rounding cost the ones before; nothing is removed.",
+    choose="Choose it to quantize a language model to 4 bits, also one that was pruned before (--sparsity as it has).",
+    beware="zeros are kept as integers, not skipped: pruning on top makes files no smaller in this layout.",
+    source="Frantar et al., GPTQ, arXiv 2210.17323.",
+    paper="2210.17323",
+    family="llm",
+    criterion="magnitude",
+    solver="gptq",
+    sparsity=0.0,
+)
+method(
     "obc",
     "Exact optimal brain surgeon, row by row: the reference for small layers.",
     choose="Choose it for small layers, or to judge a faster solver.",
