@@ -146,7 +146,8 @@ def parse_integers(text: str) -> tuple[int, int]:
 def short(scale: Tensor) -> Tensor:
     """Scales rounded up to the digits of bfloat16, still float32."""
     bits = scale.float().contiguous().view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    found: Tensor = ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
+    return found
 
 
 def _code_of_zero(low: Tensor, step: Tensor, bits: int) -> Tensor:

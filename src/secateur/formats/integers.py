@@ -20,6 +20,7 @@ from .grid import Grid
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_AT_ONCE = 1 << 20  # codes that are taken apart into bits
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -29,19 +30,25 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     [[3856]]
     """
     rows, n = codes.shape
+    if codes.numel() > _AT_ONCE and rows > 1:
+        return torch.cat([pack_words(part, bits) for part in codes.split(max(1, _AT_ONCE // n))])
     of_word = torch.arange(bits, device=codes.device)
     # Bit by bit into whole words of 32 bits, which hold 32 codes in ``bits`` words whatever ``bits`` is.
     raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -n % 32))
     ones = (raised[..., None] >> of_word) & 1
     words = ones.reshape(rows, -1, 32) << torch.arange(32, device=codes.device)
     found = words.sum(-1)[:, : -(-n * bits // 32)]
-    return torch.where(found >= 2**31, found - 2**32, found).to(torch.int32).contiguous()
+    signed: Tensor = torch.where(found >= 2**31, found - 2**32, found)
+    return signed.to(torch.int32).contiguous()
 
 
 def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack_words`: ``(rows, n)`` int8."""
+    rows = words.shape[0]
+    if rows * n > _AT_ONCE and rows > 1:
+        return torch.cat([unpack_words(part, bits, n) for part in words.split(max(1, _AT_ONCE // n))])
     ones = (words.long()[..., None] >> torch.arange(32, device=words.device)) & 1
-    ones = ones.reshape(words.shape[0], -1)[:, : n * bits].reshape(words.shape[0], n, bits)
+    ones = ones.reshape(rows, -1)[:, : n * bits].reshape(rows, n, bits)
     raised = (ones << torch.arange(bits, device=words.device)).sum(-1)
     return (raised - 2 ** (bits - 1)).to(torch.int8)
 

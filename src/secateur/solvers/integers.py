@@ -23,7 +23,15 @@ def check(shape: tuple[int, int], name: str, pattern: Granularity, knobs: Mappin
     check_grid(shape, name, bits=knobs["bits"], group=knobs["group"], clip=knobs["clip"], run=run)
 
 
-@register("solver", name="sparsegpt-gptq", paper="2301.00774", chooses="mask", check=check, quantizes=True, survey="D1")
+@register(
+    "solver",
+    name="sparsegpt-gptq",
+    paper="2301.00774",
+    chooses="mask",
+    check=check,
+    quantizes=True,
+    survey=("B3.5", "C1.4", "D1"),
+)
 def sparsegpt_gptq(
     weight: Tensor,
     curvature: Curvature,
