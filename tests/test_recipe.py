@@ -36,7 +36,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.sampled_from([n for n, p in parts("criterion").items() if p.facts.get("of") in fits])
     )
     allocation = draw(st.sampled_from([*parts("allocation")]))
-    solver = draw(st.sampled_from([*parts("solver")]))
+    integers = [n for n, p in parts("solver").items() if p.facts.get("quantizes")]
+    solver = draw(st.sampled_from([n for n in parts("solver") if n not in integers or granularity not in whole]))
     if parts("solver")[solver].facts.get("chooses") and allocation not in (
         "global",
         "raw",
@@ -66,6 +67,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         recovery=draw(
             st.sampled_from(
                 [n for n, p in parts("recovery").items() if p.facts.get("data") != "units" or granularity in whole]
+                if solver not in integers
+                else ["none"]
             )
         ),
         sparsity=1 - fixed[0] / fixed[1] if fixed else draw(st.floats(0, 1, exclude_max=True)),

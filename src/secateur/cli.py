@@ -37,6 +37,7 @@ from .options import (
     Only,
     Out,
     Propagate,
+    Quantize,
     RecipeFile,
     Recovery,
     Schedule,
@@ -73,6 +74,7 @@ def prune(
     allocation: Alloc = None,
     criterion: Crit = None,
     solver: Solver = None,
+    quantize: Quantize = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -110,12 +112,16 @@ def prune(
     from .modules import is_module, prune_module
 
     axes = axes_of(locals())
+    if quantize is not None and method is not None and (is_runtime(method) or method in decompositions()):
+        raise RecipeError(f"--quantize goes with single weights; method '{method}' takes something else away")
     if method is not None and is_runtime(method):
         return cli_runtime.prune_tokens(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             force=force, as_json=as_json,
         )  # fmt: skip
     if names_a_task(model):
+        if quantize is not None:
+            raise RecipeError("--quantize takes a model directory: write the trained model first, and quantize that")
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
             epochs=epochs, when="after", device=device, target=target, multiple=multiple,
@@ -124,7 +130,7 @@ def prune(
         with interruptible(f"stopped: {out} was not written"):
             return _decompose(model, method, out, axes, knobs, target, data, windows, length, force, as_json)
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     if parse(recipe.granularity).coupled:
         with interruptible(f"stopped: {out} was not written"):
             return _prune_coupled(
@@ -243,6 +249,7 @@ def plan(
     allocation: Alloc = None,
     criterion: Crit = None,
     solver: Solver = None,
+    quantize: Quantize = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -261,7 +268,7 @@ def plan(
 
     axes = axes_of(locals())
     free = {} if recipe_file else {"recovery": recovery}
-    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or []), free, target, example, exported)
+    recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     made: Any
     if parse(recipe.granularity).coupled:
         from .coupled import plan_source

@@ -60,6 +60,11 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
         raise RecipeError(f"gate '{recipe.gate}' itself learns what stays: criterion None, solver rank, steps 1")
     if recipe.gate != "none":
         return
+    if solver.facts.get("quantizes") and (recipe.recovery != "none" or recipe.driver != "once" or pattern.coupled):
+        raise RecipeError(
+            f"solver '{recipe.solver}' leaves integers, which no later step may move: recovery none, driver once, "
+            "and no coupled units (shrink or train first, and quantize what that wrote)"
+        )
     if "score" in solver.needs and recipe.criterion is None:
         raise RecipeError(f"solver '{recipe.solver}' ranks by a criterion: name one with --criterion")
     if "score" in measure_needs(recipe.allocation) and recipe.criterion is None:

@@ -25,7 +25,7 @@ from .record import dumps, run_record
 from .registry import get
 from .report import write_report
 from .solve import LayerRecord, allocate, layer_facts
-from .stream import Engine, Tick, find_blocks
+from .stream import Engine, Tick, find_blocks, integers
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
 from .structured import StructuredPlan, WholePlan
@@ -201,7 +201,10 @@ def prune_directory(
         command=command,
         before=before,
         after=after,
-        notes=[] if stop is None else [f"only the first {stop} blocks were pruned, as asked"],
+        notes=[
+            *([] if stop is None else [f"only the first {stop} blocks were pruned, as asked"]),
+            *integers.notes(recipe, len(records), output.state["weight_map"]),
+        ],
     )
     _provenance(output, run)
     output.write_text("recipe.yaml", recipe.dump())
@@ -315,7 +318,7 @@ def _streamed(
         block = shards.load(k)
         if k < end:
             found, _ = run.prune_block(k, block, of_block[block_path], keeps, last=k + 1 == end)
-        tensors = shards.free(k)
+        tensors = integers.with_codes(shards.free(k), run.grids, net)
         del block
         file = output.shard(k, count)
         output.write(file, tensors)
@@ -337,6 +340,7 @@ def _streamed(
     weight_map.update(dict.fromkeys(rest, file))
     output.state["weight_map"] = weight_map
     output.copy(path)
+    integers.enter_config(output.part / "config.json", recipe, weight_map, net)
     timings.update(prune=seconds, save=time.perf_counter() - start)
     return records, skipped, described, timings, output
 
@@ -375,7 +379,9 @@ def _resident(
     output = Output(target, force, {"recipe": recipe.digest, "resident": time.time_ns()})
     net.save_pretrained(output.part)
     output.copy(path)
+    integers.rewrite(output.part, pruned.grids, net)
     weight_map = {name: file.name for file in sorted(output.part.glob("*.safetensors")) for name in _names(file)}
+    integers.enter_config(output.part / "config.json", recipe, weight_map, net)
     output.state["weight_map"] = weight_map
     described = {k: v for k, v in pruned.run["model"].items() if k != "source"}
     timings = {"load": loaded - started, "prune": time.perf_counter() - loaded}

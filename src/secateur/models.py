@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .formats.integers import is_packed, unpacked
 
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -114,9 +115,32 @@ def _save(model: Any, tokenizer: Any, target: Path) -> Path:
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     """A causal language model from its directory, through transformers; remote code is never run."""
     transformers = _transformers()
+    if is_packed(path):
+        return _load_packed(path, dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    eager_experts(model)
+    return model.eval()
+
+
+def _load_packed(path: Path, dtype: torch.dtype | None) -> Any:
+    """A model whose linear layers are stored as integers, with ordinary float weights."""
+    transformers = _transformers()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        quantization = config.quantization_config
+        del config.quantization_config
+        kind = dtype or config.dtype or torch.float32
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            tensors |= unpacked(load_file(file), quantization, kind)
+        model = type(skeleton(path)).from_pretrained(None, config=config, state_dict=tensors, dtype=kind)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
     eager_experts(model)
     return model.eval()

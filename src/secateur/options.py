@@ -29,6 +29,9 @@ Recovery = Annotated[str | None, typer.Option("--recovery", help="What heals the
 Schedule = Annotated[str | None, typer.Option("--schedule", help="Share of the target after each step.")]
 Steps = Annotated[int | None, typer.Option("--steps", "--rounds", min=1, help="Rounds of score and cut.")]
 Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="Survivors become integers: int4, int8, with a group int4:128.")
+]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of every random draw.")]
@@ -127,8 +130,15 @@ def pairs(items: list[str]) -> dict[str, Any]:
     return found
 
 
-def read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
+def read_recipe(
+    method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str], quantize: str | None = None
+) -> Recipe:
     """The recipe of a method or a file, with what the options override."""
+    recipe = _read_recipe(method, file, axes, knobs)
+    return recipe if quantize is None else recipe.quantized(quantize)
+
+
+def _read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:
     given = axes_of(axes)
     if knobs:
         given["knobs"] = part_knobs(knobs)

@@ -17,6 +17,7 @@ from .data import Windows, windows
 from .disk import beside
 from .errors import RecipeError
 from .evidence.inputs import INPUT_FACTS
+from .formats import Grid
 from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
@@ -46,6 +47,7 @@ class Pruned:
     records: list[LayerRecord]
     skipped: list[Skipped]
     run: dict[str, Any] = field(repr=False)
+    grids: dict[str, Grid] = field(default_factory=dict, repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -167,17 +169,18 @@ def prune(
         layer.check_finite()
     described: Mapping[str, Any] | None = None
     with Peak() as peak, evaluating(model):
+        grids: dict[str, Grid] = {}
         if not masks and _by_block(model, recipe, blocks, layers, data):
             assert blocks is not None
             tokens = None
             if recipe.needs_data:
                 tokens = windows(data, tokenizer, count=windows_count, length=length)
                 described = tokens.describe()
-            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress)
+            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress, grids)
         else:
             if recipe.needs_data:
                 described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
-            records, made = _whole(model, recipe, layers, data, loss, masks)
+            records, made = _whole(model, recipe, layers, data, loss, masks, grids)
     run = run_record(
         recipe=recipe,
         model={
@@ -192,7 +195,7 @@ def prune(
         timings={"total": time.perf_counter() - start},
         peak_memory=peak.bytes,
     )
-    return Pruned(model, recipe, made, records, skipped, run)
+    return Pruned(model, recipe, made, records, skipped, run, grids)
 
 
 def recipe_of(
@@ -256,6 +259,7 @@ def _by_blocks(
     tokens: Windows | None,
     memory: int,
     progress: Progress | None,
+    grids: dict[str, Grid],
 ) -> tuple[list[LayerRecord], Masks]:
     parameter = next(model.parameters())
 
@@ -288,6 +292,7 @@ def _by_blocks(
             masks.put(name, mask)
         if progress is not None:
             progress(Tick(k + 1, len(blocks), done, time.perf_counter() - start))
+    grids |= run.grids
     return records, masks
 
 
@@ -324,6 +329,7 @@ def _whole(
     data: Any,
     loss: Loss | None,
     before: Mapping[str, Tensor] | None = None,
+    grids: dict[str, Grid] | None = None,
 ) -> tuple[list[LayerRecord], Masks]:
     """All layers at once, in as many rounds as the recipe has steps; every round scores what is left.
 
@@ -359,6 +365,6 @@ def _whole(
             found = evidence.get(x.name)
             number = next((k for k, p in enumerate(paths) if x.name.startswith(f"{p}.")), None)
             records[x.name], masks[x.name] = solve_layer(
-                x, recipe, keeps[x.name], evidence=found, block=number, mask=masks.get(x.name)
+                x, recipe, keeps[x.name], evidence=found, block=number, mask=masks.get(x.name), grids=grids
             )
     return list(records.values()), Masks(controlled(recipe, layers, masks, dense))

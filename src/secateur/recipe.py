@@ -21,6 +21,7 @@ from . import granularity as granularity_module
 from .consistency import check_parts, heals_units, measure_needs, ranks
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
+from .formats import parse_integers
 from .frozen import frozen, plain, thawed
 from .registry import Part, get
 
@@ -161,6 +162,27 @@ class Recipe:
                 given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
 
+    def quantized(self, integers: str) -> Recipe:
+        """This recipe with survivors rounded to integers, by the form of its solver that does so.
+
+        Args:
+            integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``.
+
+        >>> Recipe.of("sparsegpt").quantized("int4").solver
+        'sparsegpt-gptq'
+        """
+        bits, group = parse_integers(integers)
+        part = get("solver", self.solver)
+        name = part.name if part.facts.get("quantizes") else part.facts.get("integers")
+        if name is None:
+            raise RecipeError(
+                f"solver '{self.solver}' has no form with integers: choose sparsegpt or rank, or prune first and then "
+                "quantize what it wrote (--solver gptq --criterion magnitude)"
+            )
+        known = get("solver", name).knobs
+        held = {k: v for k, v in thawed(self.knobs.get("solver", {})).items() if k in known}
+        return self.override(solver=name, knobs={"solver": {**held, "bits": bits, "group": group}})
+
     def parts(self) -> dict[str, Part]:
         """The registered part on each axis."""
         found = {
@@ -243,8 +265,11 @@ class Recipe:
             name = sorted(self.needs() & _LOSS)[0]
             raise RecipeError(f"{self._who_needs(name)} needs {name}, which is measured with a loss: pass loss=")
         pattern = granularity_module.parse(self.granularity)
+        fits = get("solver", self.solver).facts.get("check")
         for layer in layers:
             pattern.check(layer.shape, layer.name)
+            if fits is not None:
+                fits(layer.shape, layer.name, pattern, self.knobs_of("solver"))
 
     def _who_needs(self, fact: str) -> str:
         for axis, part in self.parts().items():

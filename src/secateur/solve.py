@@ -14,6 +14,7 @@ from torch import Tensor
 from . import granularity as granularity_module
 from .allocation import LayerFacts, Sketch
 from .errors import NumericalError, RecipeError
+from .formats import Grid
 from .granularity import Granularity
 from .layers import Layer
 from .recipe import GRADIENTS, SHAPES, Recipe
@@ -125,6 +126,7 @@ def solve_layer(
     sample: Tensor | None = None,
     block: int | None = None,
     mask: Tensor | None = None,
+    grids: dict[str, Grid] | None = None,
 ) -> tuple[LayerRecord, Tensor]:
     """Prune one layer in place.
 
@@ -135,6 +137,7 @@ def solve_layer(
         curvature: shared by the layers that read the same input.
         sample: rows of input ``(n, i)`` for the output error.
         mask: what an earlier round kept.
+        grids: where the grid of a quantized layer is put, by its name.
 
     Returns:
         The record and the mask ``(o, i)``.
@@ -164,6 +167,8 @@ def solve_layer(
     elif sample is not None:
         error = _sampled_error(before, solved.weight, sample)
     layer.write(solved.weight)
+    if grids is not None and solved.grid is not None:
+        grids[layer.name] = solved.grid
     return _record(layer, block, solved.mask, error, start, solved.notes), solved.mask
 
 

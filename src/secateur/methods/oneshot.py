@@ -21,11 +21,14 @@ def method(
     paper: str | None = None,
     when: str = "after",
     granularities: tuple[str, ...] = _ALL,
+    survey: tuple[str, ...] = (),
     **recipe: Any,
 ) -> None:
     """Register a named method: a recipe with a card."""
     built = Recipe(method=name, **recipe)
     facts = {"recipe": built, "family": family, "paper": paper, "when": when, "granularities": granularities}
+    if survey:
+        facts["survey"] = survey
     card = Card(summary=summary, choose=choose, beware=beware, source=source)
     shelf = _parts.setdefault("method", {})
     shelf[name] = Part("method", name, lambda: built, tuple(sorted(built.needs() - DERIVED)), {}, card, facts)
@@ -149,6 +152,19 @@ method(
     family="llm",
     criterion=None,
     solver="sparsegpt",
+)
+method(
+    "gptq",
+    "Quantize column by column: later columns make up for what rounding cost the ones before; nothing is removed.",
+    choose="Choose it to quantize a language model to 4 bits, also one that was pruned before (--sparsity as it has).",
+    beware="zeros are kept as integers, not skipped: pruning on top makes files no smaller in this layout.",
+    source="Frantar et al., GPTQ, arXiv 2210.17323.",
+    paper="2210.17323",
+    family="llm",
+    survey=("B3.6", "D1", "E4"),
+    criterion="magnitude",
+    solver="gptq",
+    sparsity=0.0,
 )
 method(
     "obc",

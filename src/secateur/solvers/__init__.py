@@ -6,6 +6,7 @@ from .admm import admm
 from .base import Solved
 from .curvature import Curvature, output_error
 from .dsnot import dsnot
+from .integers import gptq, round_to_nearest, sparsegpt_gptq
 from .least_squares import least_squares, refit
 from .obc import obc
 from .obs import obs
@@ -17,11 +18,14 @@ __all__ = [
     "Solved",
     "admm",
     "dsnot",
+    "gptq",
     "least_squares",
     "obc",
     "obs",
     "output_error",
     "rank",
     "refit",
+    "round_to_nearest",
     "sparsegpt",
+    "sparsegpt_gptq",
 ]

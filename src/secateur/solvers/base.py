@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..formats.grid import Grid
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -15,8 +17,10 @@ class Solved:
         weight: ``(o, i)`` float32, exactly zero where the mask is False.
         mask: ``(o, i)`` bool, True keeps.
         notes: what the user should know (damping that had to grow, iterations, ...).
+        grid: whose values the weights are, where the solver quantizes.
     """
 
     weight: Tensor
     mask: Tensor
     notes: tuple[str, ...] = ()
+    grid: Grid | None = None

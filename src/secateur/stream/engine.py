@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError, SecateurError
 from ..evidence import InputEvidence, Stop, watch
 from ..evidence.watch import as_ni
+from ..formats import Grid
 from ..lanes import Lanes, Parted, lane_size
 from ..layers import Layer
 from ..recipe import Recipe
@@ -58,6 +59,8 @@ class Engine:
         self.dtype = dtype
         self.hidden: Tensor | None = None
         self.dense: Tensor | None = None
+        #: Of the layers that were quantized, by name.
+        self.grids: dict[str, Grid] = {}
         self._calls: dict[int, list[Any]] = {}
 
     def start(self) -> None:
@@ -93,7 +96,7 @@ class Engine:
         for layer in layers:
             layer.check_finite()
         if self.hidden is None:
-            solved = [solve_layer(x, self.recipe, keeps[x.name], block=index) for x in layers]
+            solved = [solve_layer(x, self.recipe, keeps[x.name], block=index, grids=self.grids) for x in layers]
             return [r for r, _ in solved], {r.name: m for r, m in solved}
         target = None
         if self.recovers:
@@ -336,6 +339,7 @@ class _BlockTask:
                 curvature=curvature,
                 sample=sample,
                 block=self.index,
+                grids=self.engine.grids,
             )
         except torch.OutOfMemoryError as error:
             raise SecateurError(
