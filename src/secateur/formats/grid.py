@@ -151,12 +151,12 @@ def short(scale: Tensor) -> Tensor:
 
 
 def _code_of_zero(low: Tensor, step: Tensor, bits: int) -> Tensor:
-    half = 2 ** (bits - 1)
+    half = 1 << (bits - 1)
     return (-half - low / step).round().clamp(-half, half - 1)
 
 
 def _codes(w: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    half = 2 ** (bits - 1)
+    half = 1 << (bits - 1)
     return ((w / scale).round_() + zero).clamp_(-half, half - 1)
 
 

@@ -34,7 +34,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
         return torch.cat([pack_words(part, bits) for part in codes.split(max(1, _AT_ONCE // n))])
     of_word = torch.arange(bits, device=codes.device)
     # Bit by bit into whole words of 32 bits, which hold 32 codes in ``bits`` words whatever ``bits`` is.
-    raised = torch.nn.functional.pad(codes.long() + 2 ** (bits - 1), (0, -n % 32))
+    raised = torch.nn.functional.pad(codes.long() + (1 << (bits - 1)), (0, -n % 32))
     ones = (raised[..., None] >> of_word) & 1
     words = ones.reshape(rows, -1, 32) << torch.arange(32, device=codes.device)
     found = words.sum(-1)[:, : -(-n * bits // 32)]
@@ -50,7 +50,7 @@ def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
     ones = (words.long()[..., None] >> torch.arange(32, device=words.device)) & 1
     ones = ones.reshape(rows, -1)[:, : n * bits].reshape(rows, n, bits)
     raised = (ones << torch.arange(bits, device=words.device)).sum(-1)
-    return (raised - 2 ** (bits - 1)).to(torch.int8)
+    return (raised - (1 << (bits - 1))).to(torch.int8)
 
 
 def packed(name: str, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
