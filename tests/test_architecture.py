@@ -39,7 +39,7 @@ ORDER = (
     ("checks",),
     ("demo", "testing", "options"),
     ("terminal",),
-    ("cli_compare", "cli_measure", "cli_recommend", "cli_runtime", "cli_search", "cli_train"),
+    ("cli_compare", "cli_measure", "cli_methods", "cli_recommend", "cli_runtime", "cli_search", "cli_train"),
     ("__init__",),
     ("cli",),
     ("__main__",),

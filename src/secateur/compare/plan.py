@@ -16,7 +16,8 @@ from ..frozen import plain, thawed
 from ..recipe import Recipe
 from ..when.train import rounds_of
 from .rows import Row
-from .study import NOT_ASKED, Contender, Study, Subject, axes_of, structured
+from .study import NOT_ASKED, Contender, Study, Subject
+from .targets import axes_of, structured
 
 #: Counts up when the same description would give other figures than before.
 PROTOCOL = 1

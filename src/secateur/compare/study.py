@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,13 +17,12 @@ from ..frozen import frozen, thawed
 from ..granularity import parse
 from ..recipe import Recipe
 from ..registry import parts
-from ..structured import Target
+from .targets import PATTERN, axes_of, of_weights, target_of
 
 #: Why a cell is empty that the study never meant to fill.
 NOT_ASKED = "the study does not ask for it"
 Kind = Literal["task", "model"]
 _BUDGET = "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows and seconds"
-_NM = re.compile(r"\d+:\d+")
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,9 @@ class Study:
         except RecipeError as error:
             return str(error)
         pattern = parse(own.granularity)
-        if not _is_sparsity(target) and not pattern.coupled:
+        if not of_weights(target) and not pattern.coupled:
             return f"it takes single weights away ({own.granularity}), and {target} is for units of the whole model"
-        if _NM.fullmatch(target):
+        if PATTERN.fullmatch(target):
             known = parts("method").get(contender.method)
             if pattern.coupled:
                 return f"it takes units of the whole model away, and {target} is a pattern of single weights"
@@ -229,7 +227,7 @@ class Study:
             name=str(data.get("study", "study")),
             subjects=tuple(subjects),
             contenders=tuple(_contender(x) for x in _list(data, "methods")),
-            targets=tuple(_target(x) for x in _list(data, "targets")),
+            targets=tuple(target_of(x) for x in _list(data, "targets")),
             seeds=tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else _seeds(seeds),
             budget=Budget(**budget),
             data=str(data.get("data", "text:calibration")),
@@ -302,64 +300,11 @@ def _written(contender: Contender) -> Any:
     return {"method": c.method, **more} if more else c.method
 
 
-def axes_of(target: str) -> dict[str, Any]:
-    """What a target says on the axes of a recipe.
-
-    >>> axes_of("2:4"), axes_of("0.9"), axes_of("flops 50%")
-    ({'granularity': '2:4', 'sparsity': 0.5}, {'sparsity': 0.9}, {})
-
-    Raises:
-        StudyError: it is none.
-    """
-    if _NM.fullmatch(target):
-        try:
-            parse(target)
-        except RecipeError as error:
-            raise StudyError(str(error)) from None
-        n, m = (int(x) for x in target.split(":"))
-        return {"granularity": target, "sparsity": 1 - n / m}
-    if _is_sparsity(target):
-        value = float(target)
-        if not 0 < value < 1:
-            raise StudyError(f"target {target} is a sparsity, and must lie between 0 and 1 (0.5 removes half)")
-        return {"sparsity": value}
-    try:
-        Target.parse(target)
-    except RecipeError as error:
-        raise StudyError(f"{error}; or a sparsity such as 0.9, or a pattern such as 2:4") from None
-    return {}
-
-
-def structured(target: str) -> str | None:
-    """The target as `prune` takes it for units of the whole model; None for a sparsity or a pattern."""
-    return None if _is_sparsity(target) else target
-
-
-def _is_sparsity(target: str) -> bool:
-    if _NM.fullmatch(target):
-        return True
-    try:
-        float(target)
-    except ValueError:
-        return False
-    return True
-
-
 def _list(data: Mapping[str, Any], key: str) -> list[Any]:
     found = data.get(key)
     if found is None:
         return []
     return list(found) if isinstance(found, (list, tuple)) else [found]
-
-
-def _target(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise StudyError(f"a target is written 0.9, 2:4 or 'flops 50%', not {value!r}")
-    text = value.strip() if isinstance(value, str) else f"{value:g}"
-    try:
-        return f"{float(text):g}"  # 0.50 is 0.5
-    except ValueError:
-        return text
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -397,6 +342,6 @@ def _contender(value: Any) -> Contender:
     return Contender(
         str(value.get("label", value["method"])), value["method"], frozen(rest),
         frozen({str(k): list(v) for k, v in tune.items()}), value.get("when"),
-        None if value.get("targets") is None else tuple(_target(x) for x in _list(value, "targets")),
+        None if value.get("targets") is None else tuple(target_of(x) for x in _list(value, "targets")),
         None if masks is None else frozen(dict(masks)),
     )  # fmt: skip
