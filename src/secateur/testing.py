@@ -262,7 +262,8 @@ def check_granularity(text: str) -> None:
 def check_solver(name: str, facts: Mapping[str, Maker] | None = None) -> None:
     """A solver returns a mask with exactly the granularity's count and a weight that is zero outside it.
 
-    A granularity that the solver cannot do must be refused with `RecipeError`; ``element`` may not be.
+    A granularity that the solver cannot do must be refused with `RecipeError`; ``element`` may not be. The weights of a
+    solver that quantizes lie on the grid that it returns.
     """
     part, facts = get("solver", name), facts or {}
     check_card(part)
@@ -273,7 +274,8 @@ def check_solver(name: str, facts: Mapping[str, Maker] | None = None) -> None:
 
 
 def _check_solved(part: Part, text: str, keep: float, facts: Mapping[str, Maker]) -> None:
-    granularity, shape = parse(text), (8, 16)
+    quantizes = bool(part.facts.get("quantizes"))
+    granularity, shape = parse(text), (8, 64 if quantizes else 16)
     where = f"at {text}, keep {keep:g}"
 
     def given() -> dict[str, Any]:
@@ -308,6 +310,11 @@ def _check_solved(part: Part, text: str, keep: float, facts: Mapping[str, Maker]
         each = units[..., 0].sum(1)
         assert (each == each[0]).all(), _say(part, f"does not keep the same number in each pool {where}")
     assert not weight[~mask].any(), _say(part, f"leaves weights outside its mask {where}")
+    assert quantizes == (solved.grid is not None), _say(
+        part, "returns a grid if, and only if, it says that it quantizes"
+    )
+    if solved.grid is not None:
+        assert torch.equal(solved.grid.round(weight), weight), _say(part, f"leaves weights beside its grid {where}")
     assert all(isinstance(note, str) for note in solved.notes), _say(part, "returns notes that are not text")
     _check_unmodified(part, inputs, before)
     again = part(given(), **knobs)
