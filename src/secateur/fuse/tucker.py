@@ -56,7 +56,8 @@ def tucker(stored: Tensor, *, iterations: int = 5) -> Options:
 
     Source: De Lathauwer, De Moor and Vandewalle, A multilinear singular value decomposition, SIAM J. Matrix Anal. Appl.
     2000, for the bases, and On the best rank-(R1, ..., RN) approximation, ibid. 2000, for their refinement; Kim et al.,
-    arXiv 1511.06530, for convolutions, a two-mode Tucker decomposition (the paper was not read here). How ranks are spread over the layers is our own.
+    arXiv 1511.06530, for convolutions, a two-mode Tucker
+    decomposition (the paper was not read here). How ranks are spread over the layers is our own.
     """
     tensor = wide(stored)
     bases = tuple(principal(along(tensor, a))[0] for a in (0, 1))

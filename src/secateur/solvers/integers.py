@@ -56,7 +56,7 @@ def sparsegpt_gptq(
     the survivors as pruning alone would leave them, for they grow; the official code finds one grid for each row on
     the dense weights.
 
-    Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, section 3.5 and its official code; groups after
+    Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774 and its official code; groups after
     Frantar et al., GPTQ, arXiv 2210.17323, and its official code (without reordered columns).
     """
     shape = (weight.shape[0], weight.shape[1])
@@ -90,7 +90,7 @@ def gptq(
 
     Beware: the mask does not see what rounding costs; sparsegpt-gptq chooses both together.
 
-    Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1, with groups as in its official code (without
+    Source: Frantar et al., GPTQ, arXiv 2210.17323, with groups as in its official code (without
     reordered columns); the mask is held as in SparseGPT's official code, arXiv 2301.00774.
     """
     shape = (weight.shape[0], weight.shape[1])
