@@ -46,7 +46,7 @@ def main() -> None:
     args = arguments()
     from secateur.compare import compare, write_report, write_rows
     from secateur.compare.contrasts import contrasts, study_of
-    from secateur.compare.engine import load
+    from secateur.compare.engine import collect
     from secateur.compare.report import answers
 
     budget = {}
@@ -62,8 +62,9 @@ def main() -> None:
             other={"task": args.other[0], **sizes(args.other[1:])}, targets=some or None,
         )  # fmt: skip
         if args.show:
-            (args.store / "study.yaml").write_text(study.dump(), encoding="utf-8")
-            made = load(args.store)
+            made = collect(study, args.store)
+            if made.missing:
+                print(f"{name}: {made.missing} runs are missing")
         else:
             made = compare(
                 study, args.store, workers=args.workers, threads=args.threads,

@@ -155,11 +155,7 @@ def load(path: str | Path) -> Comparison:
         raise StudyError(f"{folder} is not the directory of a study: it has no study.yaml")
     study = Study.load(file)
     if (folder / "runs.sqlite").is_file():
-        store = Store(folder / "runs.sqlite")
-        try:
-            found = _collect(study, store)
-        finally:
-            store.close()
+        found = collect(study, folder)
         # Read elsewhere than it was run, the files that it names may be others; what it found stays what it found.
         if found.rows or not (folder / "rows.jsonl").is_file():
             return found
@@ -167,6 +163,15 @@ def load(path: str | Path) -> Comparison:
         raise StudyError(f"{folder} has no runs: secateur compare {file} makes them")
     rows = read_rows(folder / "rows.jsonl")
     return Comparison(study, rows, 0, left_out(study))
+
+
+def collect(study: Study, folder: Path) -> Comparison:
+    """What a directory holds of a study, which need not be the one that was run there last."""
+    store = Store(folder / "runs.sqlite")
+    try:
+        return _collect(study, store)
+    finally:
+        store.close()
 
 
 # -- the loop --------------------------------------------------------------------------------------

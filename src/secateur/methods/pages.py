@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ KINDS = {
 
 _HEADER = "<!-- Generated from the cards by `python -m secateur.methods.pages`; edit the docstrings instead. -->"
 _EMPTY = "—"
+
+
+def _anchor(name: str) -> str:
+    """What code hosts make of a heading."""
+    return re.sub(r"[^\w-]", "", name)
 
 
 def pages() -> dict[str, str]:
@@ -83,7 +89,7 @@ def _axes(method: Part) -> list[str]:
     for axis in KINDS:
         if axis in used:
             text = method.facts["recipe"].granularity if axis == "granularity" else used[axis].name
-            lines.append(f"{axis.capitalize()}: [`{text}`]({axis}.md#{used[axis].name})")
+            lines.append(f"{axis.capitalize()}: [`{text}`]({axis}.md#{_anchor(used[axis].name)})")
     return lines
 
 
@@ -119,7 +125,7 @@ def _index(shelves: Mapping[str, Sequence[Part]]) -> str:
     blocks = []
     for kind, shelf in shelves.items():
         title, question = KINDS[kind]
-        rows = [[f"[{p.name}]({kind}.md#{p.name})", p.card.summary, _codes(_needs(p))] for p in shelf]
+        rows = [[f"[{p.name}]({kind}.md#{_anchor(p.name)})", p.card.summary, _codes(_needs(p))] for p in shelf]
         blocks += [f"## [{title}]({kind}.md)", question, _table(["name", "what it does", "needs"], rows)]
     intro = "A method is a recipe over the axes below it. The same text: `secateur explain NAME`."
     return _page("# Methods and their parts", intro, *blocks)
@@ -130,7 +136,7 @@ def _survey(shelves: Mapping[str, Sequence[Part]]) -> str:
     outside: list[str] = []
     for kind, shelf in shelves.items():
         for part in shelf:
-            link = f"[{part.name}](methods/{kind}.md#{part.name})"
+            link = f"[{part.name}](methods/{kind}.md#{_anchor(part.name)})"
             places = nodes_of(part)
             for id in places:
                 here[id].setdefault(kind, []).append(link)
