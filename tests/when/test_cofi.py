@@ -19,7 +19,7 @@ from secateur.recover.distill import lessons, taught
 from secateur.when.course import Course
 from secateur.when.healing import Healing
 from secateur.when.pools import find_units
-from secateur.when.train import _recipe
+from secateur.when.train import recipe_and_moment
 from tests.tasks.conftest import _one_thread  # noqa: F401
 from tests.tasks.tiny import batches
 
@@ -37,11 +37,11 @@ FEATURES: dict[str, Any] = {"knobs": {"recovery": {"features": 0.0}}}  # parts o
 
 
 def test_it_is_a_method_of_after_training() -> None:
-    assert _recipe("cofi", {}, None, None)[1] == "after"
-    assert _recipe("l0-units", {}, None, None)[1] == "during"
-    assert _recipe("l0-units", {}, None, "after")[1] == "after"
+    assert recipe_and_moment("cofi", {}, None, None)[1] == "after"
+    assert recipe_and_moment("l0-units", {}, None, None)[1] == "during"
+    assert recipe_and_moment("l0-units", {}, None, "after")[1] == "after"
     with pytest.raises(RecipeError, match="works while the model trains, not after"):
-        _recipe("l0", {}, None, "after")
+        recipe_and_moment("l0", {}, None, "after")
     with pytest.raises(RecipeError, match=r"secateur\.train\(task, 'cofi'"):
         secateur.prune(network(0), "cofi", example=torch.zeros(1, 1, 6, 6))
 
