@@ -10,6 +10,7 @@ import pytest
 
 from secateur import Recipe
 from secateur.compare import write_rows
+from secateur.recommend import evidence
 from tests.conftest import Run
 from tests.recommend.rows import row
 
@@ -71,7 +72,14 @@ def test_all_and_json_account_for_every_method(run: Run) -> None:
     assert all(m["reasons"] for m in found["methods"])
 
 
-def test_the_users_own_study_ranks(run: Run, tmp_path: Path) -> None:
+def test_studies_ship() -> None:
+    runs = evidence.shipped()
+    assert {r.study for r in runs} == {"fashion", "smollm2", "tasks"} and not any(r.own for r in runs)
+    assert {r.subject.kind for r in runs} >= {"cnn", "vit", "encoder", "decoder"}
+
+
+def test_the_users_own_study_ranks(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "shipped", list)
     rows = [row("digits", "dense", "", s, 0.9, kind="task") for s in (0, 1)]
     for label, score in (("gmp", 0.6), ("rigl", 0.85), ("set", 0.7)):
         rows += [row("digits", label, "0.9", s, score, kind="task") for s in (0, 1)]
