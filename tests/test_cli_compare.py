@@ -61,7 +61,7 @@ def test_contrasts_are_listed() -> None:
         (["compare", "digits", "-m", "magnitude[allocation=owl", "--sparsity", "0.5", "--out", "x"], "not understood"),
         (["compare", "digits", "-m", "magnitude", "--sparsity", "0.5", "--out", "x", "--set", "a.b=2"], "no size"),
         (["compare", "nowhere.yaml"], "there is no study file"),
-        (["contrast", "one-shot"], "did you mean 'one-shot-vs-iterative'"),
+        (["contrast", "one-shot-vs-iterativ"], "did you mean 'one-shot-vs-iterative'"),
         (["contrast", "one-shot-vs-iterative", "--out", "x"], "say what contrast"),
         (["contrast", "static-vs-dynamic", "--task", "digits", "--out", "x"], "pruning at run time"),
         (["contrast", "original-vs-transferred", "--task", "digits", "--out", "x"], "--from digits"),
