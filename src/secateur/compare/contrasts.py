@@ -8,10 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import StudyError, UnknownName
+from ..granularity import parse
+from ..layers import find_layers
+from ..recipe import Recipe
 from ..tasks import find
+from ..when.healing import fresh_model
 from .answers import Answer, Side, Statement, answer
 from .rows import Row
 from .study import Study
+from .targets import PATTERN
 from .verdicts import BETTER
 
 _FINE: dict[str, Any] = {"knobs": {"recovery": {"length": 1.0}}}
@@ -295,6 +300,8 @@ def study_of(
         why = "it is about tasks" if kind == "model" and asked.tasks else asked.note
         raise StudyError(f"contrast '{name}' cannot be run on a {kind}: {why}")
     methods = [_masks(c, subject, options, other, name) for given in sides.values() for c in given]
+    if kind == "task":
+        methods = _fitting(methods, subject, options)
     levels = asked.levels_of(kind)
     named = {t for c in methods for t in c.get("targets", [])}
     wanted = [t for t in levels if (not named or t in named or any("targets" not in c for c in methods))]
@@ -318,6 +325,19 @@ def study_of(
         "study": name, "contrast": name, kind: what, "methods": methods, "targets": wanted, "seeds": seeds,
         "budget": budget, **more,
     })  # fmt: skip
+
+
+def _fitting(
+    methods: Sequence[dict[str, Any]], subject: str, options: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Where a pattern N:M is asked for, all contenders over weights leave the layers dense that it does not fit."""
+    runs = [int(t.partition(":")[2]) for c in methods for t in c.get("targets", ()) if PATTERN.fullmatch(str(t))]
+    if not runs:
+        return list(methods)
+    layers = find_layers(fresh_model(find(subject, **(options or {})), 0), only=("*",))[0]
+    odd = [x.name for x in layers if any(x.shape[1] % m for m in runs)]
+    single = [not parse(Recipe.of(str(c["method"])).granularity).coupled for c in methods]
+    return [{**c, "skip": odd} if odd and weights else c for c, weights in zip(methods, single, strict=True)]
 
 
 def _masks(
