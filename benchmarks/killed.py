@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, environment
 
@@ -81,7 +82,7 @@ def main() -> None:
     print(json.dumps({k: v for k, v in found.items() if k != "environment"}, indent=1))
 
 
-def timeless(rows: list) -> list:  # type: ignore[type-arg]
+def timeless(rows: list[Any]) -> list[Any]:
     """Rows without what differs between two runs of the same thing."""
     gone = ("created", "environment", "cost")
     return sorted(

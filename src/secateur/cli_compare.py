@@ -223,7 +223,9 @@ def _time(seconds: float) -> str:
     >>> _time(42), _time(600), _time(9000)
     ('42 s', '10 min', '2.5 h')
     """
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"  # fmt: skip  # noqa: E501
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def split(text: str) -> list[str]:

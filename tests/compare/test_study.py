@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur import Recipe
+from secateur.compare import load, write_rows
 from secateur.compare.contrasts import contrasts, study_of
 from secateur.compare.plan import chosen_knobs, left_out, runs_of
 from secateur.compare.rows import Row
+from secateur.compare.store import Store
 from secateur.compare.study import Study
 from secateur.errors import SecateurError
 from secateur.methods import all_methods
@@ -133,3 +137,29 @@ def test_every_contrast_is_a_study_or_says_why_not() -> None:
                 present = {s for s, labels in asked.labels(kind).items() if any((x, level) in cells for x in labels)}
                 assert len(present) >= 2, f"{name}: {level} has one side only"
             assert not left_out(made), name
+
+
+def test_layers_that_a_pattern_does_not_fit_stay_dense_on_both_sides() -> None:
+    made = study_of("unstructured-vs-structured", "task", "digits", epochs=1.0)
+    by_label = {c.label: c.recipe() for c in made.contenders}
+    skipped = {label: recipe.skip for label, recipe in by_label.items() if recipe.granularity == "element"}
+    assert len(skipped) == 2 and len(set(skipped.values())) == 1 and next(iter(skipped.values()))
+    assert by_label["l1-norm (structured)"].skip == Recipe.of("l1-norm").skip
+
+
+def test_a_model_that_was_trained_again_is_another_one(tmp_path: Path) -> None:
+    made = Study.of({"models": [str(tmp_path)], "methods": ["magnitude"], "targets": [0.5], "seeds": 1})
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = [r.digest for r in runs_of(made)]
+    assert [r.digest for r in runs_of(made)] == first
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert set(first).isdisjoint(r.digest for r in runs_of(made))
+
+
+def test_a_study_that_was_moved_reads_its_rows(tmp_path: Path) -> None:
+    made = study(seeds=1)
+    (tmp_path / "study.yaml").write_text(made.dump(), encoding="utf-8")
+    rows = [r.row("done", None, {"test": 0.5}) for r in runs_of(made)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    Store(tmp_path / "runs.sqlite").close()  # it knows none of these digests
+    assert len(load(tmp_path).rows) == len(rows)

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -309,9 +309,3 @@ def _executor(target: Path, workers: int | None, threads: int | None, ray: str |
 
         return Cluster(ray, target / "work", workers, each)
     return Local(target / "work", count, each)
-
-
-def summary(row: Row) -> dict[str, Any]:
-    """A row without what only plots need."""
-    light = {k: v for k, v in row.result.items() if k not in ("layers", "sketch", "groups")}
-    return asdict(replace(row, result=light))

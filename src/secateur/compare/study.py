@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,10 +282,6 @@ class Study:
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         yaml.dump(self.to_dict(), stream)
         return stream.getvalue()
-
-    def with_seeds(self, seeds: Iterable[int]) -> Study:
-        """The same study with other seeds."""
-        return replace(self, seeds=tuple(seeds))
 
 
 def _written(contender: Contender) -> Any:
