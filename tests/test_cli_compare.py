@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,11 @@ def test_what_a_study_file_says_is_not_said_again(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="--seeds is the study's to say: write it into"):
         runner.invoke(app, ["compare", str(file), "--seeds", "5", "--workers", "1"], catch_exceptions=False)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_missing_package_is_said_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    words = ["compare", f"{TINY}:clouds", "-m", "magnitude", "--sparsity", "0.5", "--out", str(tmp_path / "s")]
+    with pytest.raises(SecateurError, match=r"pip install 'secateur\[compare\]'"):
+        runner.invoke(app, words, catch_exceptions=False, standalone_mode=False)
+    assert not (tmp_path / "s").exists()

@@ -170,7 +170,9 @@ def _run(
 ) -> None:
     from .compare import compare as run
     from .compare import sayings, write_report
+    from .compare.statistics import stats
 
+    stats()  # said before the first run, not after the last
     again = f"stopped: what has been run is in {out}; the same command goes on"
     with interruptible(again), _progress(not as_json) as show:
         made = run(study, out, workers=workers, threads=threads, ray=ray, retry=retry, progress=show)
