@@ -246,7 +246,7 @@ def recipe_of(
 
 def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:
     """Whether the model is pruned block by block: it has blocks, all layers are in them, and inputs matter."""
-    if blocks is None or recipe.needs_whole or not recipe.needs_data:
+    if blocks is None or recipe.needs_whole or not recipe.needs_data or not _is_text(data):
         return False
     inside = tuple(f"{p}." for p in blocks.paths())
     if not all(layer.name.startswith(inside) for layer in layers) or not hasattr(model, "config"):
@@ -254,6 +254,12 @@ def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: l
             raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, and not all layers are in one")
         return False
     return True
+
+
+def _is_text(data: Any) -> bool:
+    """Whether batches hold token ids alone, and not, say, images beside them."""
+    first = data[0] if isinstance(data, (list, tuple)) and data else data
+    return not isinstance(first, Mapping) or set(first) <= {"input_ids", "attention_mask", "labels"}
 
 
 def _by_blocks(
