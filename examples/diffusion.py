@@ -17,7 +17,7 @@ from secateur.tasks import find
 
 def unet(small: bool) -> UNet2DModel:
     """A denoiser for images of 16 x 16 with attention on the inner level."""
-    widths = (16, 32) if small else (32, 64)
+    widths = (8, 16) if small else (32, 64)
     return UNet2DModel(
         sample_size=16, in_channels=1, out_channels=1, block_out_channels=widths, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
