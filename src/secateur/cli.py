@@ -46,6 +46,7 @@ from .options import (
     Solver,
     Sparsity,
     Steps,
+    Storage,
     Windows,
     axes_of,
     pairs,
@@ -74,6 +75,7 @@ def prune(
     criterion: Crit = None,
     solver: Solver = None,
     quantize: Quantize = None,
+    storage: Storage = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -139,7 +141,7 @@ def prune(
         with interruptible(f"stopped: {out} was not written"):
             made = prune_module(
                 model, recipe, out, example=example, data=data, count=windows, length=length, force=force,
-                command=command(),
+                storage=storage, command=command(),
             )  # fmt: skip
         return print(json.dumps(made.run) if as_json else f"{made}\nmodel  {out}")
     if not as_json:
@@ -160,6 +162,7 @@ def prune(
             memory=int(memory * 2**30),
             force=force,
             resident=resident,
+            storage=storage,
             stop=blocks,
             command=command(),
             progress=lambda tick: show(tick.index, tick.count),

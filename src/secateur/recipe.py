@@ -22,6 +22,7 @@ from .consistency import check_parts, heals_units, measure_needs, ranks
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
 from .formats import parse_integers
+from .formats.sharing import parse_shared
 from .frozen import frozen, plain, thawed
 from .registry import Part, get
 
@@ -166,22 +167,29 @@ class Recipe:
         """This recipe with survivors rounded to integers, by the form of its solver that does so.
 
         Args:
-            integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``.
+            integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``; or ``shared:5`` for ``2^5`` values
+                that the survivors of a layer share.
 
         >>> Recipe.of("sparsegpt").quantized("int4").solver
         'sparsegpt-gptq'
         """
-        bits, group = parse_integers(integers)
         part = get("solver", self.solver)
-        name = part.name if part.facts.get("quantizes") else part.facts.get("integers")
-        if name is None:
-            raise RecipeError(
-                f"solver '{self.solver}' has no form with integers: choose sparsegpt or rank, or prune first and then "
-                "quantize what it wrote (--solver gptq --criterion magnitude)"
+        knobs: dict[str, Any]
+        if integers.startswith("shared"):
+            name, knobs = part.facts.get("shares"), {"bits": parse_shared(integers)}
+            way = "choose rank, or prune first and then share what it wrote (--solver share --criterion magnitude)"
+        else:
+            bits, group = parse_integers(integers)
+            name, knobs = part.facts.get("integers"), {"bits": bits, "group": group}
+            way = (
+                "choose sparsegpt or rank, or prune first and then quantize what it wrote (--solver gptq --criterion "
+                "magnitude)"
             )
+        if name is None:
+            raise RecipeError(f"solver '{self.solver}' has no form for '{integers}': {way}")
         known = get("solver", name).knobs
         held = {k: v for k, v in thawed(self.knobs.get("solver", {})).items() if k in known}
-        return self.override(solver=name, knobs={"solver": {**held, "bits": bits, "group": group}})
+        return self.override(solver=name, knobs={"solver": {**held, **knobs}})
 
     def parts(self) -> dict[str, Part]:
         """The registered part on each axis."""

@@ -11,6 +11,7 @@ from .least_squares import least_squares, refit
 from .obc import obc
 from .obs import obs
 from .rank import rank
+from .shared import share
 from .sparsegpt import sparsegpt
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "rank",
     "refit",
     "round_to_nearest",
+    "share",
     "sparsegpt",
     "sparsegpt_gptq",
 ]
