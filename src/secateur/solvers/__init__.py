@@ -9,6 +9,7 @@ from .dsnot import dsnot
 from .integers import gptq, round_to_nearest, sparsegpt_gptq
 from .least_squares import least_squares, refit
 from .obc import obc
+from .obq import obq
 from .obs import obs
 from .rank import rank
 from .shared import share
@@ -22,6 +23,7 @@ __all__ = [
     "gptq",
     "least_squares",
     "obc",
+    "obq",
     "obs",
     "output_error",
     "rank",
