@@ -31,6 +31,7 @@ from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
 from .stream.storage import Layout, layout, notes, weight_map
+from .stream.tables import check_tables, round_stored, round_tables
 from .structured import StructuredPlan, WholePlan
 from .units import plan_coupled
 
@@ -191,9 +192,8 @@ def prune_directory(
         tokens = windows(data, load_tokenizer(path), count=count, length=length)
     with Peak() as peak:
         job = _resident if resident else _streamed
-        records, skipped, described, timings, output = job(
-            path, recipe, target, tokens, memory, force, stop, progress, form
-        )  # fmt: skip
+        made = job(path, recipe, target, tokens, memory, force, stop, progress, form)
+    records, skipped, described, timings, output = made
     timings["total"] = timings.pop("earlier", 0.0) + time.perf_counter() - started
     before = after = None
     if evaluate is not None:
@@ -211,7 +211,7 @@ def prune_directory(
         after=after,
         notes=[
             *([] if stop is None else [f"only the first {stop} blocks were pruned, as asked"]),
-            *notes(recipe, len(records), form.coded(output)),
+            *notes(recipe, [r.name for r in records], form.coded(output)),
         ],
     )
     _provenance(output, run)
@@ -268,6 +268,7 @@ def _streamed(
         raise ModelError(f"{path} has no repeated blocks: prune it with --resident")
     layers, skipped = find_layers(net, recipe.only, recipe.skip, blocks.paths())
     recipe.check(layers)
+    check_tables(net, recipe, layers)
     of_block = {p: [x for x in layers if x.name.startswith(f"{p}.")] for p in blocks.paths()}
     outside = {x.name for x in layers} - {x.name for found in of_block.values() for x in found}
     if outside:
@@ -287,9 +288,9 @@ def _streamed(
         "storage": type(form).__name__,
     }
     output = Output(target, force, key)
-    head = _head(net)
     if tokens is not None:
-        shards.load_prelude(skip=head)
+        shards.load_prelude(skip=_head(net))
+        round_tables(net, recipe)  # layers are calibrated on what will be read
 
     def at(a: int, b: int) -> Any:
         assert tokens is not None
@@ -345,7 +346,8 @@ def _streamed(
             progress(Tick(k + 1, len(blocks), found, time.perf_counter() - start))
     start = time.perf_counter()
     file = form.shard(len(blocks), count)
-    rest = form.encoded(output, checkpoint.read(shards.rest), {}, net)
+    rest, tables = round_stored(checkpoint.read(shards.rest), shards.names.of, net, recipe)
+    rest = form.encoded(output, rest, tables, net)
     output.write(file, rest)
     places.update(dict.fromkeys(rest, file))
     output.state["weight_map"] = places

@@ -33,6 +33,9 @@ Quantize = Annotated[
     str | None,
     typer.Option("--quantize", help="Survivors become integers (int4, int8, int4:128) or share values (shared:5)."),
 ]
+Embeddings = Annotated[
+    str | None, typer.Option("--embeddings", help="Embedding tables and output head become integers: int8, int4:64.")
+]
 Storage = Annotated[
     str | None, typer.Option("--storage", help="Write for stock tools (stock), or the fewest bytes (smallest).")
 ]
@@ -57,7 +60,7 @@ Device = Annotated[str, typer.Option("--device", help="Where it trains: cpu or c
 #: Fields of a recipe that have an option.
 _AXES = (
     "sparsity", "granularity", "allocation", "criterion", "solver", "recovery", "schedule", "steps", "propagate",
-    "only", "skip", "seed",
+    "embeddings", "only", "skip", "seed",
 )  # fmt: skip
 
 

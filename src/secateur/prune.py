@@ -31,6 +31,7 @@ from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.storage import Smallest, layout, seal_model
+from .stream.tables import check_tables, round_tables
 from .structured import WholePlan
 from .units import plan_coupled
 
@@ -40,7 +41,10 @@ Progress = Callable[[Tick], None]
 
 @dataclass(eq=False)
 class Pruned:
-    """A pruned model with the record of what was done. Prints as a before and after table."""
+    """A pruned model with the record of what was done. Prints as a before and after table.
+
+    ``grids`` says what values weights were rounded to: by layer, and by the parameter's name for embedding tables.
+    """
 
     model: nn.Module
     recipe: Recipe
@@ -174,11 +178,12 @@ def prune(
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
     recipe.check(layers, data=data is not None, loss=loss is not None)
+    check_tables(model, recipe, layers)
     for layer in layers:
         layer.check_finite()
     described: Mapping[str, Any] | None = None
     with Peak() as peak, evaluating(model):
-        grids: dict[str, OnGrid] = {}
+        grids: dict[str, OnGrid] = {**round_tables(model, recipe)}  # layers are then calibrated on what will be read
         if not masks and _by_block(model, recipe, blocks, layers, data):
             assert blocks is not None
             tokens = None

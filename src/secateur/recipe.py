@@ -43,7 +43,7 @@ _LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
 
 
 #: Axes that a recipe does not use: they are no part of what it is.
-_UNUSED = (("gate", "none"), ("penalty", "none"))
+_UNUSED = (("gate", "none"), ("penalty", "none"), ("embeddings", "none"))
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Recipe:
         recovery: what heals the model afterwards.
         gate: what is learned beside the weights and says which stay; then there is no criterion.
         penalty: what is added to the loss while the model trains.
+        embeddings: integers that embedding tables and the output head become, such as ``int8``; none leaves them.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
         propagate: what later layers are calibrated on. ``layer``: the output of pruned layers, also
             within a block; ``block``: of pruned blocks; ``off``: of the dense model.
@@ -88,6 +89,7 @@ class Recipe:
     recovery: str = "none"
     gate: str = "none"
     penalty: str = "none"
+    embeddings: str = "none"
     sparsity: float = 0.5
     propagate: Propagate = "layer"
     only: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn
     Args:
         names: of all tensors in the files.
     """
-    layers = {name.removesuffix(_END) for name in names if name.endswith(_END)}
+    layers = packed_layers(names)
     forget(file)
     if not layers:
         return
@@ -46,9 +46,9 @@ def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def packed_layers(names: Iterable[str]) -> int:
-    """How many layers are packed, by the names of all tensors."""
-    return sum(name.endswith(_END) for name in names)
+def packed_layers(names: Iterable[str]) -> set[str]:
+    """The layers that are packed, by the names of all tensors."""
+    return {name.removesuffix(_END) for name in names if name.endswith(_END)}
 
 
 def forget(file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ class Layout(Protocol):
     def close(self, output: Output, recipe: Recipe, model: nn.Module) -> None:
         """Write what lets the directory be loaded."""
 
-    def coded(self, output: Output) -> int:
-        """How many layers are codes now."""
+    def coded(self, output: Output) -> set[str]:
+        """The layers that are codes now."""
 
 
 def layout(recipe: Recipe, storage: str | None) -> Layout:
@@ -54,7 +54,10 @@ def layout(recipe: Recipe, storage: str | None) -> Layout:
         raise RecipeError(f"storage is {' or '.join(STORAGES)}, not '{storage}'")
     if storage == "stock" and shares(recipe):
         raise RecipeError("no stock tool reads shared values: leave --storage out, or choose --quantize int4")
-    return Smallest() if storage == "smallest" or shares(recipe) else Stock()
+    tables = recipe.embeddings != "none"
+    if storage == "stock" and tables:
+        raise RecipeError("the stock layout keeps embeddings as floats: leave --storage or --embeddings out")
+    return Smallest() if storage == "smallest" or shares(recipe) or tables else Stock()
 
 
 def shares(recipe: Recipe) -> bool:
@@ -82,7 +85,7 @@ class Stock:
         integers.enter_config(output.part / "config.json", recipe, output.state["weight_map"], model)
         output.index(output.state["weight_map"])
 
-    def coded(self, output: Output) -> int:
+    def coded(self, output: Output) -> set[str]:
         return integers.packed_layers(output.state["weight_map"])
 
 
@@ -105,8 +108,9 @@ class Smallest:
     def close(self, output: Output, recipe: Recipe, model: nn.Module) -> None:
         seal(output.part, output.state.get("stored", {}), format="transformers", **{"class": type(model).__name__})
 
-    def coded(self, output: Output) -> int:
-        return sum("bits" in told or told["form"] == "shared" for told in output.state["stored"].values())
+    def coded(self, output: Output) -> set[str]:
+        told = output.state["stored"].items()
+        return {name.removesuffix(".weight") for name, facts in told if "bits" in facts or facts["form"] == "shared"}
 
 
 def encoded(
@@ -115,10 +119,10 @@ def encoded(
     """A file's tensors in their smallest forms, and the facts of each.
 
     Args:
-        grids: by layer.
+        grids: by layer, and by the tensor's name for tables, whose grid is of the table as it is stored.
         model: whose layers they are.
     """
-    known: dict[str, OnGrid] = {}
+    known = {name: grid for name, grid in grids.items() if name in tensors}
     turned: set[str] = set()
     for layer in find_layers(model, ("*",))[0] if grids else []:
         name = f"{layer.name}.weight"
@@ -178,13 +182,15 @@ def weight_map(folder: Path) -> dict[str, str]:
     return found
 
 
-def notes(recipe: Recipe, layers: int, coded: int) -> list[str]:
+def notes(recipe: Recipe, layers: Iterable[str], coded: set[str]) -> list[str]:
     """What the record should say of weights that take few values, and are stored as floats.
 
     Args:
         layers: that were solved.
         coded: that are stored as codes.
     """
-    if not get("solver", recipe.solver).facts.get("quantizes") or coded >= layers:
+    names = set(layers)
+    if not get("solver", recipe.solver).facts.get("quantizes") or names <= coded:
         return []
-    return [f"{layers - coded} of {layers} layers have no layout for codes: their values are stored as floats"]
+    left = len(names - coded)
+    return [f"{left} of {len(names)} layers have no layout for codes: their values are stored as floats"]
