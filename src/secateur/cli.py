@@ -21,6 +21,7 @@ from .options import (
     Alloc,
     Crit,
     Device,
+    Embeddings,
     Epochs,
     EvalWindows,
     Example,
@@ -46,6 +47,7 @@ from .options import (
     Solver,
     Sparsity,
     Steps,
+    Storage,
     Windows,
     axes_of,
     pairs,
@@ -74,6 +76,8 @@ def prune(
     criterion: Crit = None,
     solver: Solver = None,
     quantize: Quantize = None,
+    embeddings: Embeddings = None,
+    storage: Storage = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,
@@ -139,7 +143,7 @@ def prune(
         with interruptible(f"stopped: {out} was not written"):
             made = prune_module(
                 model, recipe, out, example=example, data=data, count=windows, length=length, force=force,
-                command=command(),
+                storage=storage, command=command(),
             )  # fmt: skip
         return print(json.dumps(made.run) if as_json else f"{made}\nmodel  {out}")
     if not as_json:
@@ -160,6 +164,7 @@ def prune(
             memory=int(memory * 2**30),
             force=force,
             resident=resident,
+            storage=storage,
             stop=blocks,
             command=command(),
             progress=lambda tick: show(tick.index, tick.count),
@@ -249,6 +254,7 @@ def plan(
     criterion: Crit = None,
     solver: Solver = None,
     quantize: Quantize = None,
+    embeddings: Embeddings = None,
     recovery: Recovery = None,
     schedule: Schedule = None,
     steps: Steps = None,

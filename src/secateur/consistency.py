@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .errors import RecipeError
+from .formats import parse_integers
 from .granularity import Granularity
 from .registry import get
 
@@ -43,6 +44,13 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
             f"recovery '{recipe.recovery}' heals a smaller model, and granularity '{pattern.name}' makes none: "
             "choose another recovery or none"
         )
+    if recipe.embeddings != "none":
+        parse_integers(recipe.embeddings)
+        if recipe.recovery != "none" or recipe.driver != "once" or recipe.gate != "none" or pattern.coupled:
+            raise RecipeError(
+                "embeddings become integers, which no later step may move: recovery none, driver once, and no coupled "
+                "units (shrink or train first, and quantize what that wrote)"
+            )
     of = get("criterion", recipe.criterion).facts.get("of") if recipe.criterion is not None else None
     for kind, name in (("block", "depth"), ("expert", "experts")):
         if of == kind and pattern.coupled != name:

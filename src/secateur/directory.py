@@ -15,6 +15,8 @@ from torch import nn
 from .data import CALIBRATION, Windows, windows
 from .disk import refuse
 from .errors import ModelError, OutputError, RecipeError
+from .formats.integers import is_packed
+from .formats.stored import is_stored
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
@@ -25,9 +27,11 @@ from .record import dumps, run_record
 from .registry import get
 from .report import write_report
 from .solve import LayerRecord, allocate, layer_facts
-from .stream import Engine, Tick, find_blocks, integers
+from .stream import Engine, Tick, find_blocks
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
+from .stream.storage import Layout, layout, notes, weight_map
+from .stream.tables import check_tables, round_stored, round_tables
 from .structured import StructuredPlan, WholePlan
 from .units import plan_coupled
 
@@ -146,6 +150,7 @@ def prune_directory(
     memory: int = MEMORY,
     force: bool = False,
     resident: bool = False,
+    storage: str | None = None,
     stop: int | None = None,
     command: str = "",
     progress: Progress | None = None,
@@ -165,7 +170,9 @@ def prune_directory(
         windows_count: windows of text to calibrate on (64 when None); of given tensors, how many to take.
         resident: load the whole model through transformers instead (needed where its files name parameters
             differently from the model, as for fused experts); not resumable. Recipes that measure gradients, of
-            the model's own next-token loss, or that take several steps always do.
+            the model's own next-token loss, or that take several steps always do; so do models stored as integers.
+        storage: ``stock``, what stock tools load; or ``smallest``, each matrix in the fewest bytes, which secateur
+            alone reads. The latter without being asked where no stock layout holds what the recipe makes.
         stop: prune only the first ``stop`` blocks and copy the others.
         evaluate: called with a model directory; measures the dense model before and the pruned one after.
 
@@ -175,7 +182,8 @@ def prune_directory(
     target = Path(out)
     started = time.perf_counter()
     path = resolve(model)
-    resident = resident or works_on_the_whole(recipe)
+    resident = resident or works_on_the_whole(recipe) or is_packed(path) or is_stored(path)
+    form = layout(recipe, storage)
     _refuse_overlap(path, target, force)
     tokens: Windows | None = None
     if recipe.needs_data:
@@ -184,9 +192,9 @@ def prune_directory(
         tokens = windows(data, load_tokenizer(path), count=count, length=length)
     with Peak() as peak:
         job = _resident if resident else _streamed
-        records, skipped, described, timings, output = job(path, recipe, target, tokens, memory, force, stop, progress)
+        made = job(path, recipe, target, tokens, memory, force, stop, progress, form)
+    records, skipped, described, timings, output = made
     timings["total"] = timings.pop("earlier", 0.0) + time.perf_counter() - started
-    output.index(output.state["weight_map"])
     before = after = None
     if evaluate is not None:
         before, after = evaluate(path), evaluate(output.part)
@@ -203,7 +211,7 @@ def prune_directory(
         after=after,
         notes=[
             *([] if stop is None else [f"only the first {stop} blocks were pruned, as asked"]),
-            *integers.notes(recipe, len(records), output.state["weight_map"]),
+            *notes(recipe, [r.name for r in records], form.coded(output)),
         ],
     )
     _provenance(output, run)
@@ -250,6 +258,7 @@ def _streamed(
     force: bool,
     stop: int | None,
     progress: Progress | None,
+    form: Layout,
 ) -> _Result:
     started = time.perf_counter()
     checkpoint = Checkpoint(path)
@@ -259,6 +268,7 @@ def _streamed(
         raise ModelError(f"{path} has no repeated blocks: prune it with --resident")
     layers, skipped = find_layers(net, recipe.only, recipe.skip, blocks.paths())
     recipe.check(layers)
+    check_tables(net, recipe, layers)
     of_block = {p: [x for x in layers if x.name.startswith(f"{p}.")] for p in blocks.paths()}
     outside = {x.name for x in layers} - {x.name for found in of_block.values() for x in found}
     if outside:
@@ -275,11 +285,12 @@ def _streamed(
         "model": checkpoint.fingerprint(),
         "memory": memory,
         "stop": stop,
+        "storage": type(form).__name__,
     }
     output = Output(target, force, key)
-    head = _head(net)
     if tokens is not None:
-        shards.load_prelude(skip=head)
+        shards.load_prelude(skip=_head(net))
+        round_tables(net, recipe)  # layers are calibrated on what will be read
 
     def at(a: int, b: int) -> Any:
         assert tokens is not None
@@ -304,7 +315,7 @@ def _streamed(
         run.hidden = kept.get("hidden")
         run.dense = kept.get("dense", run.hidden) if run.teacher else None
     records = [_record(r) for r in output.state["records"]]
-    weight_map = dict(output.state.get("weight_map", {}))
+    places = dict(output.state.get("weight_map", {}))
     seconds = float(output.state["seconds"])
     timings["earlier"] = seconds  # spent before an interruption
     end = len(blocks) if stop is None else min(stop, len(blocks))
@@ -318,15 +329,15 @@ def _streamed(
         block = shards.load(k)
         if k < end:
             found, _ = run.prune_block(k, block, of_block[block_path], keeps, last=k + 1 == end)
-        tensors = integers.with_codes(shards.free(k), run.grids, net)
+        tensors = form.encoded(output, shards.free(k), run.grids, net)
         del block
-        file = output.shard(k, count)
+        file = form.shard(k, count)
         output.write(file, tensors)
-        weight_map.update(dict.fromkeys(tensors, file))
+        places.update(dict.fromkeys(tensors, file))
         del tensors
         records += found
         seconds += time.perf_counter() - start
-        output.state["weight_map"] = weight_map
+        output.state["weight_map"] = places
         activations = {} if run.hidden is None or k + 1 >= end else {"hidden": run.hidden}
         if run.dense is not None and activations and run.dense is not run.hidden:
             activations["dense"] = run.dense
@@ -334,13 +345,14 @@ def _streamed(
         if progress is not None:
             progress(Tick(k + 1, len(blocks), found, time.perf_counter() - start))
     start = time.perf_counter()
-    file = output.shard(len(blocks), count)
-    rest = checkpoint.read(shards.rest)
+    file = form.shard(len(blocks), count)
+    rest, tables = round_stored(checkpoint.read(shards.rest), shards.names.of, net, recipe)
+    rest = form.encoded(output, rest, tables, net)
     output.write(file, rest)
-    weight_map.update(dict.fromkeys(rest, file))
-    output.state["weight_map"] = weight_map
+    places.update(dict.fromkeys(rest, file))
+    output.state["weight_map"] = places
     output.copy(path)
-    integers.enter_config(output.part / "config.json", recipe, weight_map, net)
+    form.close(output, recipe, net)
     timings.update(prune=seconds, save=time.perf_counter() - start)
     return records, skipped, described, timings, output
 
@@ -367,6 +379,7 @@ def _resident(
     force: bool,
     stop: int | None,
     progress: Progress | None,
+    form: Layout,
 ) -> _Result:
     if stop is not None:
         raise RecipeError(
@@ -379,17 +392,9 @@ def _resident(
     output = Output(target, force, {"recipe": recipe.digest, "resident": time.time_ns()})
     net.save_pretrained(output.part)
     output.copy(path)
-    integers.rewrite(output.part, pruned.grids, net)
-    weight_map = {name: file.name for file in sorted(output.part.glob("*.safetensors")) for name in _names(file)}
-    integers.enter_config(output.part / "config.json", recipe, weight_map, net)
-    output.state["weight_map"] = weight_map
+    form.rewrite(output, pruned.grids, net)
+    output.state["weight_map"] = weight_map(output.part)
+    form.close(output, recipe, net)
     described = {k: v for k, v in pruned.run["model"].items() if k != "source"}
     timings = {"load": loaded - started, "prune": time.perf_counter() - loaded}
     return pruned.records, pruned.skipped, described, timings, output
-
-
-def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as f:
-        return list(f.keys())

@@ -8,7 +8,8 @@ from torch import nn
 
 from .compression import Installed, is_compressed, load_compressed, save_compressed
 from .formats.integers import is_packed
-from .models import load_model
+from .formats.stored import is_stored
+from .models import load_model, load_stored
 from .runtime import Dynamic, is_gated
 from .runtime import load as load_gated
 from .runtime import save as save_gated
@@ -33,7 +34,7 @@ def save(model: nn.Module, out: str | Path) -> Path:
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` wrote, or a language model whose layers are stored as integers (``prune --quantize``).
+    """Load what `save` wrote, or a model whose weights are stored as codes (``prune --quantize``, ``--storage``).
 
     Args:
         model: a fresh model from the factory of the original; not needed for directories with a transformers config.
@@ -44,6 +45,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if is_packed(path):
         found: nn.Module = load_model(Path(path))
         return found
+    if is_stored(path):
+        return load_stored(Path(path), model)
     if is_gated(path):
         gated: nn.Module = load_gated(path, model)
         return gated

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .formats import stored
 from .formats.integers import is_packed, unpacked
 
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -115,7 +116,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> Path:
 def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
     """A causal language model from its directory, through transformers; remote code is never run."""
     transformers = _transformers()
-    if is_packed(path):
+    if is_packed(path) or stored.is_stored(path):
         return _load_packed(path, dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", use_safetensors=True)
@@ -126,24 +127,57 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def _load_packed(path: Path, dtype: torch.dtype | None) -> Any:
-    """A model whose linear layers are stored as integers, with ordinary float weights."""
+    """A model whose weights are stored as codes, with ordinary float weights."""
     transformers = _transformers()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        quantization = config.quantization_config
-        del config.quantization_config
         kind = dtype or config.dtype or torch.float32
         tensors: dict[str, Tensor] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            tensors |= unpacked(load_file(file), quantization, kind)
-        model = type(skeleton(path)).from_pretrained(None, config=config, state_dict=tensors, dtype=kind)
+        if stored.is_stored(path):
+            tensors, made = stored.read(path), type(blank(path))
+        else:
+            quantization = config.quantization_config
+            del config.quantization_config
+            for file in sorted(path.glob("*.safetensors")):
+                tensors |= unpacked(load_file(file), quantization, kind)
+            made = type(skeleton(path))
+        model = made.from_pretrained(None, config=config, state_dict=tensors, dtype=kind)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
     eager_experts(model)
     return model.eval()
+
+
+def load_stored(path: Path, model: nn.Module | None = None) -> nn.Module:
+    """A model from the directory that ``--storage smallest`` or ``--quantize shared`` wrote, with float weights.
+
+    Args:
+        model: a fresh one from the factory of the original, filled in place; not needed for transformers models.
+
+    Raises:
+        ModelError: a file is missing, was changed, or does not fit the model.
+    """
+    record = stored.read_record(path)
+    if record.get("format") == "transformers":
+        found: nn.Module = load_model(path)
+        return found
+    if model is None:
+        raise ModelError(
+            f"{path} needs a fresh model from the factory of the original ({record.get('class')}): load(path, model)"
+        )
+    tensors = stored.read(path)
+    try:
+        lost, odd = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    filled = {t.data_ptr() for n, t in model.state_dict(keep_vars=True).items() if n in tensors}
+    lost = [n for n in lost if model.state_dict(keep_vars=True)[n].data_ptr() not in filled]  # others are tied
+    if lost or odd:
+        raise ModelError(f"{path} does not fit the model: {[*lost, *odd][0]} is in one of them only")
+    return model
 
 
 def eager_experts(model: Any) -> None:

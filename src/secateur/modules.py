@@ -31,12 +31,14 @@ def prune_module(
     count: int = 64,
     length: int = 512,
     force: bool = False,
+    storage: str | None = None,
     command: str = "",
 ) -> Pruned:
     """Prune a module and write it, as `Pruned.save` does.
 
     Args:
         example: the shape of an input, for methods that need no more.
+        storage: ``stock`` or ``smallest``, see `Pruned.save`.
         data: ``FILE.py:callable`` that gives batches; see `coupled.batches_of` for the loss.
 
     Raises:
@@ -53,5 +55,5 @@ def prune_module(
     made.run["command"], made.run["model"]["source"] = command, source
     if out.exists():
         shutil.rmtree(out) if out.is_dir() else out.unlink()
-    made.save(out)
+    made.save(out, storage=storage)
     return made

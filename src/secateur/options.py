@@ -30,7 +30,14 @@ Schedule = Annotated[str | None, typer.Option("--schedule", help="Share of the t
 Steps = Annotated[int | None, typer.Option("--steps", "--rounds", min=1, help="Rounds of score and cut.")]
 Propagate = Annotated[str | None, typer.Option("--propagate", help="Calibrate on: layer, block or off.")]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", help="Survivors become integers: int4, int8, with a group int4:128.")
+    str | None,
+    typer.Option("--quantize", help="Survivors become integers (int4, int8, int4:128) or share values (shared:5)."),
+]
+Embeddings = Annotated[
+    str | None, typer.Option("--embeddings", help="Embedding tables and output head become integers: int8, int4:64.")
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="Write for stock tools (stock), or the fewest bytes (smallest).")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Glob of layers to prune; may be repeated.")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Glob of layers to leave; may be repeated.")]
@@ -53,7 +60,7 @@ Device = Annotated[str, typer.Option("--device", help="Where it trains: cpu or c
 #: Fields of a recipe that have an option.
 _AXES = (
     "sparsity", "granularity", "allocation", "criterion", "solver", "recovery", "schedule", "steps", "propagate",
-    "only", "skip", "seed",
+    "embeddings", "only", "skip", "seed",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from .data import Windows, windows
 from .disk import beside
 from .errors import RecipeError
 from .evidence.inputs import INPUT_FACTS
-from .formats import Grid
+from .formats import OnGrid
 from .layers import Layer, Skipped, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
@@ -30,6 +30,8 @@ from .schedule import sparsity_at
 from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
+from .stream.storage import Smallest, layout, seal_model
+from .stream.tables import check_tables, round_tables
 from .structured import WholePlan
 from .units import plan_coupled
 
@@ -39,7 +41,10 @@ Progress = Callable[[Tick], None]
 
 @dataclass(eq=False)
 class Pruned:
-    """A pruned model with the record of what was done. Prints as a before and after table."""
+    """A pruned model with the record of what was done. Prints as a before and after table.
+
+    ``grids`` says what values weights were rounded to: by layer, and by the parameter's name for embedding tables.
+    """
 
     model: nn.Module
     recipe: Recipe
@@ -47,17 +52,21 @@ class Pruned:
     records: list[LayerRecord]
     skipped: list[Skipped]
     run: dict[str, Any] = field(repr=False)
-    grids: dict[str, Grid] = field(default_factory=dict, repr=False)
+    grids: dict[str, OnGrid] = field(default_factory=dict, repr=False)
 
     @property
     def sparsity(self) -> float:
         """Fraction of the weights of the pruned layers that is zero."""
         return float(self.run["sparsity"]["pruned_layers"])
 
-    def save(self, out: str | Path, tokenizer: Any = None) -> Path:
+    def save(self, out: str | Path, tokenizer: Any = None, storage: str | None = None) -> Path:
         """Write the model, ``masks.safetensors``, ``recipe.yaml``, ``run.json`` and ``report.html``.
 
         A transformers model is saved by its own ``save_pretrained``, so stock tools load it.
+
+        Args:
+            storage: ``stock`` as said; or ``smallest``: each matrix in the fewest bytes, without masks, for `load`
+                alone. The latter without being asked where survivors share values.
 
         Raises:
             OutputError: the directory exists and is not empty.
@@ -65,11 +74,15 @@ class Pruned:
         from .report import write_run
         from .store import save_module
 
+        form = layout(self.recipe, storage)
         with beside(out) as part:
             save_module(self.model, part)
+            if isinstance(form, Smallest):
+                seal_model(part, self.grids, self.model, str(self.run["model"]["source"]))
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
-            write_run(part, self.recipe, self.masks, self.run)
+            masks = Masks() if isinstance(form, Smallest) else self.masks  # zeros say it, and they would weigh the more
+            write_run(part, self.recipe, masks, self.run)
         return Path(out)
 
     def __str__(self) -> str:
@@ -170,11 +183,12 @@ def prune(
     blocks = find_blocks(model)
     layers, skipped = find_layers(model, recipe.only, recipe.skip, None if blocks is None else blocks.paths())
     recipe.check(layers, data=data is not None, loss=loss is not None)
+    check_tables(model, recipe, layers)
     for layer in layers:
         layer.check_finite()
     described: Mapping[str, Any] | None = None
     with Peak() as peak, evaluating(model):
-        grids: dict[str, Grid] = {}
+        grids: dict[str, OnGrid] = {**round_tables(model, recipe)}  # layers are then calibrated on what will be read
         if not masks and _by_block(model, recipe, blocks, layers, data):
             assert blocks is not None
             tokens = None
@@ -270,7 +284,7 @@ def _by_blocks(
     tokens: Windows | None,
     memory: int,
     progress: Progress | None,
-    grids: dict[str, Grid],
+    grids: dict[str, OnGrid],
 ) -> tuple[list[LayerRecord], Masks]:
     parameter = next(model.parameters())
 
@@ -340,7 +354,7 @@ def _whole(
     data: Any,
     loss: Loss | None,
     before: Mapping[str, Tensor] | None = None,
-    grids: dict[str, Grid] | None = None,
+    grids: dict[str, OnGrid] | None = None,
 ) -> tuple[list[LayerRecord], Masks]:
     """All layers at once, in as many rounds as the recipe has steps; every round scores what is left.
 

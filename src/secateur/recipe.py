@@ -22,6 +22,7 @@ from .consistency import check_parts, heals_units, measure_needs, ranks
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
 from .formats import parse_integers
+from .formats.sharing import parse_shared
 from .frozen import frozen, plain, thawed
 from .registry import Part, get
 
@@ -42,7 +43,7 @@ _LOSS = frozenset(n for n, fact in FACTS.items() if fact.loss)
 
 
 #: Axes that a recipe does not use: they are no part of what it is.
-_UNUSED = (("gate", "none"), ("penalty", "none"))
+_UNUSED = (("gate", "none"), ("penalty", "none"), ("embeddings", "none"))
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Recipe:
         recovery: what heals the model afterwards.
         gate: what is learned beside the weights and says which stay; then there is no criterion.
         penalty: what is added to the loss while the model trains.
+        embeddings: integers that embedding tables and the output head become, such as ``int8``; none leaves them.
         sparsity: fraction of the weights in the pruned layers that goes, in [0, 1).
         propagate: what later layers are calibrated on. ``layer``: the output of pruned layers, also
             within a block; ``block``: of pruned blocks; ``off``: of the dense model.
@@ -87,6 +89,7 @@ class Recipe:
     recovery: str = "none"
     gate: str = "none"
     penalty: str = "none"
+    embeddings: str = "none"
     sparsity: float = 0.5
     propagate: Propagate = "layer"
     only: tuple[str, ...] = ()
@@ -166,22 +169,29 @@ class Recipe:
         """This recipe with survivors rounded to integers, by the form of its solver that does so.
 
         Args:
-            integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``.
+            integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``; or ``shared:5`` for ``2^5`` values
+                that the survivors of a layer share.
 
         >>> Recipe.of("sparsegpt").quantized("int4").solver
         'sparsegpt-gptq'
         """
-        bits, group = parse_integers(integers)
         part = get("solver", self.solver)
-        name = part.name if part.facts.get("quantizes") else part.facts.get("integers")
-        if name is None:
-            raise RecipeError(
-                f"solver '{self.solver}' has no form with integers: choose sparsegpt or rank, or prune first and then "
-                "quantize what it wrote (--solver gptq --criterion magnitude)"
+        knobs: dict[str, Any]
+        if integers.startswith("shared"):
+            name, knobs = part.facts.get("shares"), {"bits": parse_shared(integers)}
+            way = "choose rank, or prune first and then share what it wrote (--solver share --criterion magnitude)"
+        else:
+            bits, group = parse_integers(integers)
+            name, knobs = part.facts.get("integers"), {"bits": bits, "group": group}
+            way = (
+                "choose sparsegpt or rank, or prune first and then quantize what it wrote (--solver gptq --criterion "
+                "magnitude)"
             )
+        if name is None:
+            raise RecipeError(f"solver '{self.solver}' has no form for '{integers}': {way}")
         known = get("solver", name).knobs
         held = {k: v for k, v in thawed(self.knobs.get("solver", {})).items() if k in known}
-        return self.override(solver=name, knobs={"solver": {**held, "bits": bits, "group": group}})
+        return self.override(solver=name, knobs={"solver": {**held, **knobs}})
 
     def parts(self) -> dict[str, Part]:
         """The registered part on each axis."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import granularity as granularity_module
 from .allocation import LayerFacts, Sketch
 from .errors import NumericalError, RecipeError
-from .formats import Grid
+from .formats import OnGrid
 from .granularity import Granularity
 from .layers import Layer
 from .recipe import GRADIENTS, SHAPES, Recipe
@@ -126,7 +126,7 @@ def solve_layer(
     sample: Tensor | None = None,
     block: int | None = None,
     mask: Tensor | None = None,
-    grids: dict[str, Grid] | None = None,
+    grids: dict[str, OnGrid] | None = None,
 ) -> tuple[LayerRecord, Tensor]:
     """Prune one layer in place.
 

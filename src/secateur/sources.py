@@ -15,8 +15,9 @@ from .compression import command as compression
 from .compression import is_compressed, load_compressed
 from .coupled import example_inputs, load_module, vocabulary
 from .errors import ModelError
+from .formats.stored import is_stored
 from .measure.speed import STEPS, Forward, Generation, Workload, can_generate
-from .models import resolve
+from .models import load_stored, resolve
 from .quality import dense_source
 from .structured import load as load_smaller
 
@@ -27,9 +28,9 @@ class Source:
 
     Attributes:
         name: as the user wrote it, or as a record says it.
-        kind: ``plain`` (what `coupled.load_module` takes), or a directory that only secateur loads: ``structured``
-            or ``compressed``.
-        factory: of these two, what makes a fresh model of the original; empty where none is needed.
+        kind: ``plain`` (what `coupled.load_module` takes), or a directory that only secateur loads: ``structured``,
+            ``compressed`` or ``stored``.
+        factory: of these, what makes a fresh model of the original; empty where none is needed.
         example: shape of an input of its own, where the directory tells.
         dtype: that a plain directory is loaded in; empty for the one that it is stored in.
         weights: False for timm models with random weights, which are not fetched.
@@ -57,6 +58,8 @@ class Source:
             model = load_smaller(self.name, fresh)
         elif self.kind == "compressed":
             model = load_compressed(self.name, fresh)
+        elif self.kind == "stored":
+            model = load_stored(Path(self.name), fresh)
         else:
             model = load_module(self.name, self.weights, getattr(torch, self.dtype) if self.dtype else None)
         return model.eval() if self.device == "cpu" else model.to(self.device).eval()
@@ -165,6 +168,9 @@ def _recorded(path: str) -> tuple[str, dict[str, Any]]:
     """The kind of a source, and the record of a directory that only secateur loads."""
     if is_compressed(path):
         return "compressed", _json(Path(path) / "compressed.json")
+    if is_stored(path):
+        record = _json(Path(path) / "stored.json")
+        return ("plain", {}) if record.get("format") == "transformers" else ("stored", record)
     record = _json(Path(path) / "surgery.json")
     return ("structured", record) if record.get("format") == "secateur" else ("plain", {})
 

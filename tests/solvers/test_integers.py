@@ -152,8 +152,14 @@ def test_recipes() -> None:
     assert Recipe.of("wanda").quantized("int8").solver == "round"
     assert recipe.quantized("int8").knobs_of("solver")["bits"] == 8
     assert Recipe.load(recipe.dump()) == recipe
-    with pytest.raises(RecipeError, match="no form with integers"):
-        Recipe.of("obc").quantized("int4")
+    assert Recipe.of("obc").quantized("int4").solver == "obq"
+    shared = Recipe.of("magnitude").quantized("shared:4")
+    assert shared.solver == "share" and dict(shared.knobs["solver"]) == {"bits": 4}
+    assert shared.quantized("int8").solver == "round" and Recipe.load(shared.dump()) == shared
+    with pytest.raises(RecipeError, match="solver 'dsnot' has no form for 'int4'"):
+        Recipe.of("wanda", solver="dsnot").quantized("int4")
+    with pytest.raises(RecipeError, match="has no form for 'shared:5': choose rank"):
+        Recipe.of("sparsegpt").quantized("shared:5")
     with pytest.raises(RecipeError, match="no later step may move"):
         Recipe.of("sparsegpt-blockwise").quantized("int4")
     with pytest.raises(RecipeError, match="is not a multiple of 4"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.formats.integers import is_packed
+from secateur.measure.size import bytes_on_disk
 from secateur.models import load_model
 from secateur.stream import Tick
 
@@ -96,3 +97,74 @@ def test_what_does_not_fit_is_said(model: Path, text: Path, tmp_path: Path, run:
     assert "choose a group of 32, or 0" in error and not (tmp_path / "o").exists()
     status, _, error = run("prune", model, *JOINT, "--quantize", "fp4", "--out", tmp_path / "o")
     assert status == 2 and "write int4, int8" in error
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_smallest_from_the_command_line(model: Path, text: Path, tmp_path: Path, run: Run, resident: bool) -> None:
+    """A bit mask and codes of survivors: the same model as in the stock layout, in the bytes that were predicted."""
+    words = (*JOINT, "--quantize", "int4:16", "--data", f"text:{text}", "--windows", 4, "--length", 16)
+    more = ["--resident"] if resident else []
+    for storage in ("stock", "smallest"):
+        status, _, error = run("prune", model, *words, "--storage", storage, "--out", tmp_path / storage, *more)
+        assert status == 0, error
+    stock, small = load_model(tmp_path / "stock"), secateur.load(tmp_path / "smallest")
+    for (name, a), b in zip(stock.named_parameters(), small.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    told = json.loads((tmp_path / "smallest" / "stored.json").read_text())["weights"]
+    tensors = {k: t for f in (tmp_path / "smallest").glob("*.safetensors") for k, t in load_file(f).items()}
+    forms = {facts["form"] for name, facts in told.items() if name.endswith("_proj.weight")}
+    assert forms == {"bitmask+integers"}
+    for name, facts in told.items():
+        held = sum(tensors[f"{name}:{part}"].nbytes for part in facts["parts"])
+        kept = int(small.get_parameter(name).count_nonzero())
+        given = {k: facts[k] for k in ("bits", "group", "symmetric") if k in facts}
+        assert held == secateur.formats.bytes_of(
+            facts["form"], tuple(facts["shape"]), nonzeros=kept, itemsize=4, **given
+        )
+    with pytest.raises(OSError, match="no file named model.safetensors"):  # stock tools refuse it
+        AutoModelForCausalLM.from_pretrained(tmp_path / "smallest")
+
+
+def test_what_is_stored_is_measured_and_pruned_again(model: Path, tmp_path: Path, run: Run) -> None:
+    first = tmp_path / "shared"
+    words = ("--method", "magnitude", "--sparsity", 0.6, "--quantize", "shared:5")
+    status, _, error = run("prune", model, *words, "--out", first)
+    assert status == 0, error
+    weight = load_model(first).model.layers[0].mlp.down_proj.weight
+    assert len(weight.unique()) <= 33 and float((weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
+    for source in (first, tmp_path / "again"):
+        words = ("--method", "magnitude", "--sparsity", 0.7, "--quantize", "int4:16", "--force")
+        status, _, error = run("prune", source, *words, "--out", tmp_path / "again2")
+        assert status == 0, error
+        assert is_packed(tmp_path / "again2") and not (tmp_path / "again2" / "stored.json").exists()
+        (tmp_path / "again2").rename(tmp_path / "again") if source == first else None
+    again = load_model(tmp_path / "again2").model.layers[0].mlp.down_proj.weight
+    assert bool(((weight == 0) <= (again == 0)).all())
+    status, _, error = run("prune", tmp_path / "again", "--method", "magnitude", "--out", tmp_path / "floats")
+    assert status == 0 and not is_packed(tmp_path / "floats"), error
+    found = secateur.measure(first, None)
+    assert found["bytes"] == sum(f.stat().st_size for f in first.glob("stored-*.safetensors"))
+    assert found["bytes"] == bytes_on_disk(first) < bytes_on_disk(model) / 1.5
+    status, _, error = run("prune", model, *words, "--quantize", "shared:9", "--out", tmp_path / "o")
+    assert status == 2 and "write shared:5" in error
+    status, _, error = run(
+        "prune", model, "--quantize", "shared", "--storage", "stock", "--method", "magnitude", "--out", tmp_path / "o"
+    )
+    assert status == 2 and "no stock tool reads shared values" in error
+    status, _, error = run("prune", model, "--method", "magnitude", "--storage", "zip", "--out", tmp_path / "o")
+    assert status == 2 and "storage is stock or smallest" in error
+
+
+def test_an_interrupted_run_keeps_its_forms(model: Path, tmp_path: Path) -> None:
+    recipe = secateur.Recipe.of("magnitude").quantized("int8")
+    secateur.prune_directory(model, recipe, tmp_path / "whole", storage="smallest")
+
+    def stop(tick: Tick) -> None:
+        if tick.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        secateur.prune_directory(model, recipe, tmp_path / "parts", storage="smallest", progress=stop)
+    secateur.prune_directory(model, recipe, tmp_path / "parts", storage="smallest")
+    for part in ("stored.json", *(f.name for f in (tmp_path / "whole").glob("*.safetensors"))):
+        assert (tmp_path / "whole" / part).read_bytes() == (tmp_path / "parts" / part).read_bytes()

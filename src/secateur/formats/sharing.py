@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +60,37 @@ class Shared:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Values that the survivors of a matrix share, as a solver returns them in place of a grid.
+
+    Attributes:
+        bits: of a code; there are at most ``2^bits`` values.
+        values: float32, ascending.
+    """
+
+    bits: int
+    values: Tensor
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest values, float32; what is zero stays zero."""
+        if not self.values.numel():
+            return torch.zeros_like(weight, dtype=torch.float32)
+        nearest = self.values[_nearest(weight.float(), self.values)]
+        return torch.where(weight == 0, 0.0, nearest)
+
+
+def codebook(weight: Tensor, bits: int) -> Codebook:
+    """The values that k-means finds for what is not zero in a matrix.
+
+    Raises:
+        RecipeError: bits outside 1 to 8.
+    """
+    check_bits(bits)
+    flat = weight.detach().reshape(-1).float()
+    return Codebook(bits, cluster(flat[flat != 0], bits)[0])
+
+
 def restored(tensors: Mapping[str, Tensor]) -> Shared:
     """From what `Shared.stored` gave.
 
@@ -88,11 +120,11 @@ def cluster(values: Tensor, bits: int, rounds: int = 50) -> tuple[Tensor, Tensor
     """
     x = values.reshape(-1).double()
     if not x.numel():
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        return x.float(), torch.zeros_like(x, dtype=torch.int64)
     distinct, place = torch.unique(x, return_inverse=True)
     if distinct.numel() <= 2**bits:
         return distinct.float(), place
-    centers = torch.linspace(float(x.min()), float(x.max()), 2**bits, dtype=torch.float64)
+    centers = torch.linspace(float(x.min()), float(x.max()), 2**bits, dtype=torch.float64, device=x.device)
     nearest = _nearest(x, centers)
     for _ in range(rounds):
         count = torch.bincount(nearest, minlength=centers.numel())
@@ -125,8 +157,7 @@ def share(weight: Tensor, bits: int = 5) -> Shared:
     """
     if weight.dim() != 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
         raise RecipeError(f"only finite matrices of floats can be shared, not {tuple(weight.shape)} of {weight.dtype}")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise RecipeError(f"bits must be a whole number from 1 to 8, not {bits!r}")
+    check_bits(bits)
     flat = weight.detach().to("cpu", torch.float32).reshape(-1)
     place = flat.nonzero()[:, 0]
     values, codes = cluster(flat[place], bits)
@@ -137,6 +168,24 @@ def share(weight: Tensor, bits: int = 5) -> Shared:
     gaps[(skips + 1).cumsum(0) - 1] = zeros % skip
     shape = (weight.shape[0], weight.shape[1])
     return Shared(shape, values, encode(codes, max(1, values.numel())), encode(gaps, skip + 1))
+
+
+def parse_shared(text: str) -> int:
+    """Bits of ``shared:5``; 5 where none are named.
+
+    >>> parse_shared("shared:4"), parse_shared("shared")
+    (4, 5)
+    """
+    found = re.fullmatch(r"shared(?::([1-8]))?", text)
+    if found is None:
+        raise RecipeError(f"'{text}' is not understood: write shared:5, with 1 to 8 bits of a code")
+    return int(found[1] or 5)
+
+
+def check_bits(bits: int) -> None:
+    """Refuse a number of bits that codes of shared values do not have."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise RecipeError(f"bits must be a whole number from 1 to 8, not {bits!r}")
 
 
 def _nearest(x: Tensor, centers: Tensor) -> Tensor:

@@ -179,6 +179,30 @@ method(
     solver="obc",
 )
 method(
+    "obq",
+    "Optimal brain surgeon for integers: weights go, then survivors are rounded, the cheapest of each row first.",
+    choose="Choose it for small layers at 2 to 4 bits, or to judge a faster solver.",
+    beware="cubic in the input size for every row.",
+    source="Frantar et al., Optimal brain compression, arXiv 2208.11580.",
+    paper="2208.11580",
+    family="loss change",
+    granularities=("element", "row", "N:M"),
+    criterion=None,
+    solver="obq",
+)
+method(
+    "deep-compression",
+    "Remove the smallest weights, let the others share a few values, and write Huffman codes of what is left.",
+    choose="Choose it for the smallest file of a convolutional network, after training it sparse.",
+    beware="for storage: weights are decoded before they are used, and no stock tool reads the file.",
+    source="Han, Mao and Dally, Deep compression, arXiv 1510.00149.",
+    paper="1510.00149",
+    family="magnitude",
+    survey=("B3.6", "D1", "E4"),
+    criterion="magnitude",
+    solver="share",
+)
+method(
     "owl-wanda",
     "Wanda with more weights kept in the blocks that have more outliers.",
     choose="Choose it for language models from 60 % on.",

@@ -156,7 +156,8 @@ def _survey(shelves: Mapping[str, Sequence[Part]]) -> str:
         "# The survey's taxonomy, and what implements it",
         f"The axes are those of {SOURCE}; the finer nodes follow the groups of its text and of its list of papers, "
         f"under titles of our own. {filled} of {len(leaves)} leaves have at least one registered part or example; "
-        f"{_EMPTY} marks a node that nothing implements yet. Inner nodes list what belongs to them but to none of their leaves.",
+        f"{_EMPTY} marks a node that nothing implements yet. Inner nodes list what belongs to them but to none of "
+        "their leaves.",
         _table(["node", "title", "implemented by"], rows),
         "## Outside the tree",
         "Parts that every method can use and that the taxonomy gives no node: " + (", ".join(outside) or _EMPTY) + ".",

@@ -9,8 +9,10 @@ from .dsnot import dsnot
 from .integers import gptq, round_to_nearest, sparsegpt_gptq
 from .least_squares import least_squares, refit
 from .obc import obc
+from .obq import obq
 from .obs import obs
 from .rank import rank
+from .shared import share
 from .sparsegpt import sparsegpt
 
 __all__ = [
@@ -21,11 +23,13 @@ __all__ = [
     "gptq",
     "least_squares",
     "obc",
+    "obq",
     "obs",
     "output_error",
     "rank",
     "refit",
     "round_to_nearest",
+    "share",
     "sparsegpt",
     "sparsegpt_gptq",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..formats.grid import Grid
+from ..formats import OnGrid
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class Solved:
     weight: Tensor
     mask: Tensor
     notes: tuple[str, ...] = ()
-    grid: Grid | None = None
+    grid: OnGrid | None = None

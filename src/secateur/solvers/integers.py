@@ -30,6 +30,7 @@ def check(shape: tuple[int, int], name: str, pattern: Granularity, knobs: Mappin
     chooses="mask",
     check=check,
     quantizes=True,
+    integers="sparsegpt-gptq",
     survey=("B3.5", "C1.4", "D1"),
 )
 def sparsegpt_gptq(
@@ -66,7 +67,7 @@ def sparsegpt_gptq(
     return snap.solved(sweep(weight, curvature, keep, granularity, damp, block, snap=snap))
 
 
-@register("solver", paper="2210.17323", check=check, quantizes=True, survey="D1")
+@register("solver", paper="2210.17323", check=check, quantizes=True, integers="gptq", survey="D1")
 def gptq(
     weight: Tensor,
     score: Tensor,
@@ -100,7 +101,7 @@ def gptq(
     return snap.solved(sweep(weight, curvature, keep, granularity, damp, block, snap=snap, given=mask))
 
 
-@register("solver", name="round", check=check, quantizes=True, survey="D1")
+@register("solver", name="round", check=check, quantizes=True, integers="round", shares="share", survey="D1")
 def round_to_nearest(
     weight: Tensor,
     score: Tensor,

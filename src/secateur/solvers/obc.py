@@ -13,7 +13,7 @@ from .base import Solved
 from .curvature import Curvature
 
 
-@register("solver", paper="2208.11580", chooses="mask")
+@register("solver", paper="2208.11580", chooses="mask", integers="obq")
 def obc(
     weight: Tensor,
     curvature: Curvature,

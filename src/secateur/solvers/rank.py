@@ -10,7 +10,7 @@ from ..select import select
 from .base import Solved
 
 
-@register("solver", integers="round")
+@register("solver", integers="round", shares="share")
 def rank(weight: Tensor, score: Tensor, keep: float, granularity: Granularity) -> Solved:
     """Zero the units with the lowest scores and leave the others as they are.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError, SecateurError
 from ..evidence import InputEvidence, Stop, watch
 from ..evidence.watch import as_ni
-from ..formats import Grid
+from ..formats import OnGrid
 from ..lanes import Lanes, Parted, lane_size
 from ..layers import Layer
 from ..recipe import Recipe
@@ -60,7 +60,7 @@ class Engine:
         self.hidden: Tensor | None = None
         self.dense: Tensor | None = None
         #: Of the layers that were quantized, by name.
-        self.grids: dict[str, Grid] = {}
+        self.grids: dict[str, OnGrid] = {}
         self._calls: dict[int, list[Any]] = {}
 
     def start(self) -> None:

@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..formats import Grid
+from ..formats import Grid, OnGrid
 from ..formats.integers import described, packed
 from ..recipe import Recipe
-from ..registry import get
 
 _END = ".weight_packed"
 
 
-def with_codes(tensors: Mapping[str, Tensor], grids: Mapping[str, Grid], model: nn.Module) -> dict[str, Tensor]:
+def with_codes(tensors: Mapping[str, Tensor], grids: Mapping[str, OnGrid], model: nn.Module) -> dict[str, Tensor]:
     """A file's tensors, with codes in place of the weights of linear layers that lie on a grid."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
         grid = grids.get(layer) if name.endswith(".weight") and tensor.dim() == 2 else None
-        if grid is None or not isinstance(model.get_submodule(layer), nn.Linear):
+        if not isinstance(grid, Grid) or not isinstance(model.get_submodule(layer), nn.Linear):
             out[name] = tensor
         else:
             out |= packed(layer, tensor, grid)
     return out
 
 
-def rewrite(folder: Path, grids: Mapping[str, Grid], model: nn.Module) -> None:
-    """The same for all files of a model directory."""
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = with_codes(load_file(file), grids, model)
-        part = file.with_suffix(".part")
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(file)
-
-
 def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn.Module) -> None:
-    """Say in ``config.json`` what is packed, so that stock loaders read it; nothing where nothing is.
+    """Say in ``config.json`` what is packed, so that stock loaders read it.
 
     Args:
         names: of all tensors in the files.
     """
-    layers = {name.removesuffix(_END) for name in names if name.endswith(_END)}
+    layers = packed_layers(names)
+    forget(file)
     if not layers:
         return
     knobs = recipe.knobs_of("solver")
@@ -56,13 +46,13 @@ def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def notes(recipe: Recipe, layers: int, names: Mapping[str, Any]) -> list[str]:
-    """What the record should say of weights that are on a grid, and stored as floats.
+def packed_layers(names: Iterable[str]) -> set[str]:
+    """The layers that are packed, by the names of all tensors."""
+    return {name.removesuffix(_END) for name in names if name.endswith(_END)}
 
-    Args:
-        layers: that were solved.
-    """
-    if not get("solver", recipe.solver).facts.get("quantizes"):
-        return []
-    left = layers - sum(name.endswith(_END) for name in names)
-    return [] if not left else [f"{left} of {layers} layers are no linear layers with a grid: stored as floats"]
+
+def forget(file: Path) -> None:
+    """Let ``config.json`` describe floats again, where it described what the model was read from."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if config.pop("quantization_config", None) is not None:
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..disk import refuse
 from ..errors import ModelError, OutputError
+from ..formats.stored import RECORD
 from .names import Names
 
 INDEX = "model.safetensors.index.json"
@@ -226,9 +227,6 @@ class Output:
     def state(self) -> dict[str, Any]:
         return self._state
 
-    def shard(self, index: int, count: int) -> str:
-        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
     def write(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file of the output, whole or not at all."""
         temporary = self.part / f".{file}.tmp"
@@ -277,7 +275,7 @@ class Output:
     def copy(self, source: Path) -> None:
         """Copy what belongs to the model but is not weights: config, tokenizer, templates."""
         kinds = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-        ours = (INDEX, "run.json", "state.json")
+        ours = (INDEX, "run.json", "state.json", RECORD)
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix in kinds and file.name not in ours:
                 shutil.copyfile(file, self.part / file.name)
