@@ -14,7 +14,7 @@ from rich.markup import escape
 from . import cli_compare, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
 from .data import CALIBRATION
 from .errors import RecipeError, SecateurError
-from .fuse.decompose import methods as decompositions
+from .fuse import methods as decompositions
 from .granularity import parse
 from .methods import load
 from .options import (
@@ -218,7 +218,7 @@ def _decompose(
     force: bool,
     as_json: bool,
 ) -> None:
-    from .fuse.command import decompose_source
+    from .decomposed import decompose_source
 
     taken = ("sparsity", "allocation", "only", "skip")
     if others := sorted(k for k, v in axes.items() if v and k not in taken):

@@ -15,11 +15,13 @@ from torch import nn
 from .data import CALIBRATION, Windows, windows
 from .disk import refuse
 from .errors import ModelError, OutputError, RecipeError
+from .fuse import methods as decompositions
+from .fuse import plan_factors
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
 from .models import load_model, load_tokenizer, next_token_loss, resolve, skeleton
-from .prune import MEMORY, Progress, block_keeps, prune, recipe_of
+from .prune import MEMORY, Progress, Several, block_keeps, prune, recipe_of
 from .recipe import Recipe
 from .record import dumps, run_record
 from .registry import get
@@ -28,7 +30,6 @@ from .solve import LayerRecord, allocate, layer_facts
 from .stream import Engine, Tick, find_blocks, integers
 from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
-from .structured import StructuredPlan, WholePlan
 from .units import plan_coupled
 
 WINDOWS = 64
@@ -98,7 +99,7 @@ def _some(names: list[str]) -> str:
 
 def plan(
     model: str | Path | nn.Module,
-    method: str | Recipe = "magnitude",
+    method: str | Recipe | Several = "magnitude",
     *,
     target: str | None = None,
     example: Any = None,
@@ -107,16 +108,22 @@ def plan(
     exported: bool = False,
     multiple: int = 8,
     **axes: Any,
-) -> Plan | StructuredPlan | WholePlan:
+) -> Any:
     """What `prune` would do, without doing it.
 
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
-        target, example, data, loss, exported, multiple: for coupled units, as for `prune`; the plan is then a
-            `StructuredPlan` or, of whole blocks, a `WholePlan`.
+        target, example, data, loss, exported, multiple: for coupled units, as for `prune`. Each kind of method has a
+            plan of its own; all of them print.
         axes: fields of the recipe that override the method's.
     """
+    if not isinstance(method, (str, Recipe)) or method in decompositions():
+        if not isinstance(model, nn.Module):
+            raise RecipeError("steps that change layers are planned on a module: load the model first")
+        if isinstance(method, (str, Recipe)):
+            return plan_factors(model, str(method), target=target, data=data, **axes)
+        return method.preview(model, example=example, data=data, loss=loss, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if parse(recipe.granularity).coupled:
         if not isinstance(model, nn.Module):
@@ -176,7 +183,9 @@ def prune_directory(
     started = time.perf_counter()
     path = resolve(model)
     resident = resident or works_on_the_whole(recipe)
-    _refuse_overlap(path, target, force)
+    if target.resolve() == path.resolve():
+        raise OutputError(f"--out {target} is the model itself: choose another directory")
+    refuse(target, force, way="choose another --out, or overwrite it with --force")
     tokens: Windows | None = None
     if recipe.needs_data:
         recipe.check(data=data is not None)
@@ -217,12 +226,6 @@ def prune_directory(
 def works_on_the_whole(recipe: Recipe) -> bool:
     """Whether the whole model must be in memory: gradients go through all of it, and rounds come back to it."""
     return recipe.needs_whole
-
-
-def _refuse_overlap(path: Path, target: Path, force: bool) -> None:
-    if target.resolve() == path.resolve():
-        raise OutputError(f"--out {target} is the model itself: choose another directory")
-    refuse(target, force, way="choose another --out, or overwrite it with --force")
 
 
 def _provenance(output: Output, run: dict[str, Any]) -> None:
