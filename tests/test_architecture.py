@@ -40,7 +40,17 @@ ORDER = (
     ("checks",),
     ("demo", "testing", "options"),
     ("terminal",),
-    ("cli_compare", "cli_measure", "cli_methods", "cli_recommend", "cli_runtime", "cli_search", "cli_train"),
+    ("cli_compound",),
+    (
+        "cli_compare",
+        "cli_compound",
+        "cli_measure",
+        "cli_methods",
+        "cli_recommend",
+        "cli_runtime",
+        "cli_search",
+        "cli_train",
+    ),
     ("__init__",),
     ("cli",),
     ("__main__",),
@@ -63,6 +73,7 @@ UPWARD = {
     ("criteria/curvature.py", "solvers"): "an annotation: the engine makes the factorization and hands it in",
     ("criteria/curvature.py", "granularity"): "an annotation: how the matrix is cut is handed in",
     ("consistency.py", "recipe"): "an annotation: a recipe asks whether its parts agree",
+    ("when/train.py", "compound"): "a decomposition on a task is a compound of one step",
     ("recipe.py", "methods"): "the named methods are made of recipes, and `Recipe.of` looks one up by name",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .compare import Study, compare, write_report
+from .compound import Compound
 from .compression import compress
 from .directory import plan, prune_directory
 from .errors import SecateurError
@@ -26,6 +27,7 @@ _register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compound",
     "Decomposed",
     "Found",
     "Masks",

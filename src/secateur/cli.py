@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import cli_compare, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
+from . import cli_compare, cli_compound, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
 from .data import CALIBRATION
 from .errors import RecipeError, SecateurError
 from .fuse import methods as decompositions
@@ -117,6 +117,13 @@ def prune(
         return cli_runtime.prune_tokens(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             force=force, as_json=as_json,
+        )  # fmt: skip
+    if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
+        not names_a_task(model)
+    ):
+        return cli_compound.prune(
+            model, compound, out, example=example, data=data, count=windows, length=length, force=force,
+            as_json=as_json,
         )  # fmt: skip
     if names_a_task(model):
         if quantize is not None:
@@ -266,6 +273,10 @@ def plan(
     from .directory import plan as make
 
     axes = axes_of(locals())
+    compound = cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)
+    compound = compound or cli_compound.of_decomposition(method, axes, knobs or [], target)
+    if compound is not None:
+        return cli_compound.plan(model, compound, example=example, data=data, as_json=as_json)
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     made: Any

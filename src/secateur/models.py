@@ -137,7 +137,7 @@ def _load_packed(path: Path, dtype: torch.dtype | None) -> Any:
         del config.quantization_config
         kind = dtype or config.dtype or torch.float32
         tensors: dict[str, Tensor] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in sorted(set(path.glob("*.safetensors")) - {path / "masks.safetensors"}):
             tensors |= unpacked(load_file(file), quantization, kind)
         model = type(skeleton(path)).from_pretrained(None, config=config, state_dict=tensors, dtype=kind)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

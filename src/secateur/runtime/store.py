@@ -15,6 +15,9 @@ from torch import nn
 from ..disk import beside, digest
 from ..errors import ModelError
 from ..store import save_module
+from ..structured import is_smaller
+from ..structured import load as load_smaller
+from ..structured import save as save_smaller
 from .act import Act, Fuse, Merge
 from .gates import Pace, TokenGates
 from .structure import Structure
@@ -36,7 +39,10 @@ def save(gates: TokenGates, out: str | Path, force: bool = False) -> Path:
         OutputError: ``out`` exists and is not empty.
     """
     with beside(out, force) as part:
-        save_module(gates.model, part)
+        if hasattr(gates.model, "secateur_surgery"):
+            save_smaller(gates.model, part)
+        else:
+            save_module(gates.model, part)
         record = {"version": 1, "record": gates.record, "structure": asdict(gates.structure)}
         if (part / _WEIGHTS).is_file():
             record["sha256"] = digest(part / _WEIGHTS)
@@ -92,6 +98,8 @@ def _read(record: Mapping[str, Any]) -> tuple[Structure, Act, Pace]:
 
 
 def _dense(folder: Path, model: nn.Module | None) -> nn.Module:
+    if is_smaller(folder):
+        return load_smaller(folder, model)
     if model is not None:
         load_model(model, str(folder / _WEIGHTS))
         return model

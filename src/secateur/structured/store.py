@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..disk import beside, digest
 from ..errors import ModelError
+from ..formats import Grid
+from ..formats.integers import described, packed, unpacked
 from ..graph.trace import stored_tensors
 from ..surgery.depth import BLOCKS
 from ..surgery.experts import EXPERTS
@@ -28,6 +30,13 @@ from .exported import other_torch, program_again
 
 _PLAN, _WEIGHTS, _CONFIG = "surgery.json", "model.safetensors", "architecture"
 _OVER = 1 << 31
+#: What a plan says of its file of weights alone.
+_OF_THE_FILE = ("tied", "shapes", "sha256", "packed", "integers")
+
+
+def is_smaller(path: str | Path) -> bool:
+    """Whether a directory holds what `save` wrote."""
+    return (Path(path) / _PLAN).is_file()
 
 
 def save(model: nn.Module, out: str | Path) -> Path:
@@ -55,6 +64,7 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
     else:
         state, aliases = _unique(model)
         record["shapes"] = {n: list(t.shape) for n, t in state.items()}
+        state = _coded(state, model, record)
         if packed := pack(state, record):
             record["packed"] = packed
         save_file(state, part / _WEIGHTS)
@@ -68,6 +78,17 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
                 part / _CONFIG
             )  # beside it, stock loaders would fill the factors with random numbers
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _coded(state: dict[str, Tensor], model: nn.Module, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Codes in place of the weights of linear layers that lie on a grid; see `formats.integers`."""
+    grids: Mapping[str, Grid] = getattr(model, "secateur_grids", None) or {}
+    found = dict(state)
+    for layer, grid in grids.items():
+        if isinstance(model.get_submodule(layer), nn.Linear) and f"{layer}.weight" in found:
+            found |= packed(layer, found.pop(f"{layer}.weight"), grid)
+            record["integers"] = described(grid.bits, grid.group, grid.zero is None, ())
+    return found
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -118,6 +139,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{error}{other_torch(record)}") from None
     try:
         state = load_file(folder / _WEIGHTS)
+        if "integers" in record:
+            floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+            state = unpacked(state, record["integers"], floats[0])
         unpack(state, record.get("packed", {}))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
@@ -144,7 +168,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         elif name in state:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._buffers[key] = state[name].to(buffer.device)
-    model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256", "packed")}  # type: ignore[assignment]
+    model.secateur_surgery = {k: v for k, v in record.items() if k not in _OF_THE_FILE}  # type: ignore[assignment]
     return model
 
 

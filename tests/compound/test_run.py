@@ -1,0 +1,168 @@
+"""A compound is its steps, one after the other: the same as by hand, zeros held, and back from disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import secateur
+from secateur.compound import Compound
+from secateur.coupled import example_inputs
+from secateur.layers import find_layers
+from secateur.models import next_token_loss
+from tests import tiny
+
+
+def tokens() -> list[Tensor]:
+    return [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+STEPS: list[dict[str, Any]] = [
+    {"prune": {"method": "llm-pruner", "target": "params 15%", "multiple": 1}},
+    {"decompose": {"method": "low-rank", "target": "params 10%"}},
+    {"prune": {"method": "sparsegpt", "sparsity": 0.5}},
+    {"quantize": "int8"},
+]
+
+
+def test_it_is_the_same_as_by_hand(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    made = secateur.prune(copy.deepcopy(model), Compound.of(STEPS), data=tokens())
+
+    hand = copy.deepcopy(model)
+    plan = secateur.prune(
+        hand, "llm-pruner", target="params 15%", multiple=1, data=tokens(), loss=next_token_loss,
+        example=example_inputs(None, hand),
+    )  # fmt: skip
+    hand = plan.shrink()
+    secateur.decompose(hand, "low-rank", target="params 10%", data=tokens())
+    pruned = secateur.prune(hand, "sparsegpt", sparsity=0.5, data=tokens())
+    secateur.prune(hand, secateur.Recipe.of("gptq", sparsity=0.0).quantized("int8"), data=tokens(), masks=pruned.masks)
+
+    assert same(made.model, hand)
+    assert {n: int(m.sum()) for n, m in made.masks.items()} == {n: int(m.sum()) for n, m in pruned.masks.items()}
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    for name, mask in made.masks.items():
+        assert not bool((layers[name].weight() != 0)[~mask].any())
+    counts = [made.run["before"], *(s["after"] for s in made.run["steps"])]
+    assert counts[0]["params"] > counts[1]["params"] > counts[2]["params"] == counts[3]["params"]
+    assert counts[3]["nonzero"] < counts[2]["nonzero"] and counts[4]["bytes"] < counts[3]["bytes"]
+
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, made.model(ids).logits)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [s["title"] for s in run["steps"]] == [str(s) for s in made.compound.steps]
+    assert run["digest"] == Compound.load(tmp_path / "out" / "recipe.yaml").digest
+    size = sum(x.nbytes for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert size == counts[4]["bytes"] < counts[3]["bytes"]
+
+
+def test_a_stock_model_stays_one(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    made = secateur.prune(model, Compound.of([{"prune": {"method": "wanda", "sparsity": 0.5}}, {"quantize": "int8"}]), data=tokens())  # fmt: skip  # noqa: E501
+    made.save(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "surgery.json").exists()
+    again = secateur.load(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, made.model(ids).logits)
+    assert secateur.Masks.load(tmp_path / "out" / "masks.safetensors").sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+
+
+def batches() -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)) for _ in range(3)]  # fmt: skip  # noqa: E501
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_units_after_weights_keep_their_zeros(tmp_path: Path) -> None:
+    """The masks are cut where the units are."""
+    steps = [
+        {"prune": {"method": "magnitude", "sparsity": 0.6}},
+        {"prune": {"method": "l1-norm", "target": "params 30%", "recovery": "none", "multiple": 1}},
+        {"recover": {"method": "finetune", "epochs": 2}},
+        {"quantize": {"as": "int8", "method": "round"}},
+    ]
+    model = net()
+    first = secateur.prune(net(), "magnitude", sparsity=0.6)
+    made = secateur.prune(model, Compound.of(steps), data=batches(), loss=loss, example=batches()[0][0])
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    assert set(made.masks) == set(first.masks) == set(layers)
+    smaller = 0
+    for name, mask in made.masks.items():
+        weight = layers[name].weight()
+        assert mask.shape == weight.shape and not bool((weight != 0)[~mask].any())
+        smaller += mask.numel() < first.masks[name].numel()
+    assert smaller and 0.4 < made.sparsity < 0.8
+    assert made.run["curves"] and made.run["steps"][2]["after"]["nonzero"] <= made.run["steps"][1]["after"]["nonzero"]
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out", net())
+    x = batches()[0][0]
+    assert torch.equal(again(x), made.model(x))
+
+
+def test_zeros_stay_through_a_second_pruning_and_a_sweep() -> None:
+    """SparseGPT takes more of what wanda left, and brings nothing back, though it moves what stays."""
+    steps = [{"prune": {"method": "wanda", "sparsity": 0.3}}, {"prune": {"method": "sparsegpt", "sparsity": 0.6}}]
+    model = tiny.build("llama")
+    made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
+    first = secateur.prune(copy.deepcopy(model), "wanda", sparsity=0.3, data=tokens())
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    for name, mask in first.masks.items():
+        assert int(made.masks[name].sum()) == round(0.4 * mask.numel())
+        assert not bool((layers[name].weight() != 0)[~mask].any()) and not bool((made.masks[name] & ~mask).any())
+
+
+def test_sparse_terms_of_a_decomposition_hold() -> None:
+    steps = [
+        {"decompose": {"method": "low-rank+sparse", "sparsity": 0.4, "iterations": 2}},
+        {"prune": {"method": "magnitude", "sparsity": 0.7}},
+    ]
+    model = net()
+    made = secateur.prune(model, Compound.of(steps), data=batches(), example=batches()[0][0])
+    terms = [n for n in made.masks if n.endswith(".sparse")]
+    assert terms and all(float(made.masks[n].float().mean()) < 0.5 for n in terms)
+
+
+def test_distilled(tmp_path: Path) -> None:
+    """The dense model, as it was before the first step, teaches."""
+    model = tiny.build("llama")
+    steps = [{"prune": {"method": "magnitude", "sparsity": 0.5}}, {"recover": {"method": "distill", "epochs": 8, "rate": 2.0, "logits": 1.0}}]  # fmt: skip  # noqa: E501
+    ids = torch.cat(tokens())
+    with torch.no_grad():
+        target = model(ids).logits.softmax(-1)
+
+    def away(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(ids).logits.log_softmax(-1).exp() - target).abs().mean())
+
+    pruned = secateur.prune(copy.deepcopy(model), Compound.of(steps[:1]))
+    made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
+    assert away(made.model) < 0.8 * away(pruned.model)
+    assert made.sparsity == pytest.approx(0.5, abs=0.01)
