@@ -174,6 +174,11 @@ class Compound:
         return f"{self.name}: {' > '.join(map(str, self.steps))}"
 
 
+def restored(data: Mapping[str, Any]) -> Recipe | Compound:
+    """The recipe, or the compound, of plain data that `to_dict` gave."""
+    return Compound.of(data) if isinstance(data.get("steps"), (list, tuple)) else Recipe.from_dict(dict(data))
+
+
 def is_compound(source: str | Path) -> bool:
     """Whether a recipe, as text or file, is a list of steps."""
     data = _read(source)
