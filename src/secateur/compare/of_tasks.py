@@ -192,10 +192,11 @@ def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, wo
     """The run on another task that finds the masks."""
     if recipe is None:
         raise StudyError("masks from another task belong to a method")
-    return train(
+    made: Trained = train(
         spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=_options_there(spec),
         dense=_dense(work, spec.get("masks_code")), calibration=spec["budget"]["samples"], score="valid",
     )  # fmt: skip
+    return made
 
 
 def _options_there(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from ..errors import StudyError
 from ..frozen import plain, thawed
 from ..recipe import Recipe
 from ..when.train import rounds_of
+from .contender import Contender
 from .rows import Row
-from .study import NOT_ASKED, Contender, Study, Subject
+from .study import NOT_ASKED, Study, Subject
 from .targets import axes_of, structured
 
 #: Counts up when the same description would give other figures than before.
