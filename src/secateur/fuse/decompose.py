@@ -29,7 +29,7 @@ class Layered:
 
     Attributes:
         name, shape: of the layer, as a matrix.
-        kind: ``low-rank``, ``tucker``, ``low-rank+sparse``, ``sparse`` or ``dense``.
+        kind: ``low-rank``, ``tucker``, ``cp``, ``low-rank+sparse``, ``sparse`` or ``dense``.
         ranks: of the factors.
         before, after: values that are stored; of a sparse term those that are not zero.
         error: root of the squared error over what is approximated: outputs where the method sees inputs, else weights.
@@ -111,7 +111,7 @@ def decompose(
 
     Args:
         model: any module. Where it repeats blocks, the layers in these are decomposed, others only by name.
-        method: ``low-rank``, ``asvd``, ``svd``, ``low-rank+sparse`` or ``tucker`` (``secateur methods``).
+        method: ``low-rank``, ``asvd``, ``svd``, ``low-rank+sparse``, ``tucker`` or ``cp`` (``secateur methods``).
         target: what of the whole model goes or stays, as ``"params 30%"`` or ``"bytes to 40%"``.
         sparsity: instead, the fraction of the weights of the decomposed layers that goes.
         data: batches that ``model(batch)`` accepts, or text (``text:FILE``) with a ``tokenizer``, for what sees inputs.
