@@ -24,6 +24,8 @@ from .lowrank import Made, Options
 from .ranks import Curve, greedy
 
 Allocation = Literal["greedy", "uniform"]
+#: Shares of its size at which a layer that divides its budget itself says what it loses.
+SHARES = tuple(k / 10 for k in range(1, 10))
 
 
 def methods() -> dict[str, Part]:
@@ -74,11 +76,9 @@ class Choice:
             )
         seen = gather_inputs(self.model, self.layers, self.needs, self.batches, run_model) if self.needs else {}
         work = _Work(self.part, self.knobs, seen, self.element if self.quantity == "bytes" else None, self.notes)
-        return (
-            work.budgeted(self.layers, self.budget)
-            if self.budgeted
-            else work.ranked(self.layers, self.budget, self.how)
-        )
+        if self.budgeted:
+            return work.budgeted(self.layers, self.budget, self.how)
+        return work.ranked(self.layers, self.budget, self.how)
 
 
 def choose(
@@ -109,12 +109,9 @@ def asked(method: str, allocation: str | None, knobs: Mapping[str, Any] | None) 
         raise UnknownName("decomposition", method, methods())
     part = get("transform", method)
     values = part.knobs_with(knobs or {})
-    budgeted = "budget" in part.needs
-    how = allocation or ("uniform" if budgeted else "greedy")
+    how = allocation or ("uniform" if "budget" in part.needs else "greedy")
     if how not in get_args(Allocation):
         raise UnknownName("allocation of ranks", how, get_args(Allocation), ", ".join(get_args(Allocation)))
-    if budgeted and how == "greedy":
-        raise RecipeError(f"'{method}' divides the budget of each layer itself: allocation uniform")
     return part, values, how
 
 
@@ -243,16 +240,53 @@ class _Work:
                 raise RecipeError("the smallest ranks are larger than the same share of every layer: ask for less")
         return {n: options[n].make(k) for n, k in chosen.items() if k < len(curves[n].sizes) - 1}
 
-    def budgeted(self, layers: Sequence[Layer], budget: float) -> dict[str, Made]:
-        """The same share of every layer, which divides it itself."""
+    def budgeted(self, layers: Sequence[Layer], budget: float, how: str) -> dict[str, Made]:
+        """A share of every layer, which divides it itself: the same of all, or by what loses least for a value."""
+        if how == "greedy":
+            return self._mixed(layers, budget)
         usable = self._seen(layers)
         budget -= sum(x.numel for x in layers if x.name in self.notes)
         share = budget / max(sum(x.numel for x in usable), 1)
         made = {}
         for x in usable:
-            mask = 0.0 if self.element is None else x.numel / (8 * self.element)
-            found = self._given(x, budget=share * x.numel, mask_size=mask)
+            found = self._within(x, share * x.numel)
             if found.facts["kind"] == "dense":
                 raise RecipeError(f"{x.name} has no room for one rank or one weight: ask for less to go")
             made[x.name] = found
         return made
+
+    def _within(self, layer: Layer, budget: float) -> Made:
+        mask = 0.0 if self.element is None else layer.numel / (8 * self.element)
+        made: Made = self._given(layer, budget=budget, mask_size=mask)
+        return made
+
+    def _mixed(self, layers: Sequence[Layer], budget: float) -> dict[str, Made]:
+        """Ranks, single weights, both or neither for each layer, out of one budget.
+
+        Each layer says what it would lose at shares of its size. What the choice among these leaves of the budget goes
+        to the layers that were chosen, in proportion, where it lowers their error.
+        """
+        usable = self._seen(layers)
+        budget -= sum(x.numel for x in layers if x.name in self.notes)
+        curves: dict[str, Curve] = {}
+        tried: dict[str, list[Made]] = {}
+        for x in usable:
+            shares = [s for s in SHARES if self._room(x, s)]
+            tried[x.name] = [self._within(x, s * x.numel) for s in shares]
+            errors = np.minimum.accumulate([*(m.error**2 for m in tried[x.name]), 0.0])
+            curves[x.name] = Curve(np.array([*shares, 1.0]) * x.numel, errors)
+        chosen = greedy(curves, budget)
+        taken = {n: float(curves[n].sizes[k]) for n, k in chosen.items()}
+        cut = {x.name: x for x in usable if chosen[x.name] < len(tried[x.name])}
+        spare = (budget - sum(taken.values())) / max(sum(taken[n] for n in cut), 1.0)
+        made = {}
+        for name, layer in cut.items():
+            found = tried[name][chosen[name]]
+            more = self._within(layer, min(taken[name] * (1 + spare), layer.numel - 1.0)) if spare > 0 else found
+            made[name] = more if more.error <= found.error else found
+        return made
+
+    def _room(self, layer: Layer, share: float) -> bool:
+        """Whether a share of a layer holds one rank, or one weight and its mask."""
+        mask = 0.0 if self.element is None else layer.numel / (8 * self.element)
+        return share * layer.numel >= min(sum(layer.shape), mask + 1)
