@@ -9,6 +9,7 @@ import pytest
 
 from secateur.compare import compare, write_report
 from secateur.compare.ablation import ablations
+from secateur.compare.of_models import run_model
 from secateur.compare.plan import left_out, runs_of
 from secateur.compare.study import Study
 from secateur.errors import SecateurError
@@ -90,3 +91,25 @@ def test_runs_without_a_step_are_shared() -> None:
     runs = [r for r in runs_of(asked) if r.label == "c without 1 (prune magnitude)" and r.seed == 0]
     assert len(runs) == 2 and len({r.digest for r in runs}) == 1
     assert len({r.digest for r in runs_of(asked) if r.label == "c" and r.seed == 0}) == 2
+
+
+def test_on_a_language_model(model: Path, text: Path, tmp_path: Path) -> None:
+    """Bytes are as they are stored: integers packed."""
+    held = tmp_path / "held.txt"
+    held.write_text(" ".join(f"w{(5 * k * k + k) % 63 + 1}" for k in range(600)))
+    steps = [{"decompose": {"method": "low-rank", "sparsity": 0.2}}, {"prune": "sparsegpt"}, {"quantize": "int8"}]
+    asked = Study.of({
+        "model": str(model), "methods": [{"compound": steps, "label": "all", "ablate": True}, "low-rank"],
+        "targets": [0.5], "seeds": 1, "data": f"text:{text}", "evaluation": f"text:{held}",
+        "budget": {"windows": 4, "length": 16, "eval_windows": 6},
+    })  # fmt: skip
+    found = {}
+    for run in runs_of(asked):
+        if run.label in ("dense", "all", "all without 3 (quantize int8)", "low-rank"):
+            found[run.label] = run_model(run.spec, tmp_path, "run")[0]
+    sizes = {label: r["bytes"] for label, r in found.items()}
+    assert sizes["all"] < sizes["all without 3 (quantize int8)"] < sizes["dense"]
+    assert found["all"]["sparsity"] == pytest.approx(0.5, abs=0.01) and found["low-rank"]["sparsity"] == 0
+    assert found["low-rank"]["parameters"] < found["dense"]["parameters"]
+    assert all(r["test"] > 1 and r["cost"]["seconds"] >= 0 for r in found.values())
+    assert found["all"]["cost"]["samples"] == 4 and len(found["all"]["recipe_digest"]) == 16

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import secateur
 from secateur.compound import Compound
 from secateur.coupled import example_inputs
+from secateur.errors import SecateurError
 from secateur.layers import find_layers
 from secateur.models import next_token_loss
 from tests import tiny
+from tests.runtime.models import images, vit
 
 
 def tokens() -> list[Tensor]:
@@ -166,3 +168,56 @@ def test_distilled(tmp_path: Path) -> None:
     made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
     assert away(made.model) < 0.8 * away(pruned.model)
     assert made.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_tokens_leave_a_smaller_model(tmp_path: Path) -> None:
+    """Heads and neurons go, weights become integers, and then tokens leave at run time."""
+    steps = [
+        {"prune": {"method": "l1-norm", "target": "params 20%"}},
+        {"quantize": {"as": "int8", "method": "round"}},
+        {"runtime": {"method": "tome", "target": "flops 30%"}},
+    ]
+    made = secateur.prune(vit(), Compound.of(steps), example=images())
+    flops = [made.run["before"]["flops"], *(s["after"]["flops"] for s in made.run["steps"])]
+    assert flops[3] <= 0.7 * flops[2] and flops[1] < flops[0]
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out", vit())
+    with torch.no_grad():
+        torch.testing.assert_close(again(images()), made.model(images()))
+    assert any(n.endswith(".weight_packed") for n in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_plan_touches_nothing_and_counts_what_comes() -> None:
+    model = tiny.build("llama")
+    before = copy.deepcopy(model.state_dict())
+    plan = secateur.plan(model, Compound.of(STEPS))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    made = secateur.prune(copy.deepcopy(model), Compound.of(STEPS), data=tokens())
+    for told, done in zip(plan.steps, made.run["steps"], strict=True):
+        for count in ("params", "nonzero", "bytes"):
+            assert told["after"][count] == pytest.approx(done["after"][count], rel=0.03), (told["title"], count)
+    text = str(plan)
+    assert "ranks are shown for svd, until data are given" in text and "what goes is shown for magnitude" in text
+    assert [s["needs"] for s in plan.steps] == [["data", "example", "loss"], ["data"], ["data"], ["data"]]
+    real = secateur.plan(model, Compound.of(STEPS[:1]), data=tokens())
+    assert real.steps[0]["after"] == made.run["steps"][0]["after"] and real.steps[0]["stands"] == ""
+
+
+HALF: dict[str, Any] = {"prune": {"method": "magnitude", "sparsity": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "steps, given, said",
+    [
+        ([{"prune": "wanda"}], {}, r"step 1 \(prune wanda\) needs data: pass data="),
+        ([{"prune": {"method": "l1-norm", "sparsity": 0.2}}], {}, "needs an example: pass example="),
+        ([{"recover": "finetune"}], {"data": batches()}, "needs a loss: pass loss="),
+        ([{"prune": {"method": "magnitude", "granularity": "2:4"}}], {"sparsity": 0.5}, "'sparsity' belongs to one"),
+        ([HALF, {"prune": {"method": "obc", "sparsity": 0.6}}], {"data": batches()}, "knows of no earlier ones"),
+        ([HALF, {"prune": {"method": "magnitude", "granularity": "row", "sparsity": 0.4}}], {}, "earlier steps left"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_before(steps: Any, given: Any, said: str) -> None:
+    model = net()
+    with pytest.raises(SecateurError, match=said):
+        secateur.prune(model, Compound.of(steps), **given)

@@ -172,12 +172,6 @@ def _trained(state: State, recipe: Recipe, step: Step, given: Given, number: int
     return course.record(state.model, 0, "")
 
 
-def whole_model(model: nn.Module) -> nn.Module:
-    """The model that gates of run time are around; or itself."""
-    inner = getattr(model, "model", None)
-    return inner if hasattr(model, "structure") and isinstance(inner, nn.Module) else model
-
-
 def dense_copy(model: nn.Module) -> nn.Module:
     """The model as it is, to learn from later."""
     return copy.deepcopy(model).eval().requires_grad_(False)

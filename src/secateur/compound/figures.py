@@ -38,6 +38,7 @@ def stored_bytes(model: nn.Module, grids: Mapping[str, Grid], element: int | Non
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     width = {i: element if element and t.is_floating_point() else t.element_size() for i, t in tensors.items()}
     total = sum(t.numel() * width[i] for i, t in tensors.items())
+    model = whole_model(model)
     layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
     for name, grid in grids.items():
         layer = layers[name]
@@ -65,3 +66,9 @@ def sparse_terms(model: nn.Module) -> list[str]:
             if facts["kind"] in ("low-rank+sparse", "sparse"):
                 found.append(f"{path}.sparse" if facts["kind"] == "low-rank+sparse" else path)
     return found
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model that gates of run time are around; or itself."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(model, "structure") and isinstance(inner, nn.Module) else model

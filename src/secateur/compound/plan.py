@@ -98,7 +98,7 @@ def _stand_in(step: Step, data: bool) -> tuple[Step | None, str]:
     if step.kind == "quantize":
         return Step("quantize", {**thawed(step.options), "method": "round"}), ""
     recipe = step.recipe()
-    shown = _plain(recipe)
+    shown = _plain(recipe, data)
     options = {k: v for k, v in thawed(step.options).items() if k in ("target", "multiple")}
     why = "what goes is shown for magnitude" if shown.criterion != recipe.criterion else ""
     if step.options.get("quantize") is not None or get("solver", recipe.solver).facts.get("quantizes"):
@@ -107,10 +107,10 @@ def _stand_in(step: Step, data: bool) -> tuple[Step | None, str]:
     return _of_recipe(shown, options), why
 
 
-def _plain(recipe: Recipe) -> Recipe:
-    """The recipe with the same counts that needs neither data nor training."""
+def _plain(recipe: Recipe, data: bool) -> Recipe:
+    """The recipe with the same counts that needs no training, and no data where none are given."""
     coupled = parse(recipe.granularity).coupled
-    easy = not recipe.needs_data and not recipe.needs_loss and not trains(recipe)
+    easy = not trains(recipe) and (data or not (recipe.needs_data or recipe.needs_loss))
     changes: dict[str, Any] = {"recovery": "none"}
     if not easy:
         changes |= {"driver": "once", "gate": "none", "penalty": "none", "hold": "zero", "solver": "rank"}

@@ -22,8 +22,8 @@ from ..measure import Peak, machine, versions
 from ..models import next_token_loss
 from ..prune import MEMORY
 from ..when.result import check_zeros
-from .apply import Given, State, apply, dense_copy, whole_model
-from .figures import figures
+from .apply import Given, State, apply, dense_copy
+from .figures import figures, whole_model
 from .recipe import Compound
 
 
