@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import secateur
 from secateur.compound import Compound
 from secateur.coupled import example_inputs
-from secateur.errors import SecateurError
+from secateur.errors import ModelError, SecateurError
 from secateur.layers import find_layers
 from secateur.models import next_token_loss
 from tests import tiny
@@ -221,3 +221,31 @@ def test_what_is_missing_is_said_before(steps: Any, given: Any, said: str) -> No
     model = net()
     with pytest.raises(SecateurError, match=said):
         secateur.prune(model, Compound.of(steps), **given)
+
+
+@pytest.mark.parametrize("middle", [[], [{"decompose": {"method": "svd", "sparsity": 0.2}}]], ids=["", "factors"])
+def test_cut_twice(middle: list[Any], tmp_path: Path) -> None:
+    """What a model went through is repeated on a fresh one, in its order."""
+    cuts = [{"prune": {"method": "l1-norm", "target": f"params {n}%", "multiple": 1}} for n in (20, 15)]
+    made = secateur.prune(net(), Compound.of([cuts[0], *middle, cuts[1]]), example=batches()[0][0])
+    counts = [s["after"]["params"] for s in made.run["steps"]]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+    made.save(tmp_path / "out")
+    x = batches()[0][0]
+    assert torch.equal(secateur.load(tmp_path / "out", net())(x), made.model(x))
+    other = net()
+    other[6] = nn.Linear(16, 31)
+    shapes = [p.shape for p in other.parameters()]
+    with pytest.raises(ModelError, match="expects"):
+        secateur.load(tmp_path / "out", other)
+    assert [p.shape for p in other.parameters()] == shapes
+
+
+def test_blocks_and_then_width(tmp_path: Path) -> None:
+    steps = [{"prune": {"method": "shortgpt", "target": "params 20%"}}, {"prune": {"method": "llm-pruner", "target": "params 10%", "multiple": 1}}]  # fmt: skip  # noqa: E501
+    model = tiny.build("llama")
+    made = secateur.prune(model, Compound.of(steps), data=tokens())
+    made.save(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)

@@ -71,7 +71,8 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
         record["tied"] = aliases
         record["sha256"] = digest(part / _WEIGHTS)
         config: Any = copy.deepcopy(getattr(model, "config", None))
-        if (record.get(BEFORE) or record.get(AFTER)) and hasattr(config, "to_dict"):
+        told = record.get(BEFORE) or record.get(AFTER) or record.get("architecture")
+        if told and hasattr(config, "to_dict"):
             record["dtype"] = str(next(model.parameters()).dtype)[6:]
             config.architectures = [type(model).__name__]
             config.save_pretrained(
@@ -121,6 +122,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if found != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
+    if record.get("earlier"):
+        _again(copy.deepcopy(model), record, folder)  # whether it fits, before anything is changed
+        _again(model, record, folder)
     if "exported" in record:
         if any(record.get(kind.key) for kind in (EXPERTS, BLOCKS)):
             raise ModelError(f"{folder / _PLAN} is damaged: a program has no experts and no blocks")
@@ -170,6 +174,22 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             model.get_submodule(owner)._buffers[key] = state[name].to(buffer.device)
     model.secateur_surgery = {k: v for k, v in record.items() if k not in _OF_THE_FILE}  # type: ignore[assignment]
     return model
+
+
+def _again(model: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
+    """Repeat what was done to a model before it was cut for the last time, in place."""
+    try:
+        for one in record["earlier"]:
+            removed = [(kind, _check_removed(one, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
+            install(model, one.get(BEFORE, {}))
+            for kind, gone in removed:
+                if gone:
+                    kind.remove(model, gone)
+            untie(model, _check_untied({**one, "tied": record["tied"]}, model, folder))
+            shrink(model, *_check({"tied": {}, "shapes": {}, **one}, model, folder))
+            install(model, one.get(AFTER, {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
 
 
 def _load_stock(folder: Path) -> nn.Module:

@@ -17,6 +17,9 @@ Facts = Mapping[str, Any]
 #: Where a surgery plan lists what layers became: before anything was cut, and after.
 BEFORE, AFTER = "factored", "factored_after"
 
+#: Where it lists what was cut: positions of tensors, blocks, experts; and what goes with that.
+CUTS, _WITH = ("kept", "removed", "experts"), ("mends", "untied")
+
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -181,9 +184,22 @@ def install(model: nn.Module, layers: Mapping[str, Facts]) -> None:
 
 
 def carried(model: nn.Module) -> dict[str, Any]:
-    """The part of a decomposed model's surgery that a plan made on it must repeat first."""
+    """The part of a model's surgery that a plan made on it must repeat first.
+
+    A model that was only decomposed has factors to put in; one that was cut before has all of that to go through
+    (``earlier``), or is built from the config that says its sizes (``architecture``).
+    """
     surgery = getattr(model, "secateur_surgery", None)
-    return {BEFORE: surgery[BEFORE]} if isinstance(surgery, dict) and surgery.get(BEFORE) else {}
+    if not isinstance(surgery, dict):
+        return {}
+    if not any(surgery.get(key) for key in (*CUTS, AFTER)):
+        same = {key: surgery[key] for key in ("earlier", "architecture") if key in surgery}
+        return {**same, **({BEFORE: surgery[BEFORE]} if surgery.get(BEFORE) else {})}
+    if surgery.get("format") == "transformers":
+        return {"architecture": True}
+    kept = {"kept": {}, "mends": []} | {key: surgery[key] for key in (*CUTS, *_WITH, BEFORE, AFTER) if key in surgery}
+    found = {"earlier": [*surgery.get("earlier", ()), kept]}
+    return found | ({"architecture": True} if surgery.get("architecture") else {})
 
 
 def pack(state: dict[str, Tensor], surgery: Mapping[str, Any]) -> dict[str, list[int]]:
