@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import cli_compare, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
+from . import cli_compare, cli_compound, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
 from .data import CALIBRATION
 from .errors import RecipeError, SecateurError
-from .fuse.decompose import methods as decompositions
+from .fuse import methods as decompositions
 from .granularity import parse
 from .methods import load
 from .options import (
@@ -122,6 +122,13 @@ def prune(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             force=force, as_json=as_json,
         )  # fmt: skip
+    if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
+        not names_a_task(model)
+    ):
+        return cli_compound.prune(
+            model, compound, out, example=example, data=data, count=windows, length=length, force=force,
+            as_json=as_json,
+        )  # fmt: skip
     if names_a_task(model):
         if quantize is not None:
             raise RecipeError("--quantize takes a model directory: write the trained model first, and quantize that")
@@ -223,7 +230,7 @@ def _decompose(
     force: bool,
     as_json: bool,
 ) -> None:
-    from .fuse.command import decompose_source
+    from .decomposed import decompose_source
 
     taken = ("sparsity", "allocation", "only", "skip")
     if others := sorted(k for k, v in axes.items() if v and k not in taken):
@@ -272,6 +279,10 @@ def plan(
     from .directory import plan as make
 
     axes = axes_of(locals())
+    compound = cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)
+    compound = compound or cli_compound.of_decomposition(method, axes, knobs or [], target)
+    if compound is not None:
+        return cli_compound.plan(model, compound, example=example, data=data, as_json=as_json)
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     made: Any

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import registry
+from . import cli_compound, registry
 from .errors import OutputError, RecipeError
 from .masks import Masks
 from .options import (
@@ -99,6 +99,11 @@ def train_source(
     """What ``train`` and ``prune`` do with a task; ``more`` is for `secateur.train`."""
     given = dict(axes)
     options, own = split_knobs(knobs)
+    target = more.get("target")
+    compound = cli_compound.asked(method, recipe_file, axes, target=target, masks=more.get("masks"), set=own)
+    if compound := compound or cli_compound.of_decomposition(method, axes, own, target):
+        rest = {k: v for k, v in more.items() if k in ("epochs", "device", "score")}
+        return cli_compound.train_task(task, compound, out, options=options, force=force, as_json=as_json, **rest)
     chosen: str | Recipe | None = method
     if recipe_file is not None:
         chosen, given = read_recipe(method, recipe_file, axes, own), {}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compound import Compound, restored
+from ..compound.run import carry_out
 from ..coupled import example_inputs, vocabulary
 from ..data import Windows, windows
 from ..directory import prune_directory
@@ -25,7 +27,7 @@ from ..models import load_model, load_tokenizer, next_token_loss, resolve
 from ..prune import prune, recipe_of
 from ..recipe import Recipe
 from .language import Held, kinds_of_tokens, losses
-from .measured import sizes, speed, surroundings
+from .measured import sizes, speed, stored, surroundings
 
 
 def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,18 +36,22 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise DataError(f"{spec['source']} has no tokenizer to read a text with")
-    recipe = None if spec["recipe"] is None else Recipe.from_dict(spec["recipe"])
+    recipe = None if spec["recipe"] is None else restored(spec["recipe"])
     text = None
-    if recipe is not None and recipe.needs_data:
+    if recipe is not None and (recipe.needs_data if isinstance(recipe, Recipe) else "data" in recipe.needs()):
         text = windows(
             spec["data"]["source"], tokenizer, count=budget["windows"], length=budget["length"], seed=spec["seed"]
         )
     begun = time.perf_counter()
     record: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
-    reached, peak = 0.0, 0
+    reached, peak, packed = 0.0, 0, {}
     if recipe is None:
         model = load_model(path, torch.float32)
+    elif isinstance(recipe, Compound):
+        made = carry_out(load_model(path, torch.float32), recipe, data=text)
+        model, masks, record, peak = made.model.eval(), dict(made.masks), made.run, made.run["peak_memory"]
+        reached, packed = made.sparsity, stored(made)
     elif parse(recipe.granularity).coupled:
         model, record, peak = _smaller(path, recipe, spec["target"], text)
     else:
@@ -68,7 +74,7 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
         "metric": "perplexity", "higher_is_better": False, "valid": valid.perplexity,
         "test": None if test is None else test.perplexity, "test_count": None if test is None else test.count,
         "groups": None if test is None else test.by_kind(kinds_of_tokens(tokenizer, vocabulary(model))),
-        "sparsity": reached, **sizes(model, masks, _layers(model, record), example),
+        "sparsity": reached, **sizes(model, masks, _layers(model, record), example), **packed,
         "latency": None,
         "cost": {
             "seconds": seconds if recipe is not None else 0.0, "peak_memory": peak,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..compound import Compound, restored
+from ..compound.steps import trains
 from ..errors import StudyError
 from ..granularity import parse
 from ..layers import find_layers
@@ -25,7 +27,7 @@ from ..when.course import settled
 from ..when.dynamic import TrainedDynamic
 from ..when.result import Trained
 from ..when.train import recipe_and_moment, train
-from .measured import sizes, speed, surroundings
+from .measured import sizes, speed, stored, surroundings
 
 
 def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,7 +35,10 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     options = dict(spec["options"])
     task = find(spec["source"], **options)
     budget, tuning = spec["budget"], spec["role"] == "tune"
-    recipe = None if spec["recipe"] is None else Recipe.from_dict(spec["recipe"])
+    asked = None if spec["recipe"] is None else restored(spec["recipe"])
+    if isinstance(asked, Compound):
+        return _compound(spec, work, name, task, asked)
+    recipe = asked
     chosen, moment = recipe_and_moment(recipe, {} if recipe is not None else {"seed": spec["seed"]}, None, spec["when"])
     epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
     if budget["total_epochs"] is not None:
@@ -92,6 +97,72 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     return result, run
 
 
+def _compound(
+    spec: Mapping[str, Any], work: Path, name: str, task: Task, compound: Compound
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run of several steps."""
+    options, budget, tuning = dict(spec["options"]), spec["budget"], spec["role"] == "tune"
+    epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
+    if budget["total_epochs"] is not None:
+        epochs = dense_epochs(compound, float(budget["total_epochs"]))
+    out = work / name
+    for old in (out, out.with_name(out.name + ".run")):
+        shutil.rmtree(old, ignore_errors=True)
+    given: dict[str, Any] = {
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"]), "calibration": budget["samples"],
+        "score": "valid" if tuning else "test",
+    }  # fmt: skip
+    made = train(spec["source"], compound, **given)
+    run, masks, example = made.run, dict(made.masks), task.example_input()
+    passed = {"dense": epochs, **_epochs(run["curves"])}
+    seen = round(sum(passed.values()) * _examples(spec["source"], tuple(sorted(options.items())), "train"))
+    seen += budget["samples"] * _batch(task) if "data" in compound.needs() else 0
+    result = {
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "test": None if tuning else run["metric"]["after"], "test_count": None if tuning else _count(task, "test"),
+        "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
+        **sizes(made.model, masks, _layers(made.model, masks), example), **stored(made),
+        "latency": _speed(spec, work, given, made.model, bool(masks), example) if spec["latency"] else None,
+        "cost": {
+            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "epochs": round(sum(passed.values()), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4),
+        },
+        "protocol": {"epochs": epochs, "when": "after", "steps": len(compound.steps), **_given(budget)},
+        "data": {
+            s: _hash(spec["source"], tuple(sorted(options.items())), s)
+            for s in ("train", "valid", *(() if tuning else ("test",)))
+        },
+        "recipe_digest": compound.digest, **surroundings(),
+    }  # fmt: skip
+    return result, run
+
+
+def dense_epochs(compound: Compound, total: float) -> float:
+    """How long dense training may be, so that it and all steps that train take so many epochs.
+
+    >>> dense_epochs(Compound.of([{"recover": "finetune"}, {"recover": {"method": "lora", "epochs": 1}}]), 7)
+    4.0
+
+    Raises:
+        StudyError: the steps alone take longer.
+    """
+    shares, fixed = 1.0, 0.0
+    for step in compound.steps:
+        if step.kind == "recover":
+            own = step.options.get("epochs")
+            length = float(
+                step.options.get("length", get("recovery", step.method).knobs["length"] if own is None else 1.0)
+            )
+            fixed, shares = (fixed, shares + length) if own is None else (fixed + length * float(own), shares)
+        elif step.kind == "prune" and trains(step.recipe()):
+            recipe, moment = recipe_and_moment(step.recipe(), {}, None, None)
+            shares += training_runs(recipe, moment) - (1.0 if moment == "after" else 0.0)
+    if fixed >= total:
+        raise StudyError(f"the steps of {compound.name} train {fixed:g} epochs of the {total:g} that all may take")
+    return (total - fixed) / shares
+
+
 def training_runs(recipe: Recipe, moment: str) -> float:
     """How many trainings of full length a method asks for: the dense one, and what its recovery takes in each round.
 
@@ -122,10 +193,11 @@ def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, wo
     """The run on another task that finds the masks."""
     if recipe is None:
         raise StudyError("masks from another task belong to a method")
-    return train(
+    made: Trained = train(
         spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=_options_there(spec),
         dense=_dense(work, spec.get("masks_code")), calibration=spec["budget"]["samples"], score="valid",
     )  # fmt: skip
+    return made
 
 
 def _options_there(spec: Mapping[str, Any]) -> dict[str, Any]:

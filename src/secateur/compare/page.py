@@ -13,6 +13,7 @@ from ..report import values as v
 from ..report.read import when_of
 from ..report.reproduce import embed, yaml_of
 from ..report.shell import environment, put, shell
+from .ablation import ablations, grids
 from .answers import Answer
 from .leaders import Leaders
 from .page_again import recipes, task_name
@@ -55,10 +56,12 @@ def render(
     left_out = left_out or {}
     failed, (lacking, holes) = failures(rows), missing(study, found, left_out)
     ranked = ranks(found)
+    steps = grids(ablations(study, rows))
     contents = [("h-contrasts", "The answer")] if answers else []
     contents += [("h-answer", "Method by method" if answers else "The answer")]
     contents += [("h-asked", "What was asked")]
     contents += [(f"h-subject-{k}", f"Results on {frame.short}") for k, frame in enumerate(found)]
+    contents += [("h-steps", "What each step brings")] if steps else []
     contents += [("h-ranks", "Ranks")] if ranked else []
     contents += [("h-failed", "What failed or is missing")] if failed or holes or left_out else []
     contents += [("h-runs", "All runs"), ("h-recipes", "Recipes"), ("h-study", "The study file")]
@@ -81,6 +84,7 @@ def render(
         reading=_reading(found, best),
         contrasts=contrasts(answers),
         protocol=protocol(study, rows),
+        steps=steps,
         ranks=ranked,
         failures=failed,
         missing=holes,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, NumericalError, RecipeError
 from ..layers import Layer, evaluating, find_layers
-from ..prune import Pruned, prune
+from ..prune import prune
+from ..pruned import Pruned
 from ..recipe import Recipe
 from ..registry import register
 from ..select import keep_count

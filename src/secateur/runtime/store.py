@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ..disk import beside, digest
 from ..errors import ModelError, RecipeError
 from ..store import save_module
+from ..structured import is_smaller
+from ..structured import load as load_smaller
+from ..structured import save as save_smaller
 from .base import Dynamic, part_of
 
 _FILE, _WEIGHTS, _GATES = "runtime.json", "model.safetensors", "gates.safetensors"
@@ -38,7 +41,10 @@ def save(made: Dynamic, out: str | Path, force: bool = False) -> Path:
 
 def write(made: Dynamic, folder: Path) -> None:
     """`save`, into a directory that is being made."""
-    save_module(made.model, folder)
+    if hasattr(made.model, "secateur_surgery"):
+        save_smaller(made.model, folder)
+    else:
+        save_module(made.model, folder)
     record: dict[str, Any] = {"version": 1, "record": made.record, "saved": made.saved(), "sha256": {}}
     if tensors := made.tensors():
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _GATES)
@@ -78,6 +84,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> Any:
 
 
 def _dense(folder: Path, model: nn.Module | None) -> nn.Module:
+    if is_smaller(folder):
+        return load_smaller(folder, model)
     if model is not None:
         load_model(model, str(folder / _WEIGHTS))
         return model

@@ -61,6 +61,8 @@ class Engine:
         self.dense: Tensor | None = None
         #: Of the layers that were quantized, by name.
         self.grids: dict[str, OnGrid] = {}
+        #: What earlier steps kept, by layer name: what they took stays away.
+        self.held: Mapping[str, Tensor] = {}
         self._calls: dict[int, list[Any]] = {}
 
     def start(self) -> None:
@@ -96,7 +98,8 @@ class Engine:
         for layer in layers:
             layer.check_finite()
         if self.hidden is None:
-            solved = [solve_layer(x, self.recipe, keeps[x.name], block=index, grids=self.grids) for x in layers]
+            more: dict[str, Any] = {"block": index, "grids": self.grids}
+            solved = [solve_layer(x, self.recipe, keeps[x.name], mask=self.held.get(x.name), **more) for x in layers]
             return [r for r, _ in solved], {r.name: m for r, m in solved}
         target = None
         if self.recovers:
@@ -339,6 +342,7 @@ class _BlockTask:
                 curvature=curvature,
                 sample=sample,
                 block=self.index,
+                mask=self.engine.held.get(layer.name),
                 grids=self.engine.grids,
             )
         except torch.OutOfMemoryError as error:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..disk import refuse
 from ..errors import RecipeError
+from ..fuse import methods as decompositions
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
+from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
 from ..runtime import is_runtime
@@ -32,7 +34,7 @@ from .result import Trained
 
 def train(
     task: Any,
-    method: str | Recipe | None = None,
+    method: str | Recipe | Several | None = None,
     *,
     epochs: float | None = None,
     out: str | Path | None = None,
@@ -50,7 +52,7 @@ def train(
     progress: Progress | None = None,
     command: str = "",
     **axes: Any,
-) -> Trained | TrainedDynamic:
+) -> Any:
     """Train a task, and prune it as the method says.
 
     Without a method the training is dense. A method of before or during training keeps its masks through the whole
@@ -61,7 +63,8 @@ def train(
     Args:
         task: the name of a ready task (``secateur tasks``), ``FILE.py:NAME``, or an object with ``model`` and
             ``batches``; see `tasks.Task`.
-        method: a named method or a `Recipe`.
+        method: a named method, a `Recipe`, or a `Compound`, of which a `Compounded` is returned; so it is of a
+            decomposition.
         epochs: of a whole training run; the task's own by default.
         out: a directory to write. The run's checkpoints lie beside it (``OUT.run``) until it is there: the same call
             goes on where it was stopped, and ends with the same weights, bit by bit.
@@ -96,6 +99,15 @@ def train(
             score=score, options=options, progress=progress, command=command, **own_options(method, axes),
         )  # fmt: skip
         return made
+    if method in decompositions() or not (method is None or isinstance(method, (str, Recipe))):
+        from ..compound.tasks import train_method
+
+        if masks is not None or when not in (None, "after"):
+            raise RecipeError("steps that change layers come after training, and with no masks of another run")
+        return train_method(
+            task, method, epochs=epochs, out=out, model=model, calibration=calibration, device=device, dense=dense,
+            target=target, score=score, options=options, progress=progress, command=command, **axes,
+        )  # fmt: skip
     found = find(task, **(options or {}))
     recipe, moment = recipe_and_moment(method, axes, masks, when)
     if score not in get_args(Split)[1:]:
