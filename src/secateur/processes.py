@@ -1,7 +1,7 @@
 """Several processes that make one run, as ``torchrun`` starts them: each takes its share of every batch.
 
-Gradients are averaged after the backward pass rather than by `DistributedDataParallel`, so that a loss may call the model
-as it likes, and modules may come and go between two legs of a run. What decides a run is that of the first process.
+Gradients are averaged after the backward pass rather than by `DistributedDataParallel`, so that a loss may call the
+model as it likes, and gates may come and go between two legs of a run. Where processes could differ, the first decides.
 """
 
 from __future__ import annotations
@@ -55,10 +55,26 @@ def joined(device: str | torch.device = "cpu") -> Iterator[int]:
         leave()
 
 
+def alone(what: str) -> None:
+    """Refuse to be one of the processes that ``torchrun`` has started.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        raise ModelError(f"{what} works in one process: start it without torchrun (a study has processes: N)")
+
+
 def leave() -> None:
     """Go on alone."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def part(rows: int) -> slice:
+    """Which of so many rows are this process's."""
+    size, own = world(), rank()
+    return slice(own * rows // size, (own + 1) * rows // size)
 
 
 def share(batch: Any) -> tuple[Any, float]:
@@ -70,16 +86,16 @@ def share(batch: Any) -> tuple[Any, float]:
     Raises:
         DataError: nothing in it has rows.
     """
-    size, own = world(), rank()
-    if size == 1:
+    if (size := world()) == 1:
         return batch, 1.0
     rows = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
     if not rows:
         raise DataError(f"{size} processes cannot share a batch without a tensor that has rows")
-    start, stop = own * rows // size, (own + 1) * rows // size
-    part = slice(start, stop) if stop > start else slice(0, 1)
-    cut = tree_map(lambda x: x[part] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x, batch)
-    return cut, (stop - start) * size / rows
+    own = part(rows)
+    count = own.stop - own.start
+    taken = own if count else slice(0, 1)
+    cut = tree_map(lambda x: x[taken] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x, batch)
+    return cut, count * size / rows
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:

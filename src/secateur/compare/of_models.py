@@ -22,14 +22,36 @@ from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
 from ..models import load_model, load_tokenizer, next_token_loss, resolve
+from ..processes import leave, rank, world
 from ..prune import prune, recipe_of
 from ..recipe import Recipe
+from ..registry import get
 from .language import Held, kinds_of_tokens, losses
 from .measured import sizes, speed, surroundings
 
 
+def shares(recipe: Recipe) -> str | None:
+    """Why processes cannot share the calibration of a method; None where they can.
+
+    >>> shares(Recipe.of("wanda")), shares(Recipe.of("magnitude"))
+    (None, 'it measures nothing')
+    """
+    if not recipe.needs_data:
+        return "it measures nothing"
+    if parse(recipe.granularity).coupled:
+        return "it takes units of the whole model away"
+    if recipe.needs_whole:
+        return "it measures the whole model at once"
+    if get("recovery", recipe.recovery).facts.get("data") == "block":
+        return "its recovery trains each block"
+    return None
+
+
 def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result of a run, as `Row` has it, and its record."""
+    """The result of a run, as `Row` has it, and its record.
+
+    Several processes calibrate together; the first one then measures, alone, and the others have nothing to say.
+    """
     path, budget = resolve(spec["source"]), spec["budget"]
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
@@ -44,8 +66,20 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
     record: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
     reached, peak = 0.0, 0
+    protocol = {k: v for k, v in budget.items() if v is not None and k != "processes"}
+    if recipe is not None and (why := shares(recipe)) is not None and budget.get("processes", 1) > 1:
+        protocol["processes"] = f"1, for {why}"
     if recipe is None:
         model = load_model(path, torch.float32)
+    elif (count := world()) > 1:
+        model, own = load_model(path, torch.float32), rank()
+        made = prune(model, recipe, data=text, shared=True)
+        leave()
+        if own:
+            return {}, {}
+        model, record, peak = made.model.eval(), made.run, made.run["peak_memory"]
+        masks, reached = dict(made.masks), made.sparsity
+        protocol["processes"] = count
     elif parse(recipe.granularity).coupled:
         model, record, peak = _smaller(path, recipe, spec["target"], text)
     else:
@@ -74,7 +108,7 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
             "seconds": seconds if recipe is not None else 0.0, "peak_memory": peak,
             "samples": 0 if text is None else len(text), "labels": 0, "epochs": 0.0, "after_dense": 0.0,
         },
-        "protocol": {k: v for k, v in budget.items() if v is not None},
+        "protocol": protocol,
         "data": {
             "calibration": None if text is None else text.sha256, "valid": held.hashes[0],
             "test": None if tuning else held.hashes[1],
