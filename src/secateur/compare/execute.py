@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SecateurError, StudyError
+from ..measure.size import give_back_memory
 from ..models import load_tokenizer, resolve
 from ..recipe import Recipe
 from ..tasks import find
@@ -48,11 +49,14 @@ def make(digest: str, spec: Mapping[str, Any], work: Path) -> Outcome:
         return problem
     made = {"task": run_task, "model": run_model}[spec["kind"]]
     found: list[Any] = []
+    before = give_back_memory()
     outcome = _tried(digest, lambda: found.extend(made(spec, work, digest)))
     seconds = time.perf_counter() - begun
     if outcome.status == "failed":
         return Outcome(digest, "failed", outcome.reason, seconds=seconds)
     result, record = found
+    if "cost" in result:
+        result["cost"]["memory_before"] = before
     return Outcome(digest, "done", None, finite(result), finite(record), seconds)
 
 

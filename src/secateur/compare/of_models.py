@@ -113,6 +113,7 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
             "calibration": None if text is None else text.sha256, "valid": held.hashes[0],
             "test": None if tuning else held.hashes[1],
         },
+        "calibration": None if text is None else {"windows": len(text), "of": text.available // text.length},
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip
     if spec["latency"] and recipe is not None:

@@ -13,6 +13,7 @@ from ..registry import parts
 from . import predict
 from .advice import advise
 from .aim import fit, target_of
+from .bits import held_together
 from .candidate import Candidate, Expected
 from .cost import Cost, cost_of
 from .evidence import Run, gather
@@ -185,11 +186,12 @@ def recommend(situation: Situation, studies: Iterable[str | Path] = (), *, runs:
         DataError: a study cannot be read.
     """
     load()
-    evidence = Evidence.of(gather(studies) if runs is None else runs)
+    found = gather(studies) if runs is None else list(runs)
+    evidence = Evidence.of(found)
     candidates = [fit(Candidate.of(part), situation) for part in parts("method").values()]
     entries = arrange(situation, candidates, evidence)
     near = {c.study: None for e in entries if e.status == "ranked" for c, _ in evidence.near(situation, e.candidate)}
-    return Answer(situation, tuple(entries), tuple(advise(situation, entries)), tuple(near))
+    return Answer(situation, tuple(entries), tuple(advise(situation, entries, held_together(found))), tuple(near))
 
 
 def arrange(situation: Situation, candidates: Iterable[Candidate], evidence: Evidence) -> list[Entry]:

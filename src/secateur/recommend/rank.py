@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .candidate import Candidate
 from .cells import Cell, Outcome, cells
@@ -89,8 +89,12 @@ class Evidence:
 
     @staticmethod
     def of(runs: Iterable[Run]) -> Evidence:
-        """Prepare runs."""
-        found = cells(runs)
+        """Prepare runs. What quantizes is no evidence of what pruning loses; see `bits`."""
+        found = []
+        for cell in cells(runs):
+            kept = tuple(o for o in cell.outcomes if not o.candidate.quantizes)
+            if kept:
+                found.append(cell if len(kept) == len(cell.outcomes) else replace(cell, outcomes=kept))
         return Evidence(found, shrinkage(found))
 
     def without(self, task: str) -> Evidence:
