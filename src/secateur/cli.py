@@ -55,6 +55,7 @@ from .options import (
     read_recipe,
 )
 from .printing import compared, summary
+from .processes import alone
 from .prune import recipe_of
 from .recipe import Recipe
 from .runtime import is_runtime
@@ -115,6 +116,8 @@ def prune(
     from .modules import is_module, prune_module
 
     axes = axes_of(locals())
+    if not names_a_task(model):
+        alone(f"secateur prune {model}")
     if quantize is not None and method is not None and (is_runtime(method) or method in decompositions()):
         raise RecipeError(f"--quantize goes with single weights; method '{method}' takes something else away")
     if method is not None and is_runtime(method):

@@ -41,6 +41,7 @@ from .options import (
     read_recipe,
     split_knobs,
 )
+from .processes import joined
 from .recipe import Recipe
 from .terminal import bar, command, err_console, interruptible, out_console
 from .when import train as run
@@ -82,7 +83,8 @@ def train(
 ) -> None:
     """Train a task, densely or with a method of pruning; --set task.NAME=VALUE sets its sizes.
 
-    Interrupted at any moment, the same command goes on where it was, and ends with the same weights.
+    Interrupted at any moment, the same command goes on where it was, and ends with the same weights. Several processes
+    make one run: torchrun --nproc-per-node 2 -m secateur train ...
     """
     axes = axes_of(locals())
     train_source(
@@ -109,14 +111,20 @@ def train_source(
         chosen, given = read_recipe(method, recipe_file, axes, own), {}
     elif own:
         given["knobs"] = _knobs(method, own)
-    if force and out.exists():
-        _remove(out)
     again = f"stopped: {out} was not written; the same command goes on where it was"
-    with interruptible(again), bar(method or "dense", None, not as_json) as show:
+    with (
+        interruptible(again),
+        joined(more["device"]) as other,
+        bar(method or "dense", None, not (as_json or other)) as show,
+    ):
+        if force and out.exists() and not other:
+            _remove(out)
         made = run(
             task, chosen, out=out, options=options, command=command(),
             progress=lambda name, done, of: show(done, of), **more, **given,
         )  # fmt: skip
+    if other:
+        return  # the first process speaks
     if as_json:
         print(json.dumps(made.run))
         return

@@ -62,6 +62,7 @@ def prune(
     exported: bool = False,
     multiple: int = 8,
     masks: Mapping[str, Tensor] | None = None,
+    shared: bool = False,
     **axes: Any,
 ) -> Any:
     """Prune a model in place.
@@ -85,6 +86,8 @@ def prune(
         multiple: for coupled units, sizes that remain are multiples of it where the units are single positions
             (heads and groups go whole); vector units of processors like 8 or 16.
         masks: what earlier rounds kept, by layer name: what they removed stays removed.
+        shared: the processes of a ``torch.distributed`` group prune one model together: all are given the same data,
+            and each runs its share of the windows. For what is pruned block by block.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
@@ -148,8 +151,12 @@ def prune(
             if recipe.needs_data:
                 tokens = windows(data, tokenizer, count=windows_count, length=length)
                 described = tokens.describe()
-            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress, grids, masks)
+            if shared and get("recovery", recipe.recovery).facts.get("data") == "block":
+                raise RecipeError(f"recovery '{recipe.recovery}' trains each block, which processes cannot share")
+            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress, grids, masks, shared)
         else:
+            if shared and recipe.needs_data:
+                raise RecipeError(f"method '{recipe.method}' measures this model as a whole, which cannot be shared")
             if recipe.needs_data:
                 described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
             records, made = _whole(model, recipe, layers, data, loss, masks, grids)
@@ -239,6 +246,7 @@ def _by_blocks(
     progress: Progress | None,
     grids: dict[str, OnGrid],
     before: Mapping[str, Tensor] | None = None,
+    shared: bool = False,
 ) -> tuple[list[LayerRecord], Masks]:
     parameter = next(model.parameters())
     held = held_by(layers, before)
@@ -249,7 +257,8 @@ def _by_blocks(
         return enter(model, blocks, lambda m: m(input_ids=ids, use_cache=False))
 
     def engine() -> Engine:
-        made = Engine(recipe, at if tokens is not None else None, len(tokens) if tokens else 0, memory, parameter.dtype)
+        given = (at, len(tokens)) if tokens is not None else (None, 0)
+        made = Engine(recipe, *given, memory, parameter.dtype, shared)
         made.held = held
         made.start()
         return made

@@ -24,14 +24,38 @@ from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
 from ..models import load_model, load_tokenizer, next_token_loss, resolve
+from ..processes import leave, rank, world
 from ..prune import prune, recipe_of
 from ..recipe import Recipe
+from ..registry import get
 from .language import Held, kinds_of_tokens, losses
 from .measured import sizes, speed, stored, surroundings
 
 
+def shares(recipe: Recipe | Compound) -> str | None:
+    """Why processes cannot share the calibration of a method; None where they can.
+
+    >>> shares(Recipe.of("wanda")), shares(Recipe.of("magnitude"))
+    (None, 'it measures nothing')
+    """
+    if isinstance(recipe, Compound):
+        return "it has several steps"
+    if not recipe.needs_data:
+        return "it measures nothing"
+    if parse(recipe.granularity).coupled:
+        return "it takes units of the whole model away"
+    if recipe.needs_whole:
+        return "it measures the whole model at once"
+    if get("recovery", recipe.recovery).facts.get("data") == "block":
+        return "its recovery trains each block"
+    return None
+
+
 def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result of a run, as `Row` has it, and its record."""
+    """The result of a run, as `Row` has it, and its record.
+
+    Several processes calibrate together; the first one then measures, alone, and the others have nothing to say.
+    """
     path, budget = resolve(spec["source"]), spec["budget"]
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
@@ -46,12 +70,24 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
     record: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
     reached, peak, packed = 0.0, 0, {}
+    protocol = {k: v for k, v in budget.items() if v is not None and k != "processes"}
+    if recipe is not None and (why := shares(recipe)) is not None and budget.get("processes", 1) > 1:
+        protocol["processes"] = f"1, for {why}"
     if recipe is None:
         model = load_model(path, torch.float32)
     elif isinstance(recipe, Compound):
         made = carry_out(load_model(path, torch.float32), recipe, data=text)
         model, masks, record, peak = made.model.eval(), dict(made.masks), made.run, made.run["peak_memory"]
         reached, packed = made.sparsity, stored(made)
+    elif (count := world()) > 1:
+        model, own = load_model(path, torch.float32), rank()
+        pruned = prune(model, recipe, data=text, shared=True)
+        leave()
+        if own:
+            return {}, {}
+        model, record, peak = pruned.model.eval(), pruned.run, pruned.run["peak_memory"]
+        masks, reached = dict(pruned.masks), pruned.sparsity
+        protocol["processes"] = count
     elif parse(recipe.granularity).coupled:
         model, record, peak = _smaller(path, recipe, spec["target"], text)
     else:
@@ -80,11 +116,12 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
             "seconds": seconds if recipe is not None else 0.0, "peak_memory": peak,
             "samples": 0 if text is None else len(text), "labels": 0, "epochs": 0.0, "after_dense": 0.0,
         },
-        "protocol": {k: v for k, v in budget.items() if v is not None},
+        "protocol": protocol,
         "data": {
             "calibration": None if text is None else text.sha256, "valid": held.hashes[0],
             "test": None if tuning else held.hashes[1],
         },
+        "calibration": None if text is None else {"windows": len(text), "of": text.available // text.length},
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip
     if spec["latency"] and recipe is not None:

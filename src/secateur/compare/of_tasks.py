@@ -19,10 +19,11 @@ from ..compound.steps import trains
 from ..errors import StudyError
 from ..granularity import parse
 from ..layers import find_layers
+from ..processes import leave, rank, world
 from ..recipe import Recipe
 from ..registry import get
 from ..tasks import Task, find
-from ..tasks.base import accuracy, by_class
+from ..tasks.base import accuracy, by_class, placed
 from ..when.course import settled
 from ..when.dynamic import TrainedDynamic
 from ..when.result import Trained
@@ -31,7 +32,10 @@ from .measured import sizes, speed, stored, surroundings
 
 
 def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result of a run, as `Row` has it, and its record (curves, notes, layers)."""
+    """The result of a run, as `Row` has it, and its record (curves, notes, layers).
+
+    Several processes train together; the first one then measures, alone, and the others have nothing to say.
+    """
     options = dict(spec["options"])
     task = find(spec["source"], **options)
     budget, tuning = spec["budget"], spec["role"] == "tune"
@@ -45,11 +49,11 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
         other = spec["masks"] is not None  # what finds the masks trains, and so does what holds them
         epochs = float(budget["total_epochs"]) / (training_runs(chosen, moment) + other)
     given: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"]), "calibration": budget["samples"],
-        "score": "valid" if tuning else "test",
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "calibration": budget["samples"], "score": "valid" if tuning else "test", "device": budget.get("device", "cpu"),
     }  # fmt: skip
-    out = work / name
-    for old in (out, out.with_name(out.name + ".partial")):
+    out, count, own = work / name, world(), rank()
+    for old in (out, out.with_name(out.name + ".partial")) if own == 0 else ():
         shutil.rmtree(old, ignore_errors=True)  # it ended just before an earlier attempt was stopped
     source = _elsewhere(spec, recipe, epochs, work) if spec["masks"] is not None else None
     if recipe is None:
@@ -61,8 +65,12 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
             spec["source"], recipe, out=out, when=spec["when"], **given,
             **({"target": spec["target"]} if spec["target"] else {}),
         )  # fmt: skip
+    leave()
+    if own:
+        return {}, {}
     shutil.rmtree(out, ignore_errors=True)
-    run = made.run
+    valid, run = task.measure(made.model), made.run
+    made.model.to("cpu")
     seconds = run["timings"]["total"] + (0.0 if source is None else source.run["timings"]["total"])
     masks: dict[str, Tensor] = dict(made.masks)
     example = task.example_input()
@@ -77,7 +85,7 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     if recipe is not None and recipe.needs_data:
         seen += budget["samples"] * max(1, recipe.steps) * _batch(task)
     result = {
-        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid,
         "test": None if tuning else made.metric, "test_count": None if tuning else _count(task, "test"),
         "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
         **sizes(made.model, masks, _layers(made.model, masks), example),
@@ -87,7 +95,7 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
             "epochs": round(sum(passed.values()), 4),
             "after_dense": round(sum(v for k, v in passed.items() if moment == "after" and k[:5] != "dense"), 4),
         },
-        "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget)},
+        "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget, count)},
         "data": {
             s: _hash(spec["source"], tuple(sorted(options.items())), s)
             for s in ("train", "valid", *(() if tuning else ("test",)))
@@ -109,7 +117,7 @@ def _compound(
     for old in (out, out.with_name(out.name + ".run")):
         shutil.rmtree(old, ignore_errors=True)
     given: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"]), "calibration": budget["samples"],
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget), "calibration": budget["samples"],
         "score": "valid" if tuning else "test",
     }  # fmt: skip
     made = train(spec["source"], compound, **given)
@@ -128,7 +136,7 @@ def _compound(
             "epochs": round(sum(passed.values()), 4),
             "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4),
         },
-        "protocol": {"epochs": epochs, "when": "after", "steps": len(compound.steps), **_given(budget)},
+        "protocol": {"epochs": epochs, "when": "after", "steps": len(compound.steps), **_given(budget, 1)},
         "data": {
             s: _hash(spec["source"], tuple(sorted(options.items())), s)
             for s in ("train", "valid", *(() if tuning else ("test",)))
@@ -195,7 +203,8 @@ def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, wo
         raise StudyError("masks from another task belong to a method")
     made: Trained = train(
         spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=_options_there(spec),
-        dense=_dense(work, spec.get("masks_code")), calibration=spec["budget"]["samples"], score="valid",
+        dense=_dense(work, spec.get("masks_code"), spec["budget"]), calibration=spec["budget"]["samples"],
+        device=spec["budget"].get("device", "cpu"), score="valid",
     )  # fmt: skip
     return made
 
@@ -204,9 +213,12 @@ def _options_there(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in spec["masks"].items() if k != "task"}
 
 
-def _dense(work: Path, code: str | None) -> Path:
-    """Where dense models are kept: of a task in a file apart, for two files may have tasks of one name."""
-    return work / "dense" if code is None else work / "dense" / code
+def _dense(work: Path, code: str | None, budget: Mapping[str, Any]) -> Path:
+    """Where dense models are kept: of a task in a file apart, for two files may have tasks of one name; and apart by
+    how many processes train them, and where."""
+    how = [str(budget[k]) for k in ("processes", "device") if k in budget]
+    folder = work / "-".join(["dense", *how])
+    return folder if code is None else folder / code
 
 
 def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -225,7 +237,8 @@ def _speed(
     dense = train(
         spec["source"], None, seed=spec["seed"], **{**given, "score": "valid"}
     )  # kept: it is read, not trained
-    return speed(dense.model, copy.deepcopy(made), masked, example)
+    where = torch.device(given["device"])
+    return speed(dense.model.to(where), copy.deepcopy(made).to(where), masked, placed(example, where))
 
 
 def _epochs(curves: list[dict[str, Any]], rewound: float = 0.0) -> dict[str, float]:
@@ -242,8 +255,9 @@ def _epochs(curves: list[dict[str, Any]], rewound: float = 0.0) -> dict[str, flo
     return found
 
 
-def _given(budget: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in budget.items() if v is not None and k != "epochs"}
+def _given(budget: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    given = {k: v for k, v in budget.items() if v is not None and k not in ("epochs", "processes")}
+    return {**given, **({"processes": processes} if processes > 1 else {})}
 
 
 def _groups(task: Task, model: nn.Module) -> dict[str, float] | None:

@@ -23,6 +23,7 @@ from .page_groups import seeds_table
 from .page_layers import gone, panels
 from .page_plots import tradeoffs
 from .page_ranks import ranks
+from .page_second import on_calibration, on_pooled, pooled
 from .page_tables import all_runs, protocol, results
 from .page_words import against_dense, answers_table, failures, headline, leaders_of, listed, many
 from .rows import Row
@@ -143,7 +144,7 @@ def record(study: Mapping[str, Any], rows: Sequence[Row]) -> Any:
 
 
 def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any]:
-    changes = against_dense(frame)
+    changes, second = against_dense(frame), pooled(frame)
     name = f"subject-{k}"
     fine = frame.problem is None
     return {
@@ -153,10 +154,10 @@ def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any
         "metric": frame.metric,
         "way": "higher" if frame.up else "lower",
         "problem": frame.problem,
-        "notes": _notes(frame),
+        "notes": [*_notes(frame), *on_calibration(frame), *on_pooled(changes, second)],
         "answers": answers_table(frame, best, changes),
         "plots": tradeoffs(frame, name) if fine else [],
-        "results": results(frame, best, changes, f"{name}-results"),
+        "results": results(frame, best, changes, second, f"{name}-results"),
         "panels": panels(frame, name) if fine else [],
         "seeds": seeds_table(frame) if fine else None,
     }

@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from ..when.train import rounds_of
 from .contender import Contender
 from .rows import Row
-from .study import NOT_ASKED, Study, Subject
+from .study import NOT_ASKED, TEXT, Budget, Study, Subject
 from .targets import axes_of, structured
 
 #: Counts up when the same description would give other figures than before.
@@ -37,6 +37,7 @@ class Run:
         subject, label, target, seed, role: as in `Row`. Two entries of a study may share a run: a method that takes
             neither data nor chance does the same with each seed.
         after: the digest of the run that has to end before this one begins; None for none.
+        older: what earlier versions called the same run.
     """
 
     digest: str
@@ -47,6 +48,7 @@ class Run:
     seed: int
     role: str
     after: str | None = None
+    older: str | None = None
 
     def row(self, status: str, reason: str | None, result: Mapping[str, Any]) -> Row:
         """The row of what became of it."""
@@ -235,6 +237,10 @@ class _Facts:
             spent |= {"epochs": budget.epochs, "total_epochs": budget.total_epochs, "samples": budget.samples}
         else:
             spent |= {"windows": budget.windows, "length": budget.length, "eval_windows": budget.eval_windows}
+        if budget.processes != 1:
+            spent["processes"] = budget.processes
+        if budget.device != "cpu":
+            spent["device"] = budget.device
         masks = thawed(contender.masks) if contender is not None and contender.masks else None
         spec: dict[str, Any] = {
             "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
@@ -248,12 +254,33 @@ class _Facts:
             spec["weights"] = weights
         if subject.kind == "model":
             spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
-            measured = "data" in recipe.needs() if isinstance(recipe, Compound) else recipe and recipe.needs_data
+            measured = _measures(recipe)
             if measured and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:
                 both = f"{study.data} and {study.evaluation}"
                 raise StudyError(f"the calibration text and the held-out text are the same ({both}): give two texts")
-        steps = recipe.steps if isinstance(recipe, Recipe) else None
-        decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": steps}
-        text = json.dumps(plain(decides), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:20]
-        return Run(digest, spec, subject.name, "dense" if contender is None else contender.label, target, seed, role)
+        older, digest = _digest(recipe, spec), _digest(recipe, self._deciding(spec, recipe))
+        label = "dense" if contender is None else contender.label
+        return Run(digest, spec, subject.name, label, target, seed, role, older=None if older == digest else older)
+
+    def _deciding(self, spec: Mapping[str, Any], recipe: Recipe | Compound | None) -> dict[str, Any]:
+        """The description without what does not decide: the time that a run may take; and of one that measures on no
+        data, which text it would have. Those stand as they are by default, which keeps the names of older runs."""
+        found, own = dict(spec), Budget()
+        budget = {**spec["budget"], "seconds": own.seconds}
+        if spec["kind"] == "model" and not _measures(recipe):
+            budget["windows"] = own.windows
+            budget.pop("processes", None)
+            found["data"] = self.text(TEXT)
+        return {**found, "budget": budget}
+
+
+def _measures(recipe: Recipe | Compound | None) -> bool:
+    """Whether calibration text is read."""
+    return "data" in recipe.needs() if isinstance(recipe, Compound) else recipe is not None and recipe.needs_data
+
+
+def _digest(recipe: Recipe | Compound | None, decides: Mapping[str, Any]) -> str:
+    steps = recipe.steps if isinstance(recipe, Recipe) else None
+    named = {**decides, "recipe": None if recipe is None else recipe.digest, "steps": steps}
+    text = json.dumps(plain(named), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

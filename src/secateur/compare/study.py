@@ -22,7 +22,12 @@ from .targets import OWN, PATTERN, axes_of, of_weights, target_of
 #: Why a cell is empty that the study never meant to fill.
 NOT_ASKED = "the study does not ask for it"
 Kind = Literal["task", "model"]
-_BUDGET = "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows and seconds"
+#: Calibration text of language models, where a study names none.
+TEXT = "text:calibration"
+_BUDGET = (
+    "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows, seconds, processes "
+    "and device"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Budget:
         windows, length: of calibration text, for language models.
         eval_windows: of held-out text: the first third is for validation, the rest for the test.
         seconds: wall time of one run; one that takes longer is stopped, and fails.
+        processes: that make one run together, each with its share of every batch, or of the calibration text.
+        device: ``cpu`` or ``cuda``, where tasks train; with ``cuda`` every process has a GPU.
     """
 
     epochs: float | None = None
@@ -66,16 +73,20 @@ class Budget:
     length: int = 512
     eval_windows: int = 36
     seconds: float | None = None
+    processes: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.total_epochs is not None:
             raise StudyError("budget: epochs is of one run, total_epochs of all runs of a method: give one of them")
         for name, value in asdict(self).items():
-            whole = name in ("samples", "windows", "length", "eval_windows")
-            if value is None:
+            whole = name in ("samples", "windows", "length", "eval_windows", "processes")
+            if value is None or name == "device":
                 continue
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
                 raise StudyError(f"budget: {name} is a {'whole ' if whole else ''}number above 0, not {value!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise StudyError(f"budget: device is cpu or cuda, not {self.device!r}")
         if self.eval_windows < 3:
             raise StudyError("budget: eval_windows is at least 3: a third is for validation, the rest for the test")
 
@@ -104,7 +115,7 @@ class Study:
     targets: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = Budget()
-    data: str = "text:calibration"
+    data: str = TEXT
     evaluation: str = EVALUATION
     latency: bool = False
     contrast: str | None = None
@@ -128,6 +139,10 @@ class Study:
             raise StudyError(f"when is before, during or after, not {wrong[0]!r}")
         if any(c.label == "dense" for c in self.contenders):
             raise StudyError("'dense' is the baseline, which every study has: name no method so")
+        if self.budget.device != "cpu" and (model := next((s for s in self.subjects if s.kind == "model"), None)):
+            raise StudyError(
+                f"budget: device {self.budget.device} is for tasks; {model.name} is pruned on the CPU here"
+            )
         for text in self.targets:
             axes_of(text)
         for c in self.contenders:
@@ -205,7 +220,7 @@ class Study:
             targets=tuple(target_of(x) for x in several(data, "targets")),
             seeds=tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else _seeds(seeds),
             budget=Budget(**budget),
-            data=str(data.get("data", "text:calibration")),
+            data=str(data.get("data", TEXT)),
             evaluation=str(data.get("evaluation", EVALUATION)),
             latency=bool(data.get("latency", False)),
             contrast=None if data.get("contrast") is None else str(data["contrast"]),

@@ -18,6 +18,7 @@ from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
+from ..processes import rank
 from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
@@ -59,6 +60,9 @@ def train(
     run (`attach`). One of after training trains densely first; then each of its rounds (``steps``) prunes and recovers:
     by fine-tuning, distillation, rewinding, or from scratch. A method of run time whose gates are learned (fbs) trains
     densely, then with its gates, and gives a `TrainedDynamic`.
+
+    Under ``torchrun``, with a process group, the processes make one run: each takes its share of every training batch,
+    and the first one writes.
 
     Args:
         task: the name of a ready task (``secateur tasks``), ``FILE.py:NAME``, or an object with ``model`` and
@@ -124,7 +128,7 @@ def train(
     rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
     if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
         raise RecipeError(NO_WAY_BACK)
-    if folder is not None:
+    if folder is not None and rank() == 0:
         refuse(folder)
     with own_generators(), Peak() as peak:
         run = Course(
@@ -136,7 +140,7 @@ def train(
         net = run.go()
     record = run.record(net, peak.bytes, command)
     result = Trained(net.eval(), recipe, Masks(run.masks), record)
-    if folder is not None:
+    if folder is not None and rank() == 0:
         result.save(folder)
         shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
     return result
