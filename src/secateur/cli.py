@@ -114,7 +114,7 @@ def prune(
     if quantize is not None and method is not None and (is_runtime(method) or method in decompositions()):
         raise RecipeError(f"--quantize goes with single weights; method '{method}' takes something else away")
     if method is not None and is_runtime(method):
-        return cli_runtime.prune_tokens(
+        return cli_runtime.prune_runtime(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             force=force, as_json=as_json,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,12 +37,14 @@ from .options import (
     Sparsity,
     Steps,
     axes_of,
+    part_knobs,
     read_recipe,
     split_knobs,
 )
 from .recipe import Recipe
 from .terminal import bar, command, err_console, interruptible, out_console
 from .when import train as run
+from .when.train import runner_of
 
 
 def train(
@@ -100,7 +103,7 @@ def train_source(
     if recipe_file is not None:
         chosen, given = read_recipe(method, recipe_file, axes, own), {}
     elif own:
-        given["knobs"] = read_recipe(method, None, {}, own).knobs if method else _no_method(own)
+        given["knobs"] = _knobs(method, own)
     if force and out.exists():
         _remove(out)
     again = f"stopped: {out} was not written; the same command goes on where it was"
@@ -115,11 +118,16 @@ def train_source(
     print(made)
     for note in made.run["notes"]:
         out_console.print(f"note: {escape(note)}")
-    out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
+    out_console.print(f"model   {escape(str(out))}", soft_wrap=True)
+    if (out / "report.html").is_file():
+        out_console.print(f"report  {escape(str(out / 'report.html'))}", soft_wrap=True)
 
 
-def _no_method(knobs: list[str]) -> dict[str, Any]:
-    raise RecipeError(f"--set {knobs[0]} belongs to a method, and none is named: say which with --method")
+def _knobs(method: str | None, own: list[str]) -> Mapping[str, Any]:
+    """Knobs by part; of a method that trains by itself they are its own."""
+    if method is None:
+        raise RecipeError(f"--set {own[0]} belongs to a method, and none is named: say which with --method")
+    return part_knobs(own) if runner_of(method) is not None else read_recipe(method, None, {}, own).knobs
 
 
 def _remove(out: Path) -> None:

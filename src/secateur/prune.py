@@ -131,7 +131,7 @@ def prune(
     Returns:
         `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`, for whole blocks and experts
         a `WholePlan`: the model is masked (but for experts, which no zeros stand for), and its ``shrink()`` returns
-        the smaller one. For methods of run time (tome, evit), whose knobs ``axes`` are, a `runtime.TokenGates`: a
+        the smaller one. For methods of run time (tome, evit), whose knobs ``axes`` are, a `runtime.Dynamic`: a
         module to be used in place of the model, which is as it was.
 
     Raises:
@@ -142,7 +142,12 @@ def prune(
     0.5
     """
     if is_runtime(method):
-        return gated(model, str(method), example, target=target, **axes)
+        if is_runtime(method, trained=True):
+            raise RecipeError(
+                f"the gates of '{method}' are learned: secateur.train(task, '{method}') trains them with the model "
+                f"(secateur train TASK --method {method})"
+            )
+        return gated(model, str(method), example, data, target=target, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if get("recovery", recipe.recovery).facts.get("data") == "task":
         raise RecipeError(

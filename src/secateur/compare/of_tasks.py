@@ -22,6 +22,7 @@ from ..registry import get
 from ..tasks import Task, find
 from ..tasks.base import accuracy, by_class
 from ..when.course import settled
+from ..when.dynamic import TrainedDynamic
 from ..when.result import Trained
 from ..when.train import recipe_and_moment, train
 from .measured import sizes, speed, surroundings
@@ -117,7 +118,7 @@ def training_runs(recipe: Recipe, moment: str) -> float:
     return 1.0 + rounds * share + alone + teacher
 
 
-def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Trained:
+def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Trained | TrainedDynamic:
     """The run on another task that finds the masks."""
     if recipe is None:
         raise StudyError("masks from another task belong to a method")

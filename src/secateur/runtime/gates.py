@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -100,11 +99,16 @@ class TokenGates(nn.Module):
     def extra_repr(self) -> str:
         return str(self.record)
 
-    def save(self, out: str | Path) -> Path:
-        """Write the dense weights and ``tokens.json``; see `runtime.store.save`."""
-        from .store import save
+    def saved(self) -> dict[str, Any]:
+        return asdict(self.structure)
 
-        return save(self, out)
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def told(self) -> str:
+        """What was made, in one line."""
+        tokens = " > ".join(map(str, self.record["tokens"]))
+        return f"{self.record['method']}: tokens {tokens}, {self.record['protected']} of them protected"
 
 
 class _Run(TorchFunctionMode):

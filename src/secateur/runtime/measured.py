@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DataError
 from ..layers import evaluating
 from ..measure.flops import flops
 from ..measure.latency import WARMUP, seconds
-from .gates import TokenGates
+from .base import Dynamic, part_of
 from .structure import Call
 
+#: Inputs that are measured one at a time, at most.
+SINGLES = 200
 
-def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dict[str, Any]:
+
+def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[str, Any]:
     """FLOPs, seconds of a batch, and whether answers change, over a distribution of inputs.
 
-    FLOPs are those that are executed; all inputs of one shape cost the same, because as many tokens leave of each.
+    FLOPs are those that are executed. Where inputs differ in how much they leave out (the fact ``alone`` of the
+    method), each is measured by itself, up to `SINGLES` of them.
 
     Args:
         batches: a dict is passed as keywords; of a pair of inputs and class indices, the second gives the accuracy.
@@ -34,11 +40,13 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
     Raises:
         DataError: there are no batches.
     """
-    models: dict[str, nn.Module] = {"dense": gates.model, "gated": gates}
+    models = {"dense": gates.model, "gated": cast("nn.Module", gates)}
+    if part_of(gates.record).facts.get("alone"):
+        batches = islice(_singles(batches), SINGLES)
     found: dict[str, dict[str, list[float]]] = {name: {"flops": [], "seconds": []} for name in models}
     right, same, count, answered = dict.fromkeys(models, 0), 0, 0, 0
     labelled = True
-    with evaluating(gates), torch.inference_mode():
+    with evaluating(*models.values()), torch.inference_mode():
         for number, batch in enumerate(batches):
             (args, kwargs), labels = _call(batch)
             labelled = labelled and labels is not None
@@ -69,6 +77,14 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
     return {**result, "inputs": count, "ratio": middle["dense"] / middle["gated"]}
 
 
+def _singles(batches: Iterable[Any]) -> Iterator[Any]:
+    """Each input of each batch as a batch of one."""
+    for batch in batches:
+        count = len(next(x for x in tree_leaves(batch) if isinstance(x, Tensor)))
+        for k in range(count):
+            yield tree_map(lambda x, k=k: x[k : k + 1] if isinstance(x, Tensor) else x, batch)
+
+
 def _call(batch: Any) -> tuple[Call, Tensor | None]:
     if isinstance(batch, Mapping):
         given = dict(batch)
@@ -92,12 +108,12 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": float(x.mean()), "p50": low, "p99": high}
 
 
-def table(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What was made and what was measured, as text."""
-    lines = [
-        f"{record['method']}: tokens {' > '.join(map(str, record['tokens']))}, {record['protected']} of them protected",
-        f"{'':20}{'dense':>14}{'gated':>14}",
-    ]
+def table(made: Dynamic, found: Mapping[str, Any]) -> str:
+    """What was made, what was expected of it, and what was measured, as text."""
+    lines = [made.told(), f"{'':20}{'dense':>14}{'gated':>14}"]
+    if (expected := made.record.get("flops")) is not None:
+        before, after = expected["before"] / 1e6, expected["after"] / 1e6
+        lines.append(f"{'MFLOPs, expected':20}{before:>14.2f}{after:>14.2f}")
     for name, unit in (("flops", 1e6), ("seconds", 1e-3)):
         for part in ("mean", "p50", "p99"):
             label = f"{'MFLOPs' if name == 'flops' else 'ms'} a batch, {part}"

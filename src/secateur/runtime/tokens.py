@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError, RecipeError
@@ -21,7 +21,26 @@ from .structure import Call, Structure, call_of, find
 _WHERE = ("A3.6", "B3.5", "B4", "E2")
 
 
-@register("transform", paper="2210.09461", survey=_WHERE, when="runtime")
+def _restored(model: nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TokenGates:
+    made, found = saved["record"], saved["saved"]
+    numbers = {name: int(found[name]) for name in ("tokens", "protected", "width")}
+    structure = Structure(tuple(map(str, found["sites"])), **numbers)
+    paths = dict(model.named_modules())
+    if missing := [name for name in structure.sites if name not in paths]:
+        raise ModelError(f"runtime.json does not fit the model: it has no {missing[0]}")
+    acts: dict[str, Act] = {
+        "tome": Merge(bool(made.get("proportional", True))), "evit": Fuse(bool(made.get("fuse", True))),
+    }  # fmt: skip
+    at, r, keep = made["at"], made["r"], made["keep"]
+    pace = Pace(
+        None if r is None else int(r),
+        None if keep is None else float(keep),
+        None if at is None else tuple(map(int, at)),
+    )
+    return TokenGates(model, structure, acts[made["method"]], pace, made)
+
+
+@register("transform", paper="2210.09461", survey=_WHERE, when="runtime", restore=_restored)
 def tome(
     model: nn.Module,
     example: Any,
@@ -66,7 +85,7 @@ def tome(
     return _made(model, call, structure, act, pace, given, record, level, range(most + 1))
 
 
-@register("transform", paper="2202.07800", survey=_WHERE, when="runtime")
+@register("transform", paper="2202.07800", survey=_WHERE, when="runtime", restore=_restored)
 def evit(
     model: nn.Module,
     example: Any,
@@ -191,4 +210,4 @@ def _check_output(model: nn.Module, call: Call, structure: Structure, act: Act, 
 
 
 def _shapes(out: Any) -> list[torch.Size]:
-    return [x.shape for x in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(x, torch.Tensor)]
+    return [x.shape for x in tree_leaves(dict(out) if isinstance(out, Mapping) else out) if isinstance(x, Tensor)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,11 +19,13 @@ from ..masks import Masks
 from ..measure import Peak
 from ..recipe import Recipe
 from ..registry import get, parts
+from ..runtime import is_runtime
 from ..tasks import find
 from ..tasks.base import Split
 from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN
 from .course import Course, Progress, early, settled, trains
+from .dynamic import TrainedDynamic, train_dynamic
 from .healing import NO_WAY_BACK, fitting, fresh_model
 from .result import Trained
 
@@ -48,12 +50,13 @@ def train(
     progress: Progress | None = None,
     command: str = "",
     **axes: Any,
-) -> Trained:
+) -> Trained | TrainedDynamic:
     """Train a task, and prune it as the method says.
 
     Without a method the training is dense. A method of before or during training keeps its masks through the whole
     run (`attach`). One of after training trains densely first; then each of its rounds (``steps``) prunes and recovers:
-    by fine-tuning, distillation, rewinding, or from scratch.
+    by fine-tuning, distillation, rewinding, or from scratch. A method of run time whose gates are learned (fbs) trains
+    densely, then with its gates, and gives a `TrainedDynamic`.
 
     Args:
         task: the name of a ready task (``secateur tasks``), ``FILE.py:NAME``, or an object with ``model`` and
@@ -85,6 +88,14 @@ def train(
     >>> round(made.sparsity, 2)
     0.8
     """
+    if isinstance(method, str) and (runner := runner_of(method)) is not None:
+        if masks is not None or when not in (None, "runtime"):
+            raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
+        made: Trained | TrainedDynamic = runner(
+            task, method, epochs=epochs, out=out, model=model, target=target, device=device, every=every, dense=dense,
+            score=score, options=options, progress=progress, command=command, **own_options(method, axes),
+        )  # fmt: skip
+        return made
     found = find(task, **(options or {}))
     recipe, moment = recipe_and_moment(method, axes, masks, when)
     if score not in get_args(Split)[1:]:
@@ -110,13 +121,37 @@ def train(
             progress=progress or (lambda *_: None), shared=None if dense is None else Path(dense), target=target,
             multiple=multiple, score=score,
         )  # fmt: skip
-        made = run.go()
-    record = run.record(made, peak.bytes, command)
-    result = Trained(made.eval(), recipe, Masks(run.masks), record)
+        net = run.go()
+    record = run.record(net, peak.bytes, command)
+    result = Trained(net.eval(), recipe, Masks(run.masks), record)
     if folder is not None:
         result.save(folder)
         shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
     return result
+
+
+def runner_of(method: str) -> Callable[..., Any] | None:
+    """What trains a transform that has to be trained: its own function (the fact ``trains``), or that of all gates."""
+    part = parts("transform").get(method)
+    if part is None:
+        return None
+    own: Callable[..., Any] | None = part.facts.get("trains")
+    return own or (train_dynamic if is_runtime(method, trained=True) else None)
+
+
+def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of such a run: a seed and the method's own knobs, ``{"fbs": {...}}`` or plain; axes are refused.
+
+    Raises:
+        RecipeError: with the first that such a method does not have.
+    """
+    given = {k: v for k, v in axes.items() if v not in (None, [], ())}
+    if unused := sorted(set(given) - {"seed", "knobs", "length", "rate"}):
+        raise RecipeError(f"'{method}' has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE")
+    knobs = given.pop("knobs", {})
+    if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
+        raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
+    return {**given, "knobs": dict(knobs.get(method, knobs))}
 
 
 def rounds_of(base: Recipe, recipe: Recipe) -> int:
