@@ -33,6 +33,7 @@ ORDER = (
     ("peak",),
     ("figures",),
     ("when", "fuse", "families", "search"),
+    ("supernet",),
     ("methods", "integrations"),
     ("compare",),
     ("recommend",),

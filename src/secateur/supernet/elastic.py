@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import granularity
 from ..errors import ModelError, RecipeError
+from ..graph.labels import Array
 from ..graph.trace import stored_tensors
 from ..recipe import Recipe
 from ..search.families import Families
 from ..search.space import Counts, Node
 from ..search.subject import Bounds
-from ..structured.allocate import gone
 from ..structured.make import waking_twin
 from ..structured.plan import inputs
 from ..structured.targets import Target
@@ -66,6 +68,11 @@ class Elastic:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self.scores = self.subject.scores
         self.notes: list[str] = []
+        self._lost: dict[tuple[int, int], Array] = {}
+        self._axes: dict[str, list[tuple[int, Array]]] = {}
+        for slot, roots in zip(self.found.slots, self.found.roots, strict=True):
+            for name in slot.names:
+                self._axes.setdefault(name, []).append((slot.axis, roots))
         self._mends: dict[Counts, tuple[Mend, ...]] = {}
         self._costs: dict[tuple[str, Counts], int] = {}
         self.stages: list[Stage] = []
@@ -75,7 +82,8 @@ class Elastic:
         whys: list[str] = []
         for lost, stages_, kernels_ in (("", some, smaller), ("kernels", some, []), ("blocks", [], [])):
             self.stages, self.kernels = stages_, kernels_
-            self.nodes = (*self.subject.space.nodes, *self._stage_nodes(depth), *self._kernel_nodes())
+            self.stage_nodes = self._stage_nodes(depth)
+            self.nodes = (*self.subject.space.nodes, *self.stage_nodes, *self._kernel_nodes())
             proof = self.prove(self.least)
             if proof.proven:
                 self.notes += [f"the {lost} stay as they are, because with them {whys[-1]}"] if whys else []
@@ -90,7 +98,7 @@ class Elastic:
             count, whole = len(stage.blocks), len(self.model.get_submodule(stage.path)._modules)
             fixed = stage.length - count
             least = max(0, math.ceil(depth * stage.length - 1e-9) - fixed, 1 if whole == count else 0)
-            nodes.append(Node(stage.name, count, range(min(least, count), count + 1)))
+            nodes.append(Node(stage.name, stage.length, range(fixed + min(least, count), stage.length + 1)))
         return nodes
 
     def _kernel_nodes(self) -> list[Node]:
@@ -119,17 +127,33 @@ class Elastic:
         places = {id(f): s for f, s in zip(self.found.families, scores, strict=True)}
         self.scores = [places[id(f)] for f in self.subject.families]
         self._mends.clear()
+        self._costs.clear()
+        self._lost.clear()
 
     def split(self, counts: Counts) -> tuple[Counts, Counts, Counts]:
         """Counts of widths, of depths and of kernels."""
         a, b = len(self.subject.families), len(self.subject.families) + len(self.stages)
         return counts[:a], counts[a:b], counts[b:]
 
-    def _parts(self, counts: Counts) -> tuple[frozenset[int], dict[str, list[int]], dict[Kernel, int]]:
-        widths, depths, sizes = self.split(counts)
-        labels = gone(self.subject.families, self.scores, widths)
+    def mask(self, widths: Counts) -> NDArray[np.bool_]:
+        """Whether each label goes with these widths; see `structured.allocate.gone`, of which this is the fast form."""
+        mask = np.zeros(len(self.found.trace.labels), dtype=bool)
+        for number, count in enumerate(widths):
+            key = (number, count)
+            if key not in self._lost:
+                family, score = self.subject.families[number], self.scores[number]
+                lost = np.argsort(-score, kind="stable")[count:].tolist()
+                labels = [label for k in lost for label in family.units[k].gone]
+                self._lost[key] = np.asarray(labels, dtype=np.int64)
+            mask[self._lost[key]] = True
+        return mask
+
+    def _less(self, counts: Counts) -> tuple[dict[str, list[int]], dict[Kernel, int]]:
+        """Blocks that are left out, and kernels that are smaller."""
+        _, depths, sizes = self.split(counts)
+        free = [c - (s.length - len(s.blocks)) for c, s in zip(depths, self.stages, strict=True)]
         smaller = {k: s for k, s in zip(self.kernels, sizes, strict=True) if s < k.sizes[-1]}
-        return labels, removed_of(self.stages, depths), smaller
+        return removed_of(self.stages, free), smaller
 
     def cut(self, counts: Counts) -> Cut:
         """What a sub-network leaves out.
@@ -137,14 +161,16 @@ class Elastic:
         Raises:
             ModelError: numbers in modules that repeat a width cannot be mended for these widths.
         """
-        labels, removed, smaller = self._parts(counts)
+        removed, smaller = self._less(counts)
+        widths = self.split(counts)[0]
+        labels = frozenset(np.flatnonzero(self.mask(widths)).tolist())
         changed = [
             m for k, s in smaller.items()
             for m in mends(self.model.get_submodule(k.path), k.path, s)  # type: ignore[arg-type]
         ]  # fmt: skip
         there = [
             Mend(name, m.attribute, m.item, m.old, m.new)
-            for m in (*self._width_mends(self.split(counts)[0], labels), *changed)
+            for m in (*self._width_mends(widths, labels), *changed)
             if (name := renamed(m.module, removed)) is not None
         ]
         return Cut(counts, labels, removed, kept_by_name(self.found, labels), smaller, tuple(there))
@@ -166,42 +192,44 @@ class Elastic:
         """Parameters, bytes of them, or operations of one forward pass of the example; counted, not measured."""
         key = (quantity, counts)
         if key not in self._costs:
-            labels, removed, smaller = self._parts(counts)
-            if quantity == "flops":
-                self._costs[key] = self._flops(labels, removed, smaller)
-            else:
-                self._costs[key] = self._stored(labels, removed, smaller, quantity == "bytes")
+            mask = self.mask(self.split(counts)[0])
+            count = self._flops if quantity == "flops" else self._stored
+            self._costs[key] = count(mask, *self._less(counts), quantity == "bytes")
         return self._costs[key]
 
     def products(self, counts: Counts) -> int:
         """How many matrix products and convolutions a forward pass has."""
-        _, removed, _ = self._parts(counts)
+        removed, _ = self._less(counts)
         return sum(renamed(site, removed) is not None for site in self.found.trace.sites)
 
-    def _flops(self, labels: frozenset[int], removed: Mapping[str, list[int]], smaller: Mapping[Kernel, int]) -> int:
+    def _flops(
+        self, mask: NDArray[np.bool_], removed: Mapping[str, list[int]], smaller: Mapping[Kernel, int], _: bool
+    ) -> int:
         share = {k.path: (s**k.dims, k.sizes[-1] ** k.dims) for k, s in smaller.items()}
-        mask, total = self.found.mask(labels), 0
+        total = 0
         for (factor, axes), site in zip(self.found.products, self.found.trace.sites, strict=True):
             if removed and renamed(site, removed) is None:
                 continue
             new, old = share.get(site, (1, 1))
-            total += factor * new // old * math.prod(len(a) - int(mask[a].sum()) for a in axes)
+            total += factor * new // old * math.prod(len(a) - int(np.count_nonzero(mask[a])) for a in axes)
         return total
 
     def _stored(
-        self, labels: frozenset[int], removed: Mapping[str, list[int]], smaller: Mapping[Kernel, int], in_bytes: bool
+        self, mask: NDArray[np.bool_], removed: Mapping[str, list[int]], smaller: Mapping[Kernel, int], in_bytes: bool
     ) -> int:
-        kept = kept_by_name(self.found, labels)
         sizes = {k.weight: {2 + a: s for a in range(k.dims)} for k, s in smaller.items()}
         counted: set[int] = set()
         total = 0
         for name, parameter in self._parameters.items():
-            if id(parameter) in counted or renamed(name, removed) is None:
+            if id(parameter) in counted or (removed and renamed(name, removed) is None):
                 continue
             counted.add(id(parameter))
-            lengths = {a: len(p) for a, p in kept.get(name, {}).items()} | sizes.get(name, {})
-            count = math.prod(lengths.get(a, n) for a, n in enumerate(parameter.shape))
-            total += count * (parameter.element_size() if in_bytes else 1)
+            lengths = list(parameter.shape)
+            for axis, roots in self._axes.get(name, ()):
+                lengths[axis] -= int(np.count_nonzero(mask[roots]))
+            for axis, size in sizes.get(name, {}).items():
+                lengths[axis] = size
+            total += math.prod(lengths) * (parameter.element_size() if in_bytes else 1)
         return total
 
     # -- the proof ---------------------------------------------------------------------------------

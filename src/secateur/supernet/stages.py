@@ -16,12 +16,12 @@ from ..surgery.pieces import member
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks of one type that follow each other in a list.
+    """Blocks of one type that follow each other in a list; one that must stay begins a stage.
 
     Attributes:
         path: of the list.
         blocks: numbers of those that leave nothing missing when they are left out, in order.
-        length: how many blocks the run has, those that must stay included.
+        length: how many blocks the stage has, the one that must stay included.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Stage:
     @property
     def name(self) -> str:
         """As a search calls it."""
-        return f"{self.path or 'blocks'} {self.blocks[0]}-{self.blocks[-1]}"
+        return f"{self.path or 'blocks'} {self.blocks[-1] + 1 - self.length}-{self.blocks[-1]}"
 
 
 def stages(model: nn.Module, recipe: Recipe, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Stage]:
@@ -51,13 +51,16 @@ def stages(model: nn.Module, recipe: Recipe, args: Sequence[Any], kwargs: Mappin
     for path, numbers in _runs(model):
         if any(_inside(path, block) for block in taken):
             continue
-        free = tuple(
+        free = [
             k for k in numbers
             if not globbed(recipe, [member(path, k)]) and prove_depth(model, {path: [k]}, args, kwargs).proven
-        )  # fmt: skip
-        if free:
-            found.append(Stage(path, free, len(numbers)))
-            taken += [member(path, k) for k in numbers]
+        ]  # fmt: skip
+        starts = [k for k in numbers if k not in free or k == numbers[0]]
+        for start, end in zip(starts, [*starts[1:], numbers[-1] + 1], strict=True):
+            blocks = tuple(k for k in range(start, end) if k in free)
+            if blocks:
+                found.append(Stage(path, blocks, end - start))
+                taken += [member(path, k) for k in range(start, end)]
     return found
 
 

@@ -73,6 +73,11 @@ class Supernet:
         cut, shell = self._shell(counts)
         return made(self.model, cut, shell)
 
+    @staticmethod
+    def small_of(model: nn.Module, elastic: Elastic, counts: Counts) -> nn.Module:
+        """A sub-network of a model that is no supernet: kernels are cropped."""
+        return made(model, elastic.cut(counts))
+
     def close(self) -> None:
         """Take the matrices away again; sub-networks with smaller kernels cannot be made any more."""
         remove_matrices(self.model, self.elastic.kernels)
