@@ -35,7 +35,6 @@ class Course:
         tags: what the run is; a checkpoint of another one is refused.
         curves: a row for each epoch of each leg.
         found: the record of the search, as JSON data.
-        whole: the metric of the whole model at the end of its training, on the split of the figures.
     """
 
     task: Task

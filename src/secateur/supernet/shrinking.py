@@ -89,16 +89,15 @@ def supernet(
     goal = Goal(elastic, run.target, net.small(elastic.most), net.small, seed=run.seed, known=known)
     best, trials = chosen(run, elastic, net, goal, budget, strategy, few)
     small, proof = extracted(net, best.counts, run.target)
-    whole = net.small(elastic.most)
     run.found = {
         "nodes": [{"name": n.name, "of": n.units, "sizes": list(n.sizes)} for n in elastic.nodes],
-        "counts": list(best.counts), "valid": best.value, "trials": [t.to_dict() for t in trials],
+        "counts": list(best.counts), "valid": best.value, "largest": run.value(net.small(elastic.most), few),
+        "trials": [t.to_dict() for t in trials],
         "quantity": run.target.quantity, "limit": goal.limit, "reached": goal.reached(best.counts),
         "total": goal.total, "latency": goal.record(), "error": proof.error,
     }  # fmt: skip
     run.notes += [*elastic.notes, *told(elastic, best.counts), reached(goal, best.counts)]
     net.close()
-    run.model = whole
     recalibrate(small, few)
     run.train("fine-tuning", small, run.length * run.epochs, 2, rate=run.rate)
     return small
