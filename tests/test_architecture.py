@@ -34,7 +34,7 @@ ORDER = (
     ("peak",),
     ("figures",),
     ("when", "families", "search"),
-    ("compound",),
+    ("supernet", "compound"),
     ("methods", "integrations"),
     ("compare",),
     ("recommend",),

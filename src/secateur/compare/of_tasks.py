@@ -117,8 +117,8 @@ def _compound(
     for old in (out, out.with_name(out.name + ".run")):
         shutil.rmtree(old, ignore_errors=True)
     given: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget), "calibration": budget["samples"],
-        "score": "valid" if tuning else "test",
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "calibration": budget["samples"], "score": "valid" if tuning else "test",
     }  # fmt: skip
     made = train(spec["source"], compound, **given)
     run, masks, example = made.run, dict(made.masks), task.example_input()

@@ -61,7 +61,7 @@ def taught(run: Training, logits: float, temperature: float, features: float, at
             run.loss(teacher, batch)
         whole = (1 - logits) * plain
         if logits:
-            whole = whole + logits * soft(_logits(own[""]), _logits(dense[""]), temperature)
+            whole = whole + logits * soft(logits_of(own[""]), logits_of(dense[""]), temperature)
         if features:
             whole = whole + features * _mean([_relative(own[n], dense[n], n) for n in names])
         if attention:
@@ -136,7 +136,8 @@ def _first(output: Any) -> Tensor:
     raise RecipeError(f"recovery 'distill' compares tensors, and a module gives a {type(output).__name__}")
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits among what a model gives: those that it calls so, else the first tensor."""
     found = getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else _first(output)
 
