@@ -23,7 +23,7 @@ from ..registry import get
 from ..select import is_finite
 from ..solve import LayerRecord, sample_rows, solve_layer
 from ..solvers import Curvature
-from .blocks import Entry, call_block
+from .blocks import Entry, call_block, in_type
 from .group import Group
 
 Enter = Callable[[int, int], Entry]
@@ -97,7 +97,7 @@ class Engine:
             assert self._enter is not None
             self._calls[batch] = self._enter(0, batch).calls
         args, kwargs = self._calls[batch][index]
-        return _cast(args, self.dtype), _cast(kwargs, self.dtype)
+        return in_type(args, self.dtype), in_type(kwargs, self.dtype)
 
     # -- one block ---------------------------------------------------------------------------------
 
@@ -390,14 +390,3 @@ class _BlockTask:
 
 def _mark(layer: Layer) -> int:
     return id(getattr(layer.module, layer.parameter))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating point tensors among a block's arguments in the engine's dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
-    if isinstance(value, tuple):
-        return tuple(_cast(v, dtype) for v in value)
-    if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
-    return value
