@@ -1,8 +1,8 @@
 """What a method is expected to lose, how fast to be, and what it took: from the nearest runs, with intervals.
 
 The loss that is expected on each near task is what the method lost there; where it did not run, what was lost there at
-the place that is expected of it. The prediction is their mean, weighted by nearness, and an 80 % interval of Student's t
-for one more task.
+the place that is expected of it. The prediction is their mean, weighted by nearness, and an 80 % interval of Student's
+t for one more task.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """How methods are ranked by evidence: where they came in each study, shrunk towards all tasks and towards their kin.
 
-In a cell of a study (one subject at one target) a contender has a place: 0 is the best, 1 the middle, 2 the last. Places
-do not depend on how far results lie apart there, which differs from task to task without saying anything of another. A
-method's effect has three levels. What it did near the situation (a mean over tasks, weighted by how near task and target
-are) is shrunk towards what it did on all tasks that say something, each task counting alike, as if that were `POOLED`
-more tasks. That in turn is shrunk towards its prior, as if it were `Evidence.ratio` tasks: what recipes that share axes
-with it did, and the points of the rules where there are none.
+In a cell of a study (one subject at one target) a contender has a place: 0 is the best, 1 the middle, 2 the last.
+Places do not depend on how far results lie apart there, which differs from task to task without saying anything of
+another. A method's effect has three levels. What it did near the situation (a mean over tasks, weighted by how near
+task and target are) is shrunk towards what it did on all tasks that say something, each task counting alike, as if that
+were `POOLED` more tasks. That in turn is shrunk towards its prior, as if it were `Evidence.ratio` tasks: what recipes
+that share axes with it did, and the points of the rules where there are none.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Effect:
             return f"place {self.value:.2f} expected (0 the best, 2 the last), from {from_kin}; no runs of its own"
         return (
             f"place {self.value:.2f} (0 the best, 2 the last): {self.direct:.2f} in {counted(self.runs, 'run')} of "
-            f"{counted(len(self.studies), 'study')} ({', '.join(self.noted)}), shrunk towards all its tasks and {self.prior:.2f} "
-            f"({from_kin})"
+            f"{counted(len(self.studies), 'study')} ({', '.join(self.noted)}), shrunk towards all its tasks and "
+            f"{self.prior:.2f} ({from_kin})"
         )
 
 
