@@ -10,10 +10,12 @@ from typing import Any
 from .compound import Compound, is_compound
 from .compound.command import plan_source, prune_source
 from .compound.run import Compounded
+from .compound.tasks import plan_task
 from .data import CALIBRATION
 from .errors import OutputError, RecipeError
 from .fuse import methods as decompositions
 from .options import pairs
+from .tasks import find, names_a_task
 from .terminal import bar, command, interruptible, out_console
 from .when import train
 
@@ -65,7 +67,11 @@ def plan(
     source: str, compound: Compound, *, example: str | None, data: str | None, as_json: bool
 ) -> None:  # fmt: skip
     """``secateur plan MODEL --recipe compound.yaml``."""
-    made = plan_source(source, compound, example=example, data=data)
+    made = (
+        plan_task(find(source), compound, source=source)
+        if names_a_task(source)
+        else plan_source(source, compound, example=example, data=data)
+    )
     print(json.dumps(made.to_dict()) if as_json else made)
 
 

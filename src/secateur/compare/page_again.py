@@ -47,7 +47,8 @@ def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str,
     words.append(str(task.get("task")) if isinstance(task, Mapping) else row.subject)
     if row.recipe is not None:
         words += _of_recipe(row)
-        if row.target and not _SHARE.fullmatch(row.target):
+        several = isinstance(row.recipe.get("steps"), (list, tuple))  # of a compound, which says its amounts
+        if row.target and not several and not _SHARE.fullmatch(row.target):
             words += ["--target", row.target]
     elif row.kind != "task":
         return ""  # the model as it is

@@ -22,6 +22,7 @@ from ..layers import find_layers
 from ..masks import Masks
 from ..prune import MEMORY, prune
 from ..recipe import Recipe
+from ..recover.stored import Stored
 from ..runtime import made as gated
 from ..structured import WholePlan
 from ..tasks import Task
@@ -69,6 +70,7 @@ class State:
         masks: layer -> what earlier steps kept of its weights.
         grids: layer -> the integers that it lies on.
         dense: the model as it was, where a later step learns from it.
+        stored: what it said of the data, where that is enough.
         curves: of what trained.
     """
 
@@ -76,6 +78,7 @@ class State:
     masks: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     dense: nn.Module | None = None
+    stored: Stored | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -107,7 +107,7 @@ class Compound:
         if step.kind in ("prune", "quantize"):
             more = {k: v for k, v in thawed(step.options).items() if k in ("target", "multiple")}
             return {"kind": "prune", "recipe": step.recipe(self.seed).digest, **more}
-        return {"kind": step.kind, **thawed(step.options)}
+        return {"kind": step.kind, **{k: v for k, v in thawed(step.options).items() if k != "file"}}
 
     def __hash__(self) -> int:
         return int(self.digest, 16)
@@ -121,8 +121,11 @@ class Compound:
     @property
     def teaches(self) -> bool:
         """Whether the dense model is needed until the end."""
-        own = [s.method for s in self.steps if s.kind == "recover"]
-        return any(get("recovery", name).facts.get("teacher") for name in own)
+        return bool(self.lessons())
+
+    def lessons(self) -> list[Step]:
+        """The steps that learn from the dense model."""
+        return [s for s in self.steps if s.kind == "recover" and get("recovery", s.method).facts.get("teacher")]
 
     def cite(self) -> list[str]:
         """The sources of the parts in use, each once."""

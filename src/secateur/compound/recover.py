@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import batches_of
+from ..calibrate import batches_of, run_model
 from ..data import Windows
 from ..errors import RecipeError
 from ..frozen import thawed
+from ..layers import evaluating
+from ..recover.stored import Stored
 from ..registry import get
 from ..tasks import Task
 from ..tasks.base import adamw
@@ -31,6 +34,7 @@ WINDOWS, RATE = 4, 1e-3
 def recover(state: State, step: Step, given: Given, number: int) -> list[dict[str, Any]]:
     """Train what is left, zeros held; returns a row for each epoch."""
     options = thawed(step.options)
+    options.pop("file", None)
     part = get("recovery", options.pop("method"))
     epochs = options.pop("epochs", None)
     task = given.task
@@ -53,7 +57,7 @@ def recover(state: State, step: Step, given: Given, number: int) -> list[dict[st
     healing = Healing(
         task, state.model, state.masks, float(epochs if epochs is not None else given.epochs or task.epochs),
         given.seed, leg, None if dense is None else lambda: copy.deepcopy(dense), None,
-        lambda done, of: given.progress(f"step {number}", done, of),
+        lambda done, of: given.progress(f"step {number}", done, of), stored=state.stored,
     )  # fmt: skip
     frozen = [p for p in state.model.parameters() if not p.requires_grad]
     with own_generators():
@@ -62,6 +66,38 @@ def recover(state: State, step: Step, given: Given, number: int) -> list[dict[st
     for p in frozen:
         p.requires_grad_(False)
     return healing.rows
+
+
+def stored_teacher(model: nn.Module, steps: Sequence[Step], given: Given) -> Stored | None:
+    """What the dense model says of the data, where that is all that steps want of it; None where they want more.
+
+    Read from the file that a step names, where it is there; else computed, and written to it.
+    """
+    usual = float(get("recovery", "distill").knobs["temperature"])
+    asked = {(s.options.get("top", 0), float(s.options.get("temperature", usual))) for s in steps}
+    files = {str(s.options["file"]) for s in steps if s.options.get("file") is not None}
+    if given.task is not None or len(asked) != 1 or len(files) > 1 or not all(top for top, _ in asked):
+        if files:
+            raise RecipeError("a file keeps one teacher, for steps on a model alone, with one top and one temperature")
+        return None
+    ((top, temperature),) = asked
+    file = Path(files.pop()) if files else None
+    if file is not None and file.is_file():
+        known = Stored.load(file)
+        if any(known.look(batch) is None for batch in batches_of(given.data)):
+            raise RecipeError(f"{file} was made on other data: delete it, or name another")
+        return known
+    with evaluating(model):
+        made = Stored.of(model, batches_of(given.data), _said, top, temperature)
+    if file is not None:
+        made.save(file)
+    return made
+
+
+def _said(model: nn.Module, batch: Any) -> Tensor:
+    found = run_model(model, batch)
+    answer: Tensor = getattr(found, "logits", found)
+    return answer
 
 
 def on_batches(model: nn.Module, data: Any, loss: Callable[[nn.Module, Any], Tensor]) -> Task:

@@ -25,6 +25,7 @@ from ..when.result import check_zeros
 from .apply import Given, State, apply, dense_copy
 from .figures import figures, whole_model
 from .recipe import Compound
+from .recover import stored_teacher
 
 
 @dataclass(eq=False)
@@ -146,8 +147,9 @@ def finish(model: nn.Module, compound: Compound, given: Given, metric: Any = Non
     state = State(model)
     steps: list[dict[str, Any]] = []
     with Peak() as peak:
-        if compound.teaches:
-            state.dense = dense_copy(model)
+        if lessons := compound.lessons():
+            state.stored = stored_teacher(model, lessons, given)
+            state.dense = dense_copy(model) if state.stored is None else None
         with evaluating(model):
             before = figures(model, {}, given.example, given.element)
         before = before if metric is None else {**before, "metric": metric(model)}

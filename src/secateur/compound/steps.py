@@ -232,7 +232,9 @@ def _check_recover(step: Step) -> None:
         raise RecipeError(
             f"recovery '{step.method}' belongs to a step that prunes; by itself there is {', '.join(good)}"
         )
-    rest = {k: v for k, v in step.options.items() if k not in ("method", "epochs")}
+    rest = {k: v for k, v in step.options.items() if k not in ("method", "epochs", "file")}
+    if step.options.get("file") is not None and not step.options.get("top"):
+        raise RecipeError("step 'recover': file keeps what the dense model says, and needs top: 32, say")
     part.knobs_with(rest)
     epochs = step.options.get("epochs", 1)
     if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or epochs <= 0:

@@ -19,7 +19,9 @@ from ..errors import RecipeError
 from ..tasks import Task, find
 from ..tasks.base import Split, placed
 from ..when import train
+from ..when.healing import fresh_model
 from .apply import Given, Progress
+from .plan import CompoundPlan, preview
 from .recipe import Compound
 from .run import Compounded, finish
 
@@ -104,6 +106,12 @@ def train_method(task: Any, method: Any, *, target: str | None = None, **given: 
     run = {k: given.pop(k) for k in list(given) if k in _OF_A_RUN}
     step = {"method": method, **({} if target is None else {"target": target}), **given}
     return train_on(task, Compound.of({"steps": [{"decompose": step}], "name": method}), **run)
+
+
+def plan_task(task: Task, compound: Compound, source: str = "") -> CompoundPlan:
+    """What the steps should bring on a task, before it is trained: counts are those of its untrained network."""
+    net = fresh_model(task, compound.seed).eval()
+    return preview(net, compound, example=task.example_input(), source=source or f"task {task.name}")
 
 
 _OF_A_RUN = frozenset(inspect.signature(train_on).parameters)
