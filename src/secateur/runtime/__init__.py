@@ -11,7 +11,7 @@ from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .gates import Pace, TokenGates
 from .store import is_gated, load, save
-from .tokens import evit, tome
+from .tokens import evit, power_bert, tome
 
 __all__ = [
     "Dynamic",
@@ -23,6 +23,7 @@ __all__ = [
     "is_runtime",
     "load",
     "made",
+    "power_bert",
     "save",
     "tome",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def _restored(model: nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, 
         raise ModelError(f"runtime.json does not fit the model: it has no {missing[0]}")
     acts: dict[str, Act] = {
         "tome": Merge(bool(made.get("proportional", True))), "evit": Fuse(bool(made.get("fuse", True))),
+        "power-bert": Fuse(fuse=False, every=True),
     }  # fmt: skip
     at, r, keep = made["at"], made["r"], made["keep"]
     pace = Pace(
@@ -48,6 +49,7 @@ def tome(
     r: int | None = None,
     keep: float | None = None,
     target: str | None = None,
+    at: tuple[int, ...] | None = None,
     proportional: bool = True,
 ) -> TokenGates:
     """Merge the most similar tokens in every block of a vision transformer or an encoder while it runs.
@@ -55,10 +57,11 @@ def tome(
     :: for the r even tokens with the largest max_j cos(k_i, k_j): x_j <- (m_j x_j + m_i x_i) / (m_j + m_i)
 
     Between the attention and the feed-forward part of each block ``r`` tokens leave, or all but the fraction ``keep``
-    of them; at most half can. With a ``target`` such as ``"flops 40%"`` the smallest ``r`` is taken that reaches it.
-    A token counts in attention, and in a mean over tokens, as many times as tokens went into it (``proportional``).
+    of them; at most half can. ``at`` names the attentions, from 0 on, behind which they do, in place of all. With a
+    ``target`` such as ``"flops 40%"`` the smallest ``r`` is taken that reaches it. A token counts in attention, and in a mean over tokens, as many times as tokens went into it (``proportional``).
 
-    Choose it to speed up a vision transformer at once: no training, no data, and nothing is lost from sight.
+    Choose it to speed up a vision transformer at once: no training, no data, and nothing is lost from sight. Many
+    tokens at one early place (``at=(0,)``) are quicker than few at every place: the decision costs time too.
 
     Beware: models trained as masked autoencoders want ``proportional=False``, says the paper. What does not call
     scaled_dot_product_attention, or masks it, is refused.
@@ -78,10 +81,12 @@ def tome(
     structure = find(model, call)
     most = act.most(structure.tokens, structure.protected)
 
-    def level(k: int) -> Pace:
-        return Pace(r=k)
+    places = None if at is None else _places(at, len(structure.sites))
 
-    pace = Pace(r, keep) if target is None else None
+    def level(k: int) -> Pace:
+        return Pace(r=k, at=places)
+
+    pace = Pace(r, keep, places) if target is None else None
     return _made(model, call, structure, act, pace, given, record, level, range(most + 1))
 
 
@@ -121,15 +126,67 @@ def evit(
     call = call_of(example)
     structure = find(model, call)
     depth, free = len(structure.sites), structure.tokens - structure.protected
-    places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else tuple(at)
-    if wrong := [k for k in places if not 0 <= k < depth]:
-        raise RecipeError(f"at names attention {wrong[0]}, and the model has {depth} of them, from 0 on")
+    places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else _places(at, depth)
 
     def level(k: int) -> Pace:
         return Pace(keep=(free - k) / free, at=places)
 
     pace = Pace(None, keep, places) if target is None else None
     return _made(model, call, structure, act, pace, given, record, level, range(free))
+
+
+@register("transform", name="power-bert", paper="2001.08950", survey=_WHERE, when="runtime", restore=_restored)
+def power_bert(
+    model: nn.Module,
+    example: Any,
+    *,
+    keep: float | None = None,
+    target: str | None = None,
+    at: tuple[int, ...] | None = None,
+) -> TokenGates:
+    """Drop the tokens that get the least attention from all others, block after block of an encoder.
+
+    :: s_i = 1/(H n) sum_h sum_(j not i) a_h,ji;  the round(keep n) largest of each input stay
+
+    A gate is behind every attention, or behind those that ``at`` names. With a ``target`` such as ``"flops 30%"`` the
+    largest ``keep`` is taken that reaches it on the example. Padding does not count: each input keeps its own number,
+    and batches are as wide as the widest. What the model computes of its attention mask behind a gate (the mean of a
+    sentence embedding) is over the tokens that remain.
+
+    Choose it for encoders of texts that are long: BERT, sentence embeddings. No training, no data.
+
+    Beware: the paper learns how many stay in each block, and trains with it; here it is the same fraction everywhere.
+    Inputs of a few tokens have none to spare.
+
+    >>> from secateur.tasks.nets import TextTransformer
+    >>> fast = power_bert(TextTransformer(30, 16, 2, 16, 3, causal=False).eval(), torch.arange(16)[None], keep=0.75)
+    >>> fast.run(torch.arange(16)[None])[1]
+    [12, 9, 7]
+
+    Source: Goyal et al., PoWER-BERT, arXiv 2001.08950, section 3 and the official code (a token's own attention is left
+    out), without its training and its learned retention.
+    """
+    act, record = Fuse(fuse=False, every=True), {"method": "power-bert"}
+    given = _checked(keep=keep, target=target)
+    call = call_of(example)
+    structure = find(model, call)
+    places = None if at is None else _places(at, len(structure.sites))
+    free = structure.tokens - structure.protected
+
+    def level(k: int) -> Pace:
+        return Pace(keep=(free - k) / free, at=places)
+
+    pace = Pace(None, keep, places) if target is None else None
+    return _made(model, call, structure, act, pace, given, record, level, range(free))
+
+
+def _places(at: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Numbers of attentions, checked."""
+    if isinstance(at, int):
+        at = (at,)
+    if wrong := [k for k in at if not 0 <= k < depth]:
+        raise RecipeError(f"at names attention {wrong[0]}, and the model has {depth} of them, from 0 on")
+    return tuple(at)
 
 
 def _checked(**given: Any) -> dict[str, Any]:
