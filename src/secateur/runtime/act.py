@@ -85,7 +85,7 @@ def _left(lengths: Sequence[int], leave: int | Sequence[int]) -> list[int]:
     return [n - gone for n, gone in zip(lengths, leave, strict=True)]
 
 
-def _positions(mask: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+def positions(mask: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
     """Where a mask is True, ``(batch, count)``, and which of these are real, where rows have not as many as others."""
     if counts is None:
         return mask.nonzero()[:, 1].view(len(mask), -1), None
@@ -99,7 +99,7 @@ def _rows(at: Tensor, tokens: int) -> Tensor:
     return (at + tokens * torch.arange(len(at), device=at.device)[:, None]).flatten()
 
 
-def _take(x: Tensor, at: Tensor, real: Tensor | None = None) -> Tensor:
+def take(x: Tensor, at: Tensor, real: Tensor | None = None) -> Tensor:
     """Tokens ``(batch, count, width)`` at positions ``(batch, count)``; zeros where these are not real."""
     found = x.flatten(0, 1).index_select(0, _rows(at, x.shape[1])).view(*at.shape, x.shape[2])
     return found if real is None else found * real[..., None]
@@ -134,20 +134,20 @@ class Merge:
         score = get("criterion", "token-redundancy")({"token_key": seen.key, "token_free": free})
         stays, real = seen.staying(score, leave), seen.size > 0
         leaving = None if isinstance(leave, int) else list(leave)
-        gone, moves = _positions(~stays & real, leaving)
-        into = 2 * nearest(_take(seen.key, gone), seen.key, free)[1] + 1
+        gone, moves = positions(~stays & real, leaving)
+        into = 2 * nearest(take(seen.key, gone), seen.key, free)[1] + 1
         weighted = x.float() * seen.size[..., None]
-        moved = _take(weighted, gone, moves)
+        moved = take(weighted, gone, moves)
         rows = _rows(into, n)  # sums of whole rows
         weighted = weighted.flatten(0, 1).index_add(0, rows, moved.flatten(0, 1)).view_as(weighted)
         size = seen.size.scatter_add(1, into, _sizes(seen.size, gone, moves))
         position, p = torch.arange(n, device=x.device), seen.protected
         order = torch.cat([position[:p], position[p + p % 2 :: 2], position[p + 1 - p % 2 :: 2]])
         left = None if seen.lengths is None else _left(seen.lengths, leave)
-        ordered, kept = _positions(stays[:, order], left)
+        ordered, kept = positions(stays[:, order], left)
         at = order[ordered]
         size = _sizes(size, at, kept)
-        return (_take(weighted, at) / size.clamp_min(1)[..., None]).to(x.dtype), size
+        return (take(weighted, at) / size.clamp_min(1)[..., None]).to(x.dtype), size
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ class Fuse:
             return x, seen.size
         score = get("criterion", "attention-received")({"token_attention": seen.attention}, own=not self.every)
         mask = seen.staying(score, leave)
-        at, real = _positions(mask, None if seen.lengths is None else _left(seen.lengths, leave))
-        kept, size = _take(x, at, real), _sizes(seen.size, at, real)
+        at, real = positions(mask, None if seen.lengths is None else _left(seen.lengths, leave))
+        kept, size = take(x, at, real), _sizes(seen.size, at, real)
         if not self.fuse:
             return kept, size
         gone = ~mask & (seen.size > 0)

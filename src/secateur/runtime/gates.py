@@ -18,7 +18,7 @@ from .packed import attend_packed, is_limited, packed_arguments
 from .padding import padding, sizes, told
 from .structure import ADDS, Call, Structure, attention_arguments, first_tensor, is_operand
 
-_MEANS = frozenset((torch.mean, Tensor.mean))
+MEANS = frozenset((torch.mean, Tensor.mean))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Run(TorchFunctionMode):
         if func is multi_head_attention_forward and (self.given is not None or self.size is not None):
             given = packed_arguments(args, kwargs)
             if is_limited(given):
-                raise _masked()
+                raise masked()
             return attend_packed(given, self._attend)
         if self.seen is not None and func in ADDS:
             out = func(*args, **kwargs)
@@ -150,8 +150,10 @@ class _Run(TorchFunctionMode):
         if self.told and any(a is t for t in self.told for a in (*args, *kwargs.values())):
             args = tuple(self._remaining(a) for a in args)
             kwargs = {name: self._remaining(a) for name, a in kwargs.items()}
-        if self.size is not None and func in _MEANS and (found := self._mean(args, kwargs)) is not None:
-            return found
+        if self.size is not None and func in MEANS:
+            size = self.size if self.act.weighs else (self.size > 0).float()
+            if (found := mean_of_tokens(args, kwargs, size, self.structure)) is not None:
+                return found
         return func(*args, **kwargs)
 
     def _attend(self, given: dict[str, Any]) -> Tensor:
@@ -172,7 +174,7 @@ class _Run(TorchFunctionMode):
             seen = self._counted(attention, size)
             self.seen = Seen(key.detach().mean(1), seen, size, self.structure.protected, self.lengths)
         if attention is not None and attention.shape[2] == query.shape[-2] and not given["dropout_p"]:
-            mixed: Tensor = attention.to(value.dtype) @ _heads(value, query)
+            mixed: Tensor = attention.to(value.dtype) @ heads_of(value, query)
             return mixed
         return scaled_dot_product_attention(query, key, value, **{k: v for k, v in given.items() if k not in _QKV})
 
@@ -180,16 +182,16 @@ class _Run(TorchFunctionMode):
         """Padding, at the first attention; later masks say the same of tokens of which some may have left."""
         mask: Tensor | None = given["attn_mask"]
         if given["is_causal"]:
-            raise _masked()
+            raise masked()
         if mask is None or mask is self.mask:
             return
         if self.mask is not None and mask.shape == self.mask.shape and bool((mask == self.mask).all()):
             return
         if (valid := padding(mask, batch, tokens)) is None:
-            raise _masked()
+            raise masked()
         if self.size is not None:  # made of what `_remaining` gave, or anew for each block
             if not bool((valid == (self.size > 0)).all()):
-                raise _masked()
+                raise masked()
             return
         self.mask, self.size = mask, sizes(valid)
         if self.size is not None:
@@ -203,7 +205,7 @@ class _Run(TorchFunctionMode):
         if self.structure.protected and not self.act.every:
             query, mask = query[..., :1, :], None if mask is None else mask[..., :1, :]
         scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        score: Tensor = (query * scale) @ _heads(key, query).mT
+        score: Tensor = (query * scale) @ heads_of(key, query).mT
         if mask is not None:
             score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
         return score.softmax(-1, dtype=torch.float32)
@@ -251,33 +253,38 @@ class _Run(TorchFunctionMode):
             raise ModelError("tokens that were merged count more than once: give the attention mask as integers")
         return self.size.to(x.dtype)
 
-    def _mean(self, args: Any, kwargs: Any) -> Tensor | None:
-        """A mean over tokens, weighted by how many each stands for; None for any other mean."""
-        x = args[0] if args else None
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
-        assert self.size is not None
-        if not isinstance(x, Tensor) or x.dim() != 3 or axes not in ((1,), (-2,)) or len(x) != len(self.size):
-            return None
-        without = self.size.shape[1] - x.shape[1]
-        if not 0 <= without <= self.structure.protected or x.shape[2] != self.structure.width:
-            return None
-        size = (self.size if self.act.weighs else (self.size > 0).float())[:, without:, None]
-        found = ((x.float() * size).sum(1) / size.sum(1)).to(kwargs.get("dtype") or x.dtype)
-        keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
-        return found[:, None] if keep else found
+
+def mean_of_tokens(args: Any, kwargs: Any, size: Tensor, structure: Structure) -> Tensor | None:
+    """A mean over tokens, weighted by how many each stands for; None for any other mean.
+
+    Args:
+        args, kwargs: of ``torch.mean``.
+        size: of all tokens, ``(batch, tokens)``; those at the front that are protected may be missing in the mean.
+    """
+    x = args[0] if args else None
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+    if not isinstance(x, Tensor) or x.dim() != 3 or axes not in ((1,), (-2,)) or len(x) != len(size):
+        return None
+    without = size.shape[1] - x.shape[1]
+    if not 0 <= without <= structure.protected or x.shape[2] != structure.width:
+        return None
+    weight = size[:, without:, None]
+    found = ((x.float() * weight).sum(1) / weight.sum(1).clamp_min(1)).to(kwargs.get("dtype") or x.dtype)
+    keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
+    return found[:, None] if keep else found
 
 
 _QKV = ("query", "key", "value")
 
 
-def _masked() -> ModelError:
+def masked() -> ModelError:
     return ModelError(
         "attention is masked or causal for this input: tokens can only leave where every token sees every other one, "
         "save padding, which is the same for all of them and in all blocks"
     )
 
 
-def _heads(x: Tensor, query: Tensor) -> Tensor:
+def heads_of(x: Tensor, query: Tensor) -> Tensor:
     """Keys or values with as many heads as the queries have."""
     return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .act import Act, Fuse, Merge
 from .gates import Pace, TokenGates
 from .structure import Call, Structure, call_of, find
 
+#: How much leaves, of more and more.
+Level = TypeVar("Level")
 _WHERE = ("A3.6", "B3.5", "B4", "E2")
 
 
@@ -58,7 +60,8 @@ def tome(
 
     Between the attention and the feed-forward part of each block ``r`` tokens leave, or all but the fraction ``keep``
     of them; at most half can. ``at`` names the attentions, from 0 on, behind which they do, in place of all. With a
-    ``target`` such as ``"flops 40%"`` the smallest ``r`` is taken that reaches it. A token counts in attention, and in a mean over tokens, as many times as tokens went into it (``proportional``).
+    ``target`` such as ``"flops 40%"`` the smallest ``r`` is taken that reaches it. A token counts in attention, and in
+    a mean over tokens, as many times as tokens went into it (``proportional``).
 
     Choose it to speed up a vision transformer at once: no training, no data, and nothing is lost from sight. Many
     tokens at one early place (``at=(0,)``) are quicker than few at every place: the decision costs time too.
@@ -76,12 +79,12 @@ def tome(
     """
     act = Merge(proportional)
     record = {"method": "tome", "proportional": proportional}
-    given = _checked(r=r, keep=keep, target=target)
+    given = one_of(r=r, keep=keep, target=target)
     call = call_of(example)
     structure = find(model, call)
     most = act.most(structure.tokens, structure.protected)
 
-    places = None if at is None else _places(at, len(structure.sites))
+    places = None if at is None else places_in(at, len(structure.sites))
 
     def level(k: int) -> Pace:
         return Pace(r=k, at=places)
@@ -122,11 +125,11 @@ def evit(
     """
     act = Fuse(fuse)
     record = {"method": "evit", "fuse": fuse}
-    given = _checked(keep=keep, target=target)
+    given = one_of(keep=keep, target=target)
     call = call_of(example)
     structure = find(model, call)
     depth, free = len(structure.sites), structure.tokens - structure.protected
-    places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else _places(at, depth)
+    places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else places_in(at, depth)
 
     def level(k: int) -> Pace:
         return Pace(keep=(free - k) / free, at=places)
@@ -167,10 +170,10 @@ def power_bert(
     out), without its training and its learned retention.
     """
     act, record = Fuse(fuse=False, every=True), {"method": "power-bert"}
-    given = _checked(keep=keep, target=target)
+    given = one_of(keep=keep, target=target)
     call = call_of(example)
     structure = find(model, call)
-    places = None if at is None else _places(at, len(structure.sites))
+    places = None if at is None else places_in(at, len(structure.sites))
     free = structure.tokens - structure.protected
 
     def level(k: int) -> Pace:
@@ -180,7 +183,7 @@ def power_bert(
     return _made(model, call, structure, act, pace, given, record, level, range(free))
 
 
-def _places(at: Sequence[int], depth: int) -> tuple[int, ...]:
+def places_in(at: Sequence[int], depth: int) -> tuple[int, ...]:
     """Numbers of attentions, checked."""
     if isinstance(at, int):
         at = (at,)
@@ -189,7 +192,7 @@ def _places(at: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(at)
 
 
-def _checked(**given: Any) -> dict[str, Any]:
+def one_of(**given: Any) -> dict[str, Any]:
     """The one of these that is given."""
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) != 1:
@@ -210,14 +213,14 @@ def _made(
     levels: range,
 ) -> TokenGates:
     """The gated model, checked on the example, with what it costs before and after in its record."""
-    _check_output(model, call, structure, act, pace or level(levels[-1]))
+    check_output(model, call, structure, TokenGates(model, structure, act, pace or level(levels[-1]), {}))
     before = flops(model, *call[0], **call[1]).total
 
     def cost(at: Pace) -> int:
         return flops(TokenGates(model, structure, act, at, {}), *call[0], **call[1]).total
 
     if pace is None:
-        pace = _reaching(Target.parse(given["target"]), before, cost, level, levels, record["method"])
+        pace = reaching(Target.parse(given["target"]), before, cost, level, levels, record["method"])
     made = TokenGates(model, structure, act, pace, {})
     with evaluating(made), torch.no_grad():
         tokens = made.run(*call[0], **call[1])[1]
@@ -229,9 +232,9 @@ def _made(
     return made
 
 
-def _reaching(
-    target: Target, before: int, cost: Callable[[Pace], int], level: Callable[[int], Pace], levels: range, method: str
-) -> Pace:
+def reaching(
+    target: Target, before: int, cost: Callable[[Level], int], level: Callable[[int], Level], levels: range, method: str
+) -> Level:
     """The first level at which what is executed is within the target."""
     if target.quantity != "flops":
         raise RecipeError(f"{method} takes a target in FLOPs, such as 'flops 40%', not in {target.quantity}")
@@ -247,13 +250,13 @@ def _reaching(
     return level(levels[low])
 
 
-def _check_output(model: nn.Module, call: Call, structure: Structure, act: Act, pace: Pace) -> None:
+def check_output(model: nn.Module, call: Call, structure: Structure, gated: nn.Module) -> None:
     """Refuse a model that does not run on fewer tokens, or whose answer has an entry for each token."""
     kind = type(model).__name__
-    with evaluating(model), torch.no_grad():
+    with evaluating(model, gated), torch.no_grad():
         dense = model(*call[0], **call[1])
         try:
-            out = TokenGates(model, structure, act, pace, {}).eval()(*call[0], **call[1])
+            out = gated(*call[0], **call[1])
         except (RuntimeError, IndexError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(

@@ -121,8 +121,8 @@ def fashion_vit(
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747; Dosovitskiy et al., arXiv 2010.11929, without a class token.
     """
     return Task(
-        lambda seed: VisionTransformer(width, depth, patch=patch), _fashion(images, batch), optimizer=adamw, epochs=epochs,
-        example=_image, groups=by_class(CLOTHES),
+        lambda seed: VisionTransformer(width, depth, patch=patch), _fashion(images, batch), optimizer=adamw,
+        epochs=epochs, example=_image, groups=by_class(CLOTHES),
     )  # fmt: skip
 
 
