@@ -118,7 +118,7 @@ def test_the_target_is_met() -> None:
     ("options", "match"),
     [
         ({}, "given: none"), ({"keep": 0.5, "target": "flops 30%"}, "given: keep, target"), ({"keep": 0.0}, "above 0"),
-        ({"keep": 0.5, "at": (1, 0)}, "in their order"), ({"keep": 0.5, "at": ()}, "each once"),
+        ({"keep": 0.5, "at": (1, 0)}, "in their order"), ({"keep": 0.5, "at": ()}, "names no attention"),
         ({"keep": 0.5, "at": (9,)}, "attention 9"), ({"target": "flops 99%"}, "out of reach"),
         ({"keep": 0.5, "ratio": -1.0}, "weights"),
     ],

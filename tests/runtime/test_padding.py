@@ -171,6 +171,16 @@ def test_masks_of_torch_modules() -> None:
         torch.testing.assert_close(fast(x, mask)[1:], short, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_padding_after_all(method: str) -> None:
+    """A mask that hides nothing, also where it is given to every block: the same as none."""
+    net, batch = embedder(), texts([9, 9])
+    fast = METHODS[method](net, batch, keep=0.6)
+    alone_too = torch.cat([fast(**alone(batch, k)) for k in range(2)])
+    torch.testing.assert_close(fast(**batch), alone_too, rtol=1e-4, atol=1e-5)
+    assert fast.run(**batch)[1][-1] < 9
+
+
 def test_refused() -> None:
     net, batch = embedder(), texts([9, 5])
     fast: Any = tome(net, batch, r=2)

@@ -183,6 +183,8 @@ def test_other_bad_options() -> None:
         secateur.prune(vit(), "evit", keep=0.5)
     with pytest.raises(RecipeError, match="attention 7"):
         evit(vit(), images(1), keep=0.5, at=(7,))
+    with pytest.raises(RecipeError, match="names no attention"):
+        tome(vit(), images(1), keep=0.5, at=())
     with pytest.raises(RecipeError, match="method of run time"):
         secateur.prune(vit(), "magnitude", criterion="token-redundancy")
 

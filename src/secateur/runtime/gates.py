@@ -123,7 +123,7 @@ class _Run(TorchFunctionMode):
         self.size: Tensor | None = None  # None while every token stands for itself, and none is padding
         self.lengths: list[int] | None = None  # tokens of each input, where there is padding
         self.mask: Tensor | None = None  # of attention, before any token left
-        self.told: list[Tensor] = []  # inputs that say which tokens are padding; asked for after some left
+        self.told: list[Tensor] | None = None  # inputs that say which tokens are padding, when some have left
         self.tokens: list[int] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -163,7 +163,8 @@ class _Run(TorchFunctionMode):
         site = self.given is not None and query.shape[-2] == tokens == self.given.shape[1]
         if known or site:
             self._read_mask(given, len(query), tokens)
-            if self.size is not None:
+            given["attn_mask"] = None
+            if self.size is not None and (self.act.weighs or self.lengths is not None):
                 bias = self.size.log().to(query.dtype) if self.act.weighs else self.size > 0
                 given["attn_mask"] = bias[:, None, None].expand(-1, 1, query.shape[-2], -1)
         attention = None
@@ -232,7 +233,7 @@ class _Run(TorchFunctionMode):
         seen, self.seen = self.seen, None
         assert seen is not None
         if self._leaves(x.shape[1]):
-            if not self.told:
+            if self.told is None:
                 self.told = told(self.call, seen.size > 0)
             x, size = self.act(x, seen, self._leaving(x.shape[1]))
             if self.act.weighs or self.lengths is not None or self.told:
@@ -244,7 +245,7 @@ class _Run(TorchFunctionMode):
 
     def _remaining(self, x: Any) -> Any:
         """In place of what said which tokens are padding: how many each of the remaining ones stands for."""
-        if not any(x is t for t in self.told):
+        if not any(x is t for t in self.told or ()):
             return x
         assert self.size is not None
         if not self.act.weighs:

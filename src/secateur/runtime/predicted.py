@@ -351,7 +351,7 @@ def dynamicvit(
         raise ModelError(f"a hidden state of {structure.width} numbers is too narrow for a predictor")
     depth, free = len(structure.sites), structure.tokens - structure.protected
     places = tuple(sorted({depth * k // 4 for k in (1, 2, 3)})) if at is None else places_in(at, depth)
-    if not places or list(places) != sorted(set(places)):
+    if list(places) != sorted(set(places)):
         raise RecipeError(f"at is {places}: numbers of blocks, each once, in their order")
 
     def level(k: int) -> float:

@@ -189,6 +189,8 @@ def places_in(at: Sequence[int], depth: int) -> tuple[int, ...]:
         at = (at,)
     if wrong := [k for k in at if not 0 <= k < depth]:
         raise RecipeError(f"at names attention {wrong[0]}, and the model has {depth} of them, from 0 on")
+    if not at:
+        raise RecipeError("at names no attention: leave it out, or give the numbers of some")
     return tuple(at)
 
 
