@@ -10,19 +10,23 @@ from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .gates import Pace, TokenGates
+from .predicted import DynamicViT, dynamicvit
 from .store import is_gated, load, save
-from .tokens import evit, tome
+from .tokens import evit, power_bert, tome
 
 __all__ = [
     "Dynamic",
+    "DynamicViT",
     "Learning",
     "Pace",
     "TokenGates",
+    "dynamicvit",
     "evit",
     "is_gated",
     "is_runtime",
     "load",
     "made",
+    "power_bert",
     "save",
     "tome",
 ]
