@@ -9,16 +9,20 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .channels import ChannelGates
+from .fbs import fbs
 from .gates import Pace, TokenGates
 from .store import is_gated, load, save
 from .tokens import evit, tome
 
 __all__ = [
+    "ChannelGates",
     "Dynamic",
     "Learning",
     "Pace",
     "TokenGates",
     "evit",
+    "fbs",
     "is_gated",
     "is_runtime",
     "load",
