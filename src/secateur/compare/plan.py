@@ -210,7 +210,10 @@ class _Facts:
         knobs: Mapping[str, Any] | None = None, role: str = "final",
     ) -> Run:  # fmt: skip
         recipe: Recipe | None = None
-        if contender is not None:
+        dynamic = None  # what stands in place of a recipe
+        if contender is not None and contender.dynamic:
+            dynamic = {"method": contender.method, "when": "runtime", "seed": seed, **contender.options()}
+        elif contender is not None:
             own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
             recipe = contender.recipe(**own)
             if subject.kind == "task" and "steps" not in contender.axes:  # a fifth a round: so many as the target takes
@@ -227,7 +230,7 @@ class _Facts:
         masks = thawed(contender.masks) if contender is not None and contender.masks else None
         spec: dict[str, Any] = {
             "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
-            "code": self.code(subject.source), "recipe": None if recipe is None else recipe.to_dict(), "seed": drawn,
+            "code": self.code(subject.source), "recipe": dynamic if recipe is None else recipe.to_dict(), "seed": drawn,
             "target": structured(target) if target else None, "role": role, "latency": study.latency,
             "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
         }  # fmt: skip
@@ -240,7 +243,7 @@ class _Facts:
             if recipe is not None and recipe.needs_data and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:
                 both = f"{study.data} and {study.evaluation}"
                 raise StudyError(f"the calibration text and the held-out text are the same ({both}): give two texts")
-        decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": recipe and recipe.steps}
+        decides = {**spec, "recipe": dynamic if recipe is None else recipe.digest, "steps": recipe and recipe.steps}
         text = json.dumps(plain(decides), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:20]
         return Run(digest, spec, subject.name, "dense" if contender is None else contender.label, target, seed, role)

@@ -17,6 +17,8 @@ from ..frozen import frozen, thawed
 from ..granularity import parse
 from ..recipe import Recipe
 from ..registry import parts
+from ..runtime import is_runtime
+from ..when.train import own_options
 from .targets import PATTERN, axes_of, of_weights, target_of
 
 #: Why a cell is empty that the study never meant to fill.
@@ -52,7 +54,7 @@ class Contender:
     Attributes:
         label: its name in tables.
         method: the named method.
-        axes: fields of the recipe that it changes.
+        axes: fields of the recipe that it changes; of a method of run time ``knobs``, ``length`` and ``rate``.
         tune: ``axis.knob`` -> values that are tried on validation data, with the study's first seed.
         when: ``before``, ``during`` or ``after`` training, where that is not the method's own.
         targets: those of the study's that it is tried at; None for all.
@@ -66,6 +68,19 @@ class Contender:
     when: str | None = None
     targets: tuple[str, ...] | None = None
     masks: Mapping[str, Any] | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether it decides for each input, by gates that are trained: it has no recipe then."""
+        return is_runtime(self.method, trained=True)
+
+    def options(self) -> dict[str, Any]:
+        """Of a method of run time: what `train` takes beside the target.
+
+        Raises:
+            RecipeError: it has no such option.
+        """
+        return own_options(self.method, thawed(self.axes))
 
     def recipe(self, **more: Any) -> Recipe:
         """The method with its axes, and more of them."""
@@ -162,7 +177,12 @@ class Study:
         for text in self.targets:
             axes_of(text)
         for c in self.contenders:
-            c.recipe()
+            if c.dynamic and (c.tune or c.masks or c.when):
+                raise StudyError(f"method '{c.method}' decides at run time: leave out tune, masks and when")
+            if c.dynamic:
+                c.options()
+            else:
+                c.recipe()
             if strange := [t for t in c.targets or () if t not in self.targets]:
                 raise StudyError(f"'{c.label}' has the target {strange[0]}, which is not one of the study's")
 
@@ -175,6 +195,10 @@ class Study:
         """
         if contender.targets is not None and target not in contender.targets:
             return NOT_ASKED
+        if contender.dynamic:
+            if subject.kind == "model":
+                return "its gates are trained on a task, and this is a model"
+            return f"it takes a target in operations, and {target} is for weights" if of_weights(target) else None
         try:
             own = contender.recipe()
             recipe = contender.recipe(**axes_of(target))

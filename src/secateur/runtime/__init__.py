@@ -11,6 +11,7 @@ from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .channels import ChannelGates
 from .fbs import fbs
+from .ftwt import ftwt
 from .gates import Pace, TokenGates
 from .store import is_gated, load, save
 from .tokens import evit, tome
@@ -23,6 +24,7 @@ __all__ = [
     "TokenGates",
     "evit",
     "fbs",
+    "ftwt",
     "is_gated",
     "is_runtime",
     "load",

@@ -62,6 +62,7 @@ class ChannelGates(nn.Module):
         gates: one for each.
         record: how it was made; plain data.
         executes: False masks in evaluation also, as in training: the same answers, and none of the savings.
+        see: is shown what each place makes, by its number, before it is masked.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ChannelGates(nn.Module):
         self.record = dict(record)
         self.executes, self.sums = True, True
         self.losses: list[Tensor] = []
+        self.see: Callable[[int, Tensor], None] | None = None
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,6 +180,8 @@ class Pass(TorchFunctionMode):
 
     def _gated(self, z: Tensor, number: int, decision: Decision) -> Tensor:
         """What the gate makes of the channels behind the norm."""
+        if self.gates.see is not None:
+            self.gates.see(number, z)
         if self.gates.training:
             gate, place = _gate(self.gates.gates[number]), self.gates.places[number]
             if (loss := gate.learn(decision, z, place.rectified)) is not None:

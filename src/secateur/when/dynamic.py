@@ -32,6 +32,8 @@ from .course import Progress
 from .healing import fresh_model
 from .result import digest_of
 
+#: How long the run with gates is, in lengths of the dense run.
+LENGTH = 0.5
 #: Batches that the result is measured on, beside the dense model.
 _MEASURED = 4
 
@@ -121,7 +123,7 @@ def train_dynamic(
     method: str,
     *,
     epochs: float | None = None,
-    length: float = 0.5,
+    length: float = LENGTH,
     rate: float = 0.1,
     out: str | Path | None = None,
     model: nn.Module | None = None,
