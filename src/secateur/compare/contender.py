@@ -14,6 +14,7 @@ from ..fuse import methods as decompositions
 from ..granularity import parse
 from ..recipe import Recipe
 from ..runtime import is_runtime
+from ..when.train import own_options
 from .targets import OWN, PATTERN, of_weights, target_of
 
 
@@ -24,7 +25,7 @@ class Contender:
     Attributes:
         label: its name in tables.
         method: the named method.
-        axes: fields of the recipe that it changes.
+        axes: fields of the recipe that it changes; of a method of run time ``knobs``, ``length`` and ``rate``.
         tune: ``axis.knob`` -> values that are tried on validation data, with the study's first seed.
         when: ``before``, ``during`` or ``after`` training, where that is not the method's own.
         targets: those of the study's that it is tried at; None for all.
@@ -49,10 +50,27 @@ class Contender:
         """Refuse a method that is not understood.
 
         Raises:
-            RecipeError: it is not.
+            RecipeError, StudyError: it is not.
         """
-        if self.compound is None:
+        if self.dynamic and (self.tune or self.masks or self.when):
+            raise StudyError(f"method '{self.method}' decides at run time: leave out tune, masks and when")
+        if self.dynamic:
+            self.options()
+        elif self.compound is None:
             self.recipe()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether it decides for each input, by gates that are trained: it has no recipe then."""
+        return self.compound is None and is_runtime(self.method, trained=True)
+
+    def options(self) -> dict[str, Any]:
+        """Of a method of run time: what `train` takes beside the target.
+
+        Raises:
+            RecipeError: it has no such option.
+        """
+        return own_options(self.method, thawed(self.axes))
 
     @property
     def without(self) -> str:
@@ -128,7 +146,7 @@ def _contender(value: Any) -> Contender:
     if isinstance(value, Mapping) and "compound" in value:
         return _compound(value)
     name = value if isinstance(value, str) else value.get("method") if isinstance(value, Mapping) else None
-    if isinstance(name, str) and (name in decompositions() or is_runtime(name)):
+    if isinstance(name, str) and (name in decompositions() or is_runtime(name, trained=False)):
         return _transform(name, {} if isinstance(value, str) else value)
     if isinstance(value, str):
         return Contender(value, value)

@@ -36,8 +36,10 @@ def execute(digest: str, spec: Mapping[str, Any], work: Path) -> Outcome:
 def processes_of(spec: Mapping[str, Any]) -> int:
     """How many processes make a run: those of the budget where it trains, or calibrates in a way that can be shared."""
     asked = int(spec["budget"].get("processes", 1))
+    if asked == 1 or (spec["recipe"] or {}).get("when") == "runtime":
+        return 1
     recipe = None if spec["recipe"] is None else restored(spec["recipe"])
-    if asked == 1 or isinstance(recipe, Compound):
+    if isinstance(recipe, Compound):
         return 1
     return asked if spec["kind"] == "task" or (recipe is not None and shares(recipe) is None) else 1
 

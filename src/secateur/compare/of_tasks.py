@@ -22,10 +22,11 @@ from ..layers import find_layers
 from ..processes import leave, rank, world
 from ..recipe import Recipe
 from ..registry import get
+from ..runtime.base import answering
 from ..tasks import Task, find
 from ..tasks.base import accuracy, by_class, placed
 from ..when.course import settled
-from ..when.dynamic import TrainedDynamic
+from ..when.dynamic import LENGTH, TrainedDynamic, train_dynamic
 from ..when.result import Trained
 from ..when.train import recipe_and_moment, train
 from .measured import sizes, speed, stored, surroundings
@@ -39,6 +40,8 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     options = dict(spec["options"])
     task = find(spec["source"], **options)
     budget, tuning = spec["budget"], spec["role"] == "tune"
+    if spec["recipe"] is not None and spec["recipe"].get("when") == "runtime":
+        return run_dynamic(spec, work, name)
     asked = None if spec["recipe"] is None else restored(spec["recipe"])
     if isinstance(asked, Compound):
         return _compound(spec, work, name, task, asked)
@@ -142,6 +145,49 @@ def _compound(
             for s in ("train", "valid", *(() if tuning else ("test",)))
         },
         "recipe_digest": compound.digest, **surroundings(),
+    }  # fmt: skip
+    return result, run
+
+
+def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`run_task` of a method that decides for each input: its operations are those executed, the mean over inputs."""
+    options, budget = dict(spec["options"]), spec["budget"]
+    task, own = (
+        find(spec["source"], **options),
+        {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")},
+    )
+    epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
+    if budget["total_epochs"] is not None:
+        epochs = float(budget["total_epochs"]) / (1.0 + float(own.get("length", LENGTH)))
+    out = work / name
+    for old in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(old, ignore_errors=True)
+    made = train_dynamic(
+        spec["source"], spec["recipe"]["method"], epochs=epochs, out=out, options=options, target=spec["target"],
+        dense=_dense(work, spec["code"], budget), **own,
+    )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    run, gates = made.run, made.gates
+    executed = run["measured"]["gated"]["flops"]["mean"]
+    passed, given = _epochs(run["curves"]), tuple(sorted(options.items()))
+    seen = round(sum(passed.values()) * _examples(spec["source"], given, "train"))
+    with answering(gates):
+        valid, groups = task.measure(made.model), _groups(task, made.model)
+    result = {
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
+        "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,
+        **sizes(made.model, {}, _layers(gates.model, {}), task.example_input()),
+        "flops": executed, "effective_flops": executed,
+        "latency": _speed(spec, work, {"epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget)},
+                          made.model, False, task.example_input()) if spec["latency"] else None,
+        "cost": {
+            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "epochs": round(sum(passed.values()), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k[:5] != "dense"), 4),
+        },
+        "protocol": {"epochs": epochs, "when": "runtime", "steps": 1, **_given(budget, 1)},
+        "data": {s: _hash(spec["source"], given, s) for s in ("train", "valid", "test")},
+        "recipe_digest": None, **surroundings(),
     }  # fmt: skip
     return result, run
 

@@ -217,8 +217,11 @@ class _Facts:
         knobs: Mapping[str, Any] | None = None, role: str = "final",
     ) -> Run:  # fmt: skip
         recipe: Recipe | Compound | None = None
+        dynamic = None  # what stands in place of a recipe
         if contender is not None and contender.compound is not None:
             recipe = contender.at(target)
+        elif contender is not None and contender.dynamic:
+            dynamic = {"method": contender.method, "when": "runtime", "seed": seed, **contender.options()}
         elif contender is not None:
             own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
             recipe = method = contender.recipe(**own)
@@ -244,7 +247,7 @@ class _Facts:
         masks = thawed(contender.masks) if contender is not None and contender.masks else None
         spec: dict[str, Any] = {
             "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
-            "code": self.code(subject.source), "recipe": None if recipe is None else recipe.to_dict(), "seed": drawn,
+            "code": self.code(subject.source), "recipe": dynamic if recipe is None else recipe.to_dict(), "seed": drawn,
             "target": structured(target) if target and not compound else None, "role": role, "latency": study.latency,
             "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
         }  # fmt: skip
@@ -280,7 +283,8 @@ def _measures(recipe: Recipe | Compound | None) -> bool:
 
 
 def _digest(recipe: Recipe | Compound | None, decides: Mapping[str, Any]) -> str:
+    """The name of a run; what has no recipe is in the description as it is."""
     steps = recipe.steps if isinstance(recipe, Recipe) else None
-    named = {**decides, "recipe": None if recipe is None else recipe.digest, "steps": steps}
+    named = {**decides, "recipe": decides["recipe"] if recipe is None else recipe.digest, "steps": steps}
     text = json.dumps(plain(named), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]

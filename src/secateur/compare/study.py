@@ -165,6 +165,10 @@ class Study:
             return (
                 "it is a method, and takes what a target says: 'own' is for compounds that say all amounts themselves"
             )
+        if contender.dynamic:
+            if subject.kind == "model":
+                return "its gates are trained on a task, and this is a model"
+            return f"it takes a target in operations, and {target} is for weights" if of_weights(target) else None
         try:
             own = contender.recipe()
             recipe = contender.recipe(**axes_of(target))

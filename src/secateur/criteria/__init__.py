@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     activation,
+    channels,
     curvature,
     depth,
     experts,
@@ -18,6 +19,7 @@ from . import (
 
 __all__ = [
     "activation",
+    "channels",
     "curvature",
     "depth",
     "experts",

@@ -113,11 +113,11 @@ def _remembered(run: Training, logits: float, temperature: float, top: int) -> L
             at_hand[:] = [teacher]
             with torch.no_grad(), outputs(teacher, []) as dense:
                 run.loss(teacher, batch)
-            known.add(batch, _logits(dense[""]))
+            known.add(batch, logits_of(dense[""]))
             lesson = known.look(batch)
         if lesson is None:
             raise RecipeError("recovery 'distill': top needs batches of examples, with a tensor first")
-        return (1 - logits) * plain + logits * known.loss(_logits(own[""]), lesson)
+        return (1 - logits) * plain + logits * known.loss(logits_of(own[""]), lesson)
 
     return loss
 
@@ -140,7 +140,7 @@ def _nearest(
         pairs = [(names[k], t) for t, k in zip(theirs, aligned(apart), strict=True)]
         whole = (1 - logits) * plain
         if logits:
-            whole = whole + logits * soft(_logits(own[""]), _logits(dense[""]), temperature)
+            whole = whole + logits * soft(logits_of(own[""]), logits_of(dense[""]), temperature)
         if features:
             whole = whole + features * _mean([_relative(own[n], dense[t], n) for n, t in pairs])
         if attention:

@@ -9,12 +9,16 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .channels import ChannelGates
+from .fbs import fbs
+from .ftwt import ftwt
 from .gates import Pace, TokenGates
 from .predicted import DynamicViT, dynamicvit
 from .store import is_gated, load, save
 from .tokens import evit, power_bert, tome
 
 __all__ = [
+    "ChannelGates",
     "Dynamic",
     "DynamicViT",
     "Learning",
@@ -22,6 +26,8 @@ __all__ = [
     "TokenGates",
     "dynamicvit",
     "evit",
+    "fbs",
+    "ftwt",
     "is_gated",
     "is_runtime",
     "load",

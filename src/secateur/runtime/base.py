@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class Learning(Dynamic, Protocol):
     """One whose gates are trained, with the model: the part's fact ``trained`` says so.
 
     In training mode a forward pass is differentiable, and may mask where evaluation leaves work out; both give the same
-    answers for the same decisions.
+    answers for the same decisions. What masks in evaluation also while its attribute ``executes`` is False has that
+    attribute; see `answering`.
     """
 
     def penalty(self) -> Tensor:
@@ -75,3 +77,16 @@ def is_runtime(method: Any, *, trained: bool | None = None) -> bool:
 def part_of(record: Mapping[str, Any]) -> Part:
     """The part that made what this is the record of."""
     return get("transform", str(record.get("method")))
+
+
+@contextmanager
+def answering(made: Any) -> Iterator[None]:
+    """Inside, answers alone count: a method that can mask in place of leaving work out does so, for whole batches."""
+    was = getattr(made, "executes", None)
+    if was is not None:
+        made.executes = False
+    try:
+        yield
+    finally:
+        if was is not None:
+            made.executes = was

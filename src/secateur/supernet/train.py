@@ -102,7 +102,10 @@ def train_supernet(
             progress or (lambda *_: None), curves,
         )  # fmt: skip
         small = part.function(course, **given).eval()
-        after: dict[str, Any] = {"metric": {"name": found.metric_name, "value": found.measure(small, score)}, **_parameters(small)}
+        after: dict[str, Any] = {
+            "metric": {"name": found.metric_name, "value": found.measure(small, score)},
+            **_parameters(small),
+        }
     gone = 1 - after["parameters"] / before["parameters"]
     recipe = Recipe(method=method, granularity="coupled", sparsity=max(0.0, gone), seed=seed)
     record = run_record(

@@ -18,7 +18,9 @@ from ..disk import beside, refuse
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
 from ..record import dumps
+from ..registry import get
 from ..runtime import Learning, made
+from ..runtime.base import answering
 from ..runtime.measured import measured
 from ..runtime.measured import table as compared
 from ..runtime.store import write
@@ -27,8 +29,11 @@ from ..tasks.base import Split, Task, placed
 from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN, Leg
 from .course import Progress
+from .healing import fresh_model
 from .result import digest_of
 
+#: How long the run with gates is, in lengths of the dense run.
+LENGTH = 0.5
 #: Batches that the result is measured on, beside the dense model.
 _MEASURED = 4
 
@@ -92,6 +97,9 @@ class _Keeper:
     at: int = 0
     sparsity: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.gates.advance(0.0)
+
     def step(self) -> None:
         self.at += 1
         self.gates.advance(self.at / self.steps)
@@ -115,7 +123,7 @@ def train_dynamic(
     method: str,
     *,
     epochs: float | None = None,
-    length: float = 0.5,
+    length: float = LENGTH,
     rate: float = 0.1,
     out: str | Path | None = None,
     model: nn.Module | None = None,
@@ -154,7 +162,16 @@ def train_dynamic(
     begun = time.perf_counter()
     with own_generators(), Peak() as peak:
         curves: list[dict[str, Any]] = []
+        given = dict(knobs or {}) | ({} if target is None else {"target": target})
+        if "seed" in get("transform", method).knobs:
+            given.setdefault("seed", seed)
+
+        def gated(net: nn.Module) -> Learning:
+            example = placed(found.example_input(), torch.device(device))
+            return cast("Learning", made(net, method, example, _train(found, seed), **given))
+
         if model is None:
+            gated(fresh_model(found, seed).to(device))  # what cannot be is said before the dense run
             own = None if work is None else work / "dense"
             run = train(
                 found, epochs=whole, seed=seed, device=device, every=every, dense=dense or own, score=score,
@@ -164,9 +181,7 @@ def train_dynamic(
         else:
             model = copy.deepcopy(model).to(device)
         before = found.measure(model, score)
-        example = placed(found.example_input(), torch.device(device))
-        given = dict(knobs or {}) | ({} if target is None else {"target": target})
-        gates = cast("Learning", made(model, method, example, _train(found, seed), **given))
+        gates = gated(model)
         module = cast("nn.Module", gates)
         tags = {
             "task": {**found.describe(), "options": {k: str(v) for k, v in found.options.items()}},
@@ -177,14 +192,16 @@ def train_dynamic(
             length * whole, rate=rate, seed=seed, round=1, every=every, tags=tags,
             file=None if work is None else work / "gates.safetensors",
         )  # fmt: skip
-        fitted = fit(
-            found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
-            progress=lambda done, of: say("gates", done, of),
-        )  # fmt: skip
-        module.eval()
         place = torch.device(device)
-        gates.settle(placed(b, place) for b in found.batches("valid", seed, 0))
-        after = found.measure(module, score)
+        with answering(gates):
+            fitted = fit(
+                found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
+                progress=lambda done, of: say("gates", done, of),
+            )  # fmt: skip
+            module.eval()
+            gates.advance(1.0)  # a run that was over is only read
+            gates.settle(placed(b, place) for b in found.batches("valid", seed, 0))
+            after = found.measure(module, score)
         batches = [placed(b, place) for b in islice(found.batches(score, 0, 0), _MEASURED)]
         beside_dense = measured(gates, batches, repeats=1)
     parameters = count_parameters(module)[0]

@@ -167,7 +167,10 @@ def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
     knobs = given.pop("knobs", {})
     if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
         raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
-    return {**given, "knobs": dict(knobs.get(method, knobs))}
+    own, known = dict(knobs.get(method, knobs)), parts("transform")[method].knobs
+    for name in {"length", "rate"} & (own.keys() - known.keys()):  # of the run, also as --set METHOD.length
+        given[name] = own.pop(name)
+    return {**given, "knobs": own}
 
 
 def rounds_of(base: Recipe, recipe: Recipe) -> int:
