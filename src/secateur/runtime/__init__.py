@@ -9,21 +9,27 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .exits import Exits, early_exit
 from .gates import Pace, TokenGates
+from .skips import Skips, skipnet
 from .store import is_gated, load, save
 from .tokens import evit, tome
 
 __all__ = [
     "Dynamic",
+    "Exits",
     "Learning",
     "Pace",
+    "Skips",
     "TokenGates",
+    "early_exit",
     "evit",
     "is_gated",
     "is_runtime",
     "load",
     "made",
     "save",
+    "skipnet",
     "tome",
 ]
 

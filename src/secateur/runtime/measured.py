@@ -48,7 +48,7 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
     labelled = True
     with evaluating(*models.values()), torch.inference_mode():
         for number, batch in enumerate(batches):
-            (args, kwargs), labels = _call(batch)
+            (args, kwargs), labels = call_of_batch(batch)
             labelled = labelled and labels is not None
             answers: dict[str, Tensor | None] = {}
             for turn in range(-WARMUP if number == 0 else 0, repeats):
@@ -85,7 +85,8 @@ def _singles(batches: Iterable[Any]) -> Iterator[Any]:
             yield tree_map(lambda x, k=k: x[k : k + 1] if isinstance(x, Tensor) else x, batch)
 
 
-def _call(batch: Any) -> tuple[Call, Tensor | None]:
+def call_of_batch(batch: Any) -> tuple[Call, Tensor | None]:
+    """How a model is called on a batch, and the classes of its inputs, where a batch is a pair of both."""
     if isinstance(batch, Mapping):
         given = dict(batch)
         labels = given.pop("labels", None)

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from ..disk import beside, refuse
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
 from ..record import dumps
+from ..registry import get
 from ..runtime import Learning, made
 from ..runtime.measured import measured
 from ..runtime.measured import table as compared
@@ -176,6 +178,7 @@ def train_dynamic(
         leg = Leg(
             length * whole, rate=rate, seed=seed, round=1, every=every, tags=tags,
             file=None if work is None else work / "gates.safetensors",
+            loss=None if (joint := get("transform", method).facts.get("joint")) is None else partial(joint, found.loss),
         )  # fmt: skip
         fitted = fit(
             found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
@@ -194,7 +197,8 @@ def train_dynamic(
         "before": {"metric": {"name": found.metric_name, "value": before}},
         "after": {"metric": {"name": found.metric_name, "value": after}, "parameters": parameters},
         "measured": beside_dense, "curves": curves + [{"leg": "gates", **row} for row in fitted.rows],
-        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes, "notes": [],
+        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes,
+        "notes": gates.record.get("notes", []),
         "versions": versions(), "machine": machine(),
     }  # fmt: skip
     result = TrainedDynamic(module, record)
