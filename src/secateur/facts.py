@@ -8,8 +8,8 @@ from typing import Literal
 #: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
 #: ``unrolled``: gradients of each weight that take all batches together. ``shape``: of each weight, for which the shape
 #: of an input is enough. ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole
-#: pieces of the model. ``tokens`` and ``exits``: of the tokens of one input, and of one input between two blocks, as the
-#: model runs. ``training``: what only a training run shows (`secateur.attach`), which shows the gradient too.
+#: pieces of the model. ``tokens`` and ``exits``: of the tokens of one input, and of one input between two blocks, as
+#: the model runs. ``training``: what only a training run shows (`secateur.attach`), which shows the gradient too.
 Source = Literal[
     "engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts", "tokens", "exits", "training"
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -11,7 +10,7 @@ from ..registry import register
 
 @register("criterion", name="exit-entropy", family="activation", paper="1709.01686", of="exit", survey="A3.8")
 def exit_entropy(exit_logits: Tensor) -> Tensor:
-    """The entropy of the answer that an exit gives, in nats: 0 where it is certain, log(classes) where it is not at all.
+    """The entropy of the answer that an exit gives, in nats: 0 where it is certain.
 
     :: s = - sum_c p_c log p_c, p = softmax(z)
 
@@ -56,7 +55,8 @@ def state_saturation(state_before: Tensor, state_after: Tensor) -> Tensor:
     Choose it where an exit must cost nothing (exit-decoding), or to see which blocks do little for an input
     (skip-decoding).
 
-    Beware: in pre-norm transformers the state grows with depth, so later blocks turn it less whether they matter or not.
+    Beware: in pre-norm transformers the state grows with depth, so later blocks turn it less whether
+    they matter or not.
 
     >>> state_saturation(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).tolist()
     [1.0]

@@ -11,24 +11,30 @@ from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .exits import Exits, early_exit
 from .gates import Pace, TokenGates
+from .lm_exit import ExitDecoding, exit_decoding
+from .lm_skip import SkipDecoding, skip_decoding
 from .skips import Skips, skipnet
 from .store import is_gated, load, save
 from .tokens import evit, tome
 
 __all__ = [
     "Dynamic",
+    "ExitDecoding",
     "Exits",
     "Learning",
     "Pace",
+    "SkipDecoding",
     "Skips",
     "TokenGates",
     "early_exit",
     "evit",
+    "exit_decoding",
     "is_gated",
     "is_runtime",
     "load",
     "made",
     "save",
+    "skip_decoding",
     "skipnet",
     "tome",
 ]

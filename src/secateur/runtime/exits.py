@@ -259,8 +259,8 @@ def early_exit(
     classes = logits.shape[1]
     if given["threshold"] is not None and given["threshold"] > math.log(classes):
         raise RecipeError(
-            f"threshold is {threshold}: no entropy of {classes} classes is above {math.log(classes):.3g}, so every input "
-            "would leave at the first exit"
+            f"threshold is {threshold}: no entropy of {classes} classes is above {math.log(classes):.3g}, so every "
+            "input would leave at the first exit"
         )
     made = Exits(
         model, places.paths, {places.paths[k]: Exit(places.width[k], classes, places.axis[k]) for k in numbers},
@@ -275,8 +275,8 @@ def early_exit(
     if target is not None and costs[0] > (limit := _limit(target, before)):
         raise RecipeError(
             f"target '{target}' is out of reach: an input that leaves behind {made.places[0]} has taken "
-            f"{100 * costs[0] / before:.0f} % of the FLOPs, and {100 * limit / before:.0f} % may remain: give an earlier "
-            "exit by at="
+            f"{100 * costs[0] / before:.0f} % of the FLOPs, and {100 * limit / before:.0f} % may remain: give an "
+            "earlier exit by at="
         )
     return made
 
@@ -293,7 +293,9 @@ def _checked(
 ) -> dict[str, Any]:  # fmt: skip
     ways = [k for k, v in {"target": target, "drop": drop, "threshold": threshold}.items() if v is not None]
     if len(ways) > 1:
-        raise RecipeError(f"the threshold is chosen by one of target, drop, threshold: {ways[0]} and {ways[1]} are given")
+        raise RecipeError(
+            f"the threshold is chosen by one of target, drop, threshold: {ways[0]} and {ways[1]} are given"
+        )
     if threshold is not None and not threshold > 0:
         raise RecipeError(f"threshold is {threshold}: no entropy is below 0, so no input would ever leave")
     if drop is not None and not 0 <= drop < 1:
@@ -308,7 +310,9 @@ def _numbers(places: Places, exits: int, at: tuple[int, ...] | None) -> list[int
     most = len(places.paths) - 1
     if at is not None:
         if wrong := [k for k in at if not 0 <= k < most]:
-            raise RecipeError(f"at names block {wrong[0]}: an exit can stand behind blocks 0 to {most - 1} of this model")
+            raise RecipeError(
+                f"at names block {wrong[0]}: an exit can stand behind blocks 0 to {most - 1} of this model"
+            )
         if not at:
             raise RecipeError("at is empty: name the blocks that exits stand behind")
         return sorted(set(at))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,9 @@ class Leaving:
     def _gathered(self, out: Any) -> Tensor:
         last = None if out is None else logits_of(out)
         if out is not None and last is None:
-            raise ModelError(f"{type(self.model).__name__} gives no logits (inputs, classes): exits are for classifiers")
+            raise ModelError(
+                f"{type(self.model).__name__} gives no logits (inputs, classes): exits are for classifiers"
+            )
         if self.alive is None:
             assert last is not None
             return last

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import ModelError
 from ..layers import evaluating
@@ -41,8 +41,16 @@ class Places:
 
 def hidden(values: Any) -> Tensor | None:
     """The first tensor of floats among what a module is given, or gives."""
-    found = (x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
-    return next(found, None)
+    return next((x for x in _tensors(values) if x.is_floating_point()), None)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors in tuples, lists and mappings; a cache is left alone."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, Mapping)):
+        for x in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(x)
 
 
 def rows_of(values: Any, count: int, rows: Tensor) -> Any:
@@ -51,15 +59,19 @@ def rows_of(values: Any, count: int, rows: Tensor) -> Any:
     Vectors are none: positions are numbers for all rows.
     """
 
-    def taken(x: Any) -> Any:
-        return x[rows] if isinstance(x, Tensor) and x.dim() > 1 and len(x) == count else x
-
-    return tree_map(taken, values)
+    if isinstance(values, Tensor):
+        return values[rows] if values.dim() > 1 and len(values) == count else values
+    if isinstance(values, Mapping):
+        taken = {name: rows_of(x, count, rows) for name, x in values.items()}
+        return taken if type(values) is dict else type(values)(**taken)
+    if isinstance(values, (tuple, list)):
+        return type(values)(rows_of(x, count, rows) for x in values)
+    return values
 
 
 def inputs_in(call: Call) -> int:
     """How many inputs a call has: the first size of its first tensor."""
-    return len(next(x for x in tree_leaves(call) if isinstance(x, Tensor)))
+    return len(next(_tensors(call)))
 
 
 def some_of(call: Call, rows: Tensor) -> Call:
@@ -197,7 +209,7 @@ def _axis(module: nn.Module, shape: torch.Size) -> int:
 
 @contextmanager
 def in_place_of(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Modules, by path, that do something else inside: ``forward(own, *args, **kwargs)``, where ``own`` is what they do.
+    """Modules, by path, that do something else inside: ``forward(own, *args, **kwargs)``, ``own`` being theirs.
 
     Hooks on them run as ever.
     """

@@ -90,8 +90,8 @@ class Skips(nn.Module):
             out = self.model(*args, **kwargs)
         if len(self.open) != len(self.places):
             raise ModelError(
-                f"{len(self.open)} of {len(self.places)} gates were passed: the model runs otherwise than it did on the "
-                "example"
+                f"{len(self.open)} of {len(self.places)} gates were passed: the model runs otherwise than it did on "
+                "the example"
             )
         return out, torch.stack([x.detach() > 0 for x in self.open], 1)
 
@@ -264,8 +264,8 @@ def skipnet(model: nn.Module, example: Any, *, target: str = "flops 30%", cost: 
     }  # fmt: skip
     if limit < fixed:
         raise RecipeError(
-            f"target '{target}' is out of reach: without every block that can be skipped, {100 * fixed / work.total:.0f} % "
-            f"of the FLOPs remain, and {100 * limit / work.total:.0f} % may"
+            f"target '{target}' is out of reach: without every block that can be skipped, "
+            f"{100 * fixed / work.total:.0f} % of the FLOPs remain, and {100 * limit / work.total:.0f} % may"
         )
     return made
 
@@ -304,7 +304,7 @@ def _residual(model: nn.Module, places: Places, call: Call) -> set[str]:
         model(*call[0], **call[1])
     if not found:
         raise ModelError(
-            f"no block of {type(model).__name__} can be skipped: with its parameters at zero {why} does not give back its "
-            "input, as a residual block does"
+            f"no block of {type(model).__name__} can be skipped: with its parameters at zero {why} does not give back "
+            "its input, as a residual block does"
         )
     return found
