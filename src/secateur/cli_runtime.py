@@ -66,7 +66,7 @@ def prune_runtime(
         gates: Dynamic = prune(
             net, method, example=inputs, data=batches or None, target=target, **knobs.get(method, {})
         )
-        found = measured(gates, batches or [inputs])
+        found = get("transform", method).facts.get("measured", measured)(gates, batches or [inputs])
         gates.record |= {"source": source, "command": command()}
         save(gates, out, force)
         run = {**gates.record, "measured": found, "versions": versions(), "machine": machine()}

@@ -10,10 +10,14 @@ from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .channels import ChannelGates
+from .exits import Exits, early_exit
 from .fbs import fbs
 from .ftwt import ftwt
 from .gates import Pace, TokenGates
+from .lm_exit import ExitDecoding, exit_decoding
+from .lm_skip import SkipDecoding, skip_decoding
 from .predicted import DynamicViT, dynamicvit
+from .skips import Skips, skipnet
 from .store import is_gated, load, save
 from .tokens import evit, power_bert, tome
 
@@ -21,11 +25,17 @@ __all__ = [
     "ChannelGates",
     "Dynamic",
     "DynamicViT",
+    "ExitDecoding",
+    "Exits",
     "Learning",
     "Pace",
+    "SkipDecoding",
+    "Skips",
     "TokenGates",
     "dynamicvit",
+    "early_exit",
     "evit",
+    "exit_decoding",
     "fbs",
     "ftwt",
     "is_gated",
@@ -34,6 +44,8 @@ __all__ = [
     "made",
     "power_bert",
     "save",
+    "skip_decoding",
+    "skipnet",
     "tome",
 ]
 

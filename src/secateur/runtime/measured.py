@@ -48,7 +48,7 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
     labelled = True
     with evaluating(*models.values()), torch.inference_mode():
         for number, batch in enumerate(batches):
-            (args, kwargs), labels = _call(batch)
+            (args, kwargs), labels = call_of_batch(batch)
             labelled = labelled and labels is not None
             answers: dict[str, Tensor | None] = {}
             for turn in range(-WARMUP if number == 0 else 0, repeats):
@@ -67,7 +67,7 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
             count += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
     if not count:
         raise DataError("there is no batch to measure on")
-    result: dict[str, Any] = {name: {k: _spread(v) for k, v in facts.items()} for name, facts in found.items()}
+    result: dict[str, Any] = {name: {k: spread(v) for k, v in facts.items()} for name, facts in found.items()}
     if labelled and answered:
         for name in models:
             result[name]["accuracy"] = right[name] / answered
@@ -85,7 +85,8 @@ def _singles(batches: Iterable[Any]) -> Iterator[Any]:
             yield tree_map(lambda x, k=k: x[k : k + 1] if isinstance(x, Tensor) else x, batch)
 
 
-def _call(batch: Any) -> tuple[Call, Tensor | None]:
+def call_of_batch(batch: Any) -> tuple[Call, Tensor | None]:
+    """How a model is called on a batch, and the classes of its inputs, where a batch is a pair of both."""
     if isinstance(batch, Mapping):
         given = dict(batch)
         labels = given.pop("labels", None)
@@ -102,7 +103,8 @@ def _classes(out: Any) -> Tensor | None:
     return logits.argmax(1) if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1 else None
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile."""
     x = torch.tensor(values, dtype=torch.float64)
     low, high = x.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
     return {"mean": float(x.mean()), "p50": low, "p99": high}
@@ -116,11 +118,15 @@ def table(made: Dynamic, found: Mapping[str, Any]) -> str:
         lines.append(f"{'MFLOPs, expected':20}{before:>14.2f}{after:>14.2f}")
     for name, unit in (("flops", 1e6), ("seconds", 1e-3)):
         for part in ("mean", "p50", "p99"):
-            label = f"{'MFLOPs' if name == 'flops' else 'ms'} a batch, {part}"
+            label = f"{'MFLOPs' if name == 'flops' else 'ms'} a {found.get('of', 'batch')}, {part}"
             lines.append(f"{label:20}" + "".join(f"{found[m][name][part] / unit:>14.2f}" for m in ("dense", "gated")))
+    if "perplexity" in found["dense"]:
+        lines.append(f"{'perplexity':20}" + "".join(f"{found[m]['perplexity']:>14.2f}" for m in ("dense", "gated")))
     if "accuracy" in found["dense"]:
         lines.append(f"{'accuracy':20}" + "".join(f"{100 * found[m]['accuracy']:>13.2f}%" for m in ("dense", "gated")))
     if "agreement" in found:
         lines.append(f"{'same answer':20}{'':>14}{100 * found['agreement']:>13.2f}%")
-    lines.append(f"{found['ratio']:.2f} times as fast here, on {found['inputs']} inputs")
+    lines.append(
+        f"{found['ratio']:.2f} times as fast here, on {found['inputs']} {'tokens' if 'of' in found else 'inputs'}"
+    )
     return "\n".join(lines)

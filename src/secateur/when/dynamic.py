@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -191,6 +192,7 @@ def train_dynamic(
         leg = Leg(
             length * whole, rate=rate, seed=seed, round=1, every=every, tags=tags,
             file=None if work is None else work / "gates.safetensors",
+            loss=None if (joint := get("transform", method).facts.get("joint")) is None else partial(joint, found.loss),
         )  # fmt: skip
         place = torch.device(device)
         with answering(gates):
@@ -211,7 +213,8 @@ def train_dynamic(
         "before": {"metric": {"name": found.metric_name, "value": before}},
         "after": {"metric": {"name": found.metric_name, "value": after}, "parameters": parameters},
         "measured": beside_dense, "curves": curves + [{"leg": "gates", **row} for row in fitted.rows],
-        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes, "notes": [],
+        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes,
+        "notes": gates.record.get("notes", []),
         "versions": versions(), "machine": machine(),
     }  # fmt: skip
     result = TrainedDynamic(module, record)
