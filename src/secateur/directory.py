@@ -127,6 +127,7 @@ def plan(
             raise RecipeError("steps that change layers are planned on a module: load the model first")
         if isinstance(method, (str, Recipe)):
             return plan_factors(model, str(method), target=target, data=data, **axes)
+        axes |= {} if target is None else {"target": target}
         return method.preview(model, example=example, data=data, loss=loss, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if parse(recipe.granularity).coupled:

@@ -104,12 +104,13 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
+    text = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
+    alone = {k: v for k, v in (("masks", masks), ("exported", exported or None)) if v is not None}  # of recipes
     if not isinstance(method, (str, Recipe)):
-        given = {"data": data, "loss": loss, "tokenizer": tokenizer, "windows_count": windows_count, "length": length}
-        return method.carry_out(model, example=example, memory=memory, **given, **axes)
+        alone |= {} if target is None else {"target": target}
+        return method.carry_out(model, data=data, loss=loss, example=example, memory=memory, **text, **alone, **axes)
     if method in decompositions():
-        how = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
-        return decompose(model, str(method), target=target, data=data, **how, **axes)
+        return decompose(model, str(method), target=target, data=data, **text, **alone, **axes)
     if is_runtime(method):
         if is_runtime(method, trained=True):
             raise RecipeError(

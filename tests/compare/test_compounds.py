@@ -10,9 +10,10 @@ import pytest
 from secateur.compare import compare, write_report
 from secateur.compare.ablation import ablations
 from secateur.compare.of_models import run_model
+from secateur.compare.of_tasks import run_task
 from secateur.compare.plan import left_out, runs_of
 from secateur.compare.study import Study
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, StudyError
 
 TINY = Path(__file__).with_name("tiny.py")
 BOTH: list[dict[str, Any]] = [
@@ -113,3 +114,16 @@ def test_on_a_language_model(model: Path, text: Path, tmp_path: Path) -> None:
     assert found["low-rank"]["parameters"] < found["dense"]["parameters"]
     assert all(r["test"] > 1 and r["cost"]["seconds"] >= 0 for r in found.values())
     assert found["all"]["cost"]["samples"] == 4 and len(found["all"]["recipe_digest"]) == 16
+
+
+def test_all_training_counts(tmp_path: Path) -> None:
+    """Dense training is as much shorter as the steps that train are long."""
+    steps = [{"prune": "magnitude"}, {"recover": "finetune"}, {"recover": {"method": "finetune", "epochs": 1}}]
+    asked = study([{"compound": steps, "label": "c"}], [0.5], seeds=1, budget={"total_epochs": 4})
+    run = next(r for r in runs_of(asked) if r.label == "c")
+    result, record = run_task(run.spec, tmp_path, "run")
+    assert result["cost"]["epochs"] == 4 and result["protocol"]["epochs"] == 2  # 2 and 1 and 1
+    assert result["cost"]["after_dense"] == 2 and record["metric"]["after"] == result["test"]
+    asked = study([{"compound": steps, "label": "c"}], [0.5], seeds=1, budget={"total_epochs": 1})
+    with pytest.raises(StudyError, match="train 1 epochs of the 1 that all may take"):
+        run_task(next(r for r in runs_of(asked) if r.label == "c").spec, tmp_path, "run")

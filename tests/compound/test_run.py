@@ -223,6 +223,17 @@ def test_what_is_missing_is_said_before(steps: Any, given: Any, said: str) -> No
         secateur.prune(model, Compound.of(steps), **given)
 
 
+def test_what_stands_beside_a_compound_is_refused() -> None:
+    model, compound = net(), Compound.of([HALF])
+    for given in ({"target": "params 30%"}, {"masks": {}}, {"exported": True}, {"sparsity": 0.5}):
+        with pytest.raises(SecateurError, match=f"'{next(iter(given))}' belongs to one of them"):
+            secateur.prune(model, compound, **given)  # type: ignore[arg-type]
+    with pytest.raises(SecateurError, match="'target' belongs to one of them"):
+        secateur.plan(model, compound, target="params 30%")
+    with pytest.raises(SecateurError, match="no knob 'masks'"):
+        secateur.prune(model, "svd", sparsity=0.5, masks={})
+
+
 @pytest.mark.parametrize("middle", [[], [{"decompose": {"method": "svd", "sparsity": 0.2}}]], ids=["", "factors"])
 def test_cut_twice(middle: list[Any], tmp_path: Path) -> None:
     """What a model went through is repeated on a fresh one, in its order."""

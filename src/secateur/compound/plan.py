@@ -18,7 +18,7 @@ from ..registry import get
 from .apply import Given, State, apply
 from .figures import figures
 from .recipe import Compound
-from .run import table
+from .run import refuse_axes, table
 from .steps import Step, trains
 
 
@@ -55,7 +55,7 @@ class CompoundPlan:
 
 def preview(
     model: nn.Module, compound: Compound, *, example: Any = None, data: Any = None, loss: Any = None,
-    element: int | None = None, source: str = "",
+    element: int | None = None, source: str = "", **axes: Any,
 ) -> CompoundPlan:  # fmt: skip
     """The counts after each step, on a copy of the model; nothing is trained, and nothing healed.
 
@@ -64,6 +64,7 @@ def preview(
     Raises:
         RecipeError, ModelError: a step cannot be done.
     """
+    refuse_axes(axes)
     if vocabulary(model):
         example = example_inputs(None, model) if example is None else example
         loss = next_token_loss if loss is None else loss

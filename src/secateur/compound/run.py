@@ -107,8 +107,7 @@ def carry_out(
     Raises:
         RecipeError: something that a step needs was not given; before the first step.
     """
-    if unknown := sorted(axes):
-        raise RecipeError(f"a compound says all in its steps: '{unknown[0]}' belongs to one of them")
+    refuse_axes(axes)
     if isinstance(data, str):
         data = windows(data, tokenizer, count=windows_count, length=length)
     if vocabulary(model):
@@ -121,6 +120,12 @@ def carry_out(
     given = Given(data, loss, example, memory, seed=compound.seed, element=element)
     _check(compound, given)
     return finish(model, compound, given)
+
+
+def refuse_axes(axes: Mapping[str, Any]) -> None:
+    """What a user wrote beside a compound, and would have no step to go to."""
+    if axes:
+        raise RecipeError(f"a compound says all in its steps: '{min(axes)}' belongs to one of them")
 
 
 def _check(compound: Compound, given: Given) -> None:

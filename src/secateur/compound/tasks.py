@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ..disk import refuse
-from ..errors import RecipeError
 from ..tasks import Task, find
 from ..tasks.base import Split, placed
 from ..when import train
@@ -23,7 +22,7 @@ from ..when.healing import fresh_model
 from .apply import Given, Progress
 from .plan import CompoundPlan, preview
 from .recipe import Compound
-from .run import Compounded, finish
+from .run import Compounded, finish, refuse_axes
 
 
 def train_on(
@@ -55,8 +54,7 @@ def train_on(
     Raises:
         RecipeError: a step cannot be done on a task.
     """
-    if axes := {k: v for k, v in axes.items() if v is not None}:
-        raise RecipeError(f"a compound says all in its steps: '{min(axes)}' belongs to one of them")
+    refuse_axes({k: v for k, v in axes.items() if v is not None})
     if seed is not None:
         compound = replace(compound, seed=seed)
     found: Task = find(task, **(options or {}))
