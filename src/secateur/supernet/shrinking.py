@@ -89,9 +89,11 @@ def supernet(
     goal = Goal(elastic, run.target, net.small(elastic.most), net.small, seed=run.seed, known=known)
     best, trials = chosen(run, elastic, net, goal, budget, strategy, few)
     small, proof = extracted(net, best.counts, run.target)
+    sign = 1.0 if run.task.higher_is_better else -1.0
     run.found = {
         "nodes": [{"name": n.name, "of": n.units, "sizes": list(n.sizes)} for n in elastic.nodes],
-        "counts": list(best.counts), "valid": best.value, "largest": run.value(net.small(elastic.most), few),
+        "counts": list(best.counts), "valid": sign * best.value,
+        "largest": sign * run.value(net.small(elastic.most), few),
         "trials": [t.to_dict() for t in trials],
         "quantity": run.target.quantity, "limit": goal.limit, "reached": goal.reached(best.counts),
         "total": goal.total, "latency": goal.record(), "error": proof.error,

@@ -91,7 +91,7 @@ def train_supernet(
         else:
             net = copy.deepcopy(model).to(device)
         start = {"metric": {"name": found.metric_name, "value": found.measure(net, score)}}
-        before = {**start, **_parameters(net)}
+        before: dict[str, Any] = {**start, **_parameters(net)}
         tags = {
             "task": {**found.describe(), "options": {k: str(v) for k, v in found.options.items()}}, "method": method,
             "knobs": {k: str(v) for k, v in sorted(given.items())}, "epochs": whole, "length": length, "rate": rate,
@@ -102,7 +102,10 @@ def train_supernet(
             progress or (lambda *_: None), curves,
         )  # fmt: skip
         small = part.function(course, **given).eval()
-        after = {"metric": {"name": found.metric_name, "value": found.measure(small, score)}, **_parameters(small)}
+        after: dict[str, Any] = {
+            "metric": {"name": found.metric_name, "value": found.measure(small, score)},
+            **_parameters(small),
+        }
     gone = 1 - after["parameters"] / before["parameters"]
     recipe = Recipe(method=method, granularity="coupled", sparsity=max(0.0, gone), seed=seed)
     record = run_record(
