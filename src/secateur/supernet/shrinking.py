@@ -146,7 +146,8 @@ def chosen(
                 return trial, trials
         # What was predicted to be fast enough is not: ask for less, by as much as it was off.
         limit = goal.limit * min(0.95, goal.limit / min(goal.reached(t.counts) for t in some)) ** number
-    raise RecipeError(goal.refusal(min(goal.reached(t.counts) for t in trials[:_MEASURED])))
+    fastest = min(goal.reached(t.counts) for t in in_order(trials)[:_MEASURED])
+    raise RecipeError(goal.refusal(fastest, "the fastest sub-network that was measured"))
 
 
 def told(elastic: Elastic, counts: Counts) -> list[str]:
