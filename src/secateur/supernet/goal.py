@@ -156,14 +156,10 @@ class Goal:
         """Whether a sub-network is within the target; a measured one may be above by 5 %."""
         return self.reached(counts) <= self.limit * (1 + CLOSE if self.measured else 1)
 
-    def refusal(self, reached: float) -> str:
+    def refusal(self, reached: float, which: str = "the smallest sub-network") -> str:
         """Why the target cannot be had."""
         if self.measured:
-            return (
-                f"the target is not met: the smallest sub-network takes {100 * reached:.0f}% of the whole model's "
-                f"time here, and {100 * self.limit:.0f}% was asked for: lower low=, depth= or kernel=, or ask for less"
-            )
-        return (
-            f"the target is not met: the smallest sub-network has {self.target.quantity} {reached:,.0f}, and "
-            f"{self.limit:,.0f} was asked for: lower low=, depth= or kernel=, or ask for less"
-        )
+            has = f"takes {100 * reached:.0f}% of the whole model's time here, and {100 * self.limit:.0f}%"
+        else:
+            has = f"has {self.target.quantity} {reached:,.0f}, and {self.limit:,.0f}"
+        return f"the target is not met: {which} {has} was asked for: lower low=, depth= or kernel=, or ask for less"

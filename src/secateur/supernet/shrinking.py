@@ -89,9 +89,11 @@ def supernet(
     goal = Goal(elastic, run.target, net.small(elastic.most), net.small, seed=run.seed, known=known)
     best, trials = chosen(run, elastic, net, goal, budget, strategy, few)
     small, proof = extracted(net, best.counts, run.target)
+    sign = 1.0 if run.task.higher_is_better else -1.0
     run.found = {
         "nodes": [{"name": n.name, "of": n.units, "sizes": list(n.sizes)} for n in elastic.nodes],
-        "counts": list(best.counts), "valid": best.value, "largest": run.value(net.small(elastic.most), few),
+        "counts": list(best.counts), "valid": sign * best.value,
+        "largest": sign * run.value(net.small(elastic.most), few),
         "trials": [t.to_dict() for t in trials],
         "quantity": run.target.quantity, "limit": goal.limit, "reached": goal.reached(best.counts),
         "total": goal.total, "latency": goal.record(), "error": proof.error,
@@ -144,7 +146,8 @@ def chosen(
                 return trial, trials
         # What was predicted to be fast enough is not: ask for less, by as much as it was off.
         limit = goal.limit * min(0.95, goal.limit / min(goal.reached(t.counts) for t in some)) ** number
-    raise RecipeError(goal.refusal(min(goal.reached(t.counts) for t in trials[:_MEASURED])))
+    fastest = min(goal.reached(t.counts) for t in in_order(trials)[:_MEASURED])
+    raise RecipeError(goal.refusal(fastest, "the fastest sub-network that was measured"))
 
 
 def told(elastic: Elastic, counts: Counts) -> list[str]:

@@ -87,11 +87,11 @@ def train_supernet(
                 found, epochs=whole, seed=seed, device=device, every=every, score=score, progress=progress,
                 dense=dense or (None if work is None else work / "dense"),
             )  # fmt: skip
-            net, curves = first.model, list(first.run["curves"])
+            net, curves = first.model, [{**row, "leg": "dense"} for row in first.run["curves"]]
         else:
             net = copy.deepcopy(model).to(device)
         start = {"metric": {"name": found.metric_name, "value": found.measure(net, score)}}
-        before = {**start, **_parameters(net)}
+        before: dict[str, Any] = {**start, **_parameters(net)}
         tags = {
             "task": {**found.describe(), "options": {k: str(v) for k, v in found.options.items()}}, "method": method,
             "knobs": {k: str(v) for k, v in sorted(given.items())}, "epochs": whole, "length": length, "rate": rate,
