@@ -114,16 +114,16 @@ def train_source(
     again = f"stopped: {out} was not written; the same command goes on where it was"
     with (
         interruptible(again),
-        joined(more["device"]) as other,
-        bar(method or "dense", None, not (as_json or other)) as show,
+        joined(more["device"]) as place,
+        bar(method or "dense", None, not (as_json or place)) as show,
     ):
-        if force and out.exists() and not other:
+        if force and out.exists() and not place:
             _remove(out)
         made = run(
             task, chosen, out=out, options=options, command=command(),
             progress=lambda name, done, of: show(done, of), **more, **given,
         )  # fmt: skip
-    if other:
+    if place:
         return  # the first process speaks
     if as_json:
         print(json.dumps(made.run))

@@ -258,8 +258,8 @@ def _by_blocks(
         return enter(model, blocks, lambda m: m(input_ids=ids, use_cache=False))
 
     def engine() -> Engine:
-        enters, count = (at, len(tokens)) if tokens is not None else (None, 0)
-        made = Engine(recipe, enters, count, memory, parameter.dtype, shared)
+        count = len(tokens) if tokens is not None else 0
+        made = Engine(recipe, at if count else None, count, memory, parameter.dtype, shared)
         made.held = held
         made.start()
         return made

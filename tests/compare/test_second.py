@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from secateur.compare.page import render
+from secateur.compare.page_again import commands
 from secateur.compare.page_data import Frame, frames
 from secateur.compare.page_second import on_calibration, on_pooled, pooled
 from secateur.compare.page_words import against_dense
@@ -57,6 +58,12 @@ def test_draws_that_are_most_of_a_text_are_said(windows: int, of: int, said: str
     made = rows({"a": [9.0, 9.1]}, metric="perplexity", up=False, calibration={"windows": windows, "of": of})
     found = on_calibration(frames(made)[0])
     assert (found == []) if said is None else said in found[0]
+
+
+def test_the_command_of_a_run_says_who_made_it() -> None:
+    made = rows({"snip": [0.9]}, protocol={"epochs": 2.0, "processes": 2, "device": "cuda"})
+    (again,) = commands({"tasks": ["toy"]}, made)
+    assert again.startswith("torchrun --nproc-per-node 2 -m secateur train toy ") and "--device cuda" in again
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system keeps no mark that can be set back")

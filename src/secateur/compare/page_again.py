@@ -43,6 +43,9 @@ def task_name(task: Any) -> str:
 
 def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str, Any] | None) -> str:
     words = ["secateur", "train" if row.kind == "task" else "prune"]
+    count, device = row.figure("protocol", "processes"), v.dig(row.result, "protocol", "device")
+    if row.kind == "task" and count is not None:
+        words = ["torchrun", "--nproc-per-node", f"{count:g}", "-m", *words]
     options = task.get("options") if isinstance(task, Mapping) else None
     words.append(str(task.get("task")) if isinstance(task, Mapping) else row.subject)
     if row.recipe is not None:
@@ -59,6 +62,7 @@ def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str,
             words += ["--epochs", f"{epochs:g}"]
         for key, value in sorted(options.items()) if isinstance(options, Mapping) else ():
             words += ["--set", f"task.{key}={_value(value)}"]
+        words += ["--device", str(device)] if device else []
     else:
         words += ["--data", str(study["data"])] if study.get("data") else []
         for key, option in (("windows", "--windows"), ("length", "--length")):
