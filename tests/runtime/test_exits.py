@@ -261,8 +261,8 @@ def test_trained_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     """Trained on a task with labels, kept, and the same after it is loaded."""
     monkeypatch.setattr("secateur.runtime.measured.SINGLES", 4)
     out = tmp_path / "out"
-    words = ["train", "digits", "--method", "early-exit", "--set", "early-exit.drop=0.05", "--epochs", "0.5"]
-    done = CliRunner().invoke(app, [*words, "--set", "task.images=500", "--out", str(out)])
+    words = ["train", "digits", "--method", "early-exit", "--set", "early-exit.drop=0.05", "--epochs", "0.4"]
+    done = CliRunner().invoke(app, [*words, "--set", "task.images=250", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "early-exit behind 3, 4, below" in done.output and "same answer" in done.output
     again: Any = secateur.load(out, resnet(8, 1))

@@ -133,7 +133,7 @@ def test_refusals() -> None:
 def test_trained_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.runtime.measured.SINGLES", 4)
     made = secateur.train(
-        "digits", "skipnet", target="flops 10%", epochs=0.25, length=1.0, options={"images": 400}, out=tmp_path / "out",
+        "digits", "skipnet", target="flops 10%", epochs=0.2, length=1.0, options={"images": 250}, out=tmp_path / "out",
         seed=0,
     )  # fmt: skip
     record = made.run

@@ -40,7 +40,7 @@ def softmax_response(exit_logits: Tensor) -> Tensor:
     >>> softmax_response(torch.tensor([[0.0, 0.0, -50.0]])).tolist()
     [1.0]
 
-    Source: Schuster et al., CALM, arXiv 2207.07061, section 3.5, of which it is one minus the confidence.
+    Source: Schuster et al., CALM, arXiv 2207.07061, from descriptions of the paper; one minus its confidence.
     """
     top = exit_logits.float().softmax(-1).topk(2, -1).values
     return 1 - (top[..., 0] - top[..., 1])
@@ -61,7 +61,7 @@ def state_saturation(state_before: Tensor, state_after: Tensor) -> Tensor:
     >>> state_saturation(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).tolist()
     [1.0]
 
-    Source: Schuster et al., CALM, arXiv 2207.07061, section 3.5 (hidden-state saturation); He et al., AdaSkip,
-    arXiv 2501.02336, for the same measure as a reason to skip.
+    Source: Schuster et al., CALM, arXiv 2207.07061 (hidden-state saturation), from descriptions of the paper; He et
+    al., AdaSkip, arXiv 2501.02336 (similarity of input and output), for the same measure as a reason to skip.
     """
     return 1 - cosine_similarity(state_before.float(), state_after.float(), dim=-1)

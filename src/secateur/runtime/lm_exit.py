@@ -238,9 +238,9 @@ def exit_decoding(
     >>> get("transform", "exit-decoding").knobs["measure"]
     'state'
 
-    Source: Schuster et al., CALM, arXiv 2207.07061, sections 3.3 (state copying) and 3.5, from the paper's description,
-    without training of the exits, with one threshold in place of one that falls over the text, and chosen by the share
-    of equal tokens in place of its test for consistency of whole texts.
+    Source: Schuster et al., CALM, arXiv 2207.07061, from descriptions of the paper: state copying and two of its
+    measures, without training of the exits, with one threshold in place of one that falls over the text, and chosen by
+    the share of equal tokens in place of its test for consistency of whole texts.
     """
     ways = {k: v for k, v in {"target": target, "drop": drop, "threshold": threshold}.items() if v is not None}
     if len(ways) > 1:

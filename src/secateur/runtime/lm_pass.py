@@ -66,7 +66,8 @@ class Decoder(nn.Module):
         Raises:
             RecipeError: beam search is asked for, which reorders the cache.
         """
-        if int(kwargs.get("num_beams") or 1) > 1:
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        if int(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
             raise RecipeError(f"{self.record['method']} follows each sequence by itself: beam search is not possible")
         with self.inside():
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]

@@ -183,9 +183,9 @@ def skip_decoding(
     >>> sorted(get("transform", "skip-decoding").knobs)
     ['drop', 'skip', 'target']
 
-    Source: He et al., AdaSkip, arXiv 2501.02336, for the cosine between input and output of this prompt as the reason
-    to skip, from the paper's description; it skips attention and feed-forward parts by themselves, skips in the prompt
-    also, and scales what is left. Whole blocks, exact counts, and what becomes of the cache are ours.
+    Source: He et al., AdaSkip, arXiv 2501.02336, for the cosine between input and output in this context as the reason
+    to skip, from its abstract and reviews; it skips attention and feed-forward parts by themselves, and in the prompt
+    also. Whole blocks, exact counts, and what becomes of the cache are ours.
     """
     ways = {k: v for k, v in {"target": target, "skip": skip, "drop": drop}.items() if v is not None}
     if len(ways) > 1:
@@ -196,7 +196,7 @@ def skip_decoding(
         raise RecipeError(
             f"skip is {skip}: of {len(blocks)} blocks 0 to {most} can be left out, as the first and one more run"
         )
-    share = share_of(drop)
+    share, given = share_of(drop), skip is not None
     windows = windows_of(data)
     work = _costs(model, blocks, ids_of(example))
     made = SkipDecoding(model, blocks, {"method": "skip-decoding", "target": target, "drop": share, "notes": []}, 0)
@@ -220,7 +220,8 @@ def skip_decoding(
     made.record |= {"skip": skip, "quality": found, "flops": {"before": work[0], "after": after}}
     if not skip:
         made.record["notes"] = [
-            f"no block is left out: without any of them, more than {100 * share:g} % of the next tokens are others"
+            "no block is left out: "
+            + ("skip is 0" if given else f"without one, over {100 * share:g} % of the next tokens are others")
         ]
     return made
 
