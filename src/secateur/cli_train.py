@@ -35,6 +35,7 @@ from .options import (
     Solver,
     Sparsity,
     Steps,
+    Storage,
     axes_of,
     read_recipe,
     split_knobs,
@@ -73,6 +74,7 @@ def train(
     score: Annotated[
         str, typer.Option("--score", help="What the result is measured on: test, or valid to choose a setting by.")
     ] = "test",
+    storage: Storage = None,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
@@ -85,7 +87,7 @@ def train(
     train_source(
         task, method, recipe_file, axes, knobs or [], out, force=force, as_json=as_json, epochs=epochs, when=when,
         masks=None if masks is None else Masks.load(masks), device=device, target=target, multiple=multiple,
-        score=score,
+        score=score, storage=storage,
     )  # fmt: skip
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from secateur import attach, train
+from secateur import attach, load, train
 from secateur.errors import RecipeError
 from secateur.formats import grid
+from secateur.layers import find_layers
 from tests.tasks.tiny import TASK
 
 MASK = torch.rand(4, 8, generator=torch.Generator().manual_seed(5)) < 0.5
@@ -95,13 +98,26 @@ def test_a_session_goes_on_where_it_was() -> None:
     assert torch.equal(whole.weight, again.weight)
 
 
-def test_as_a_recovery_of_a_task() -> None:
-    made = train(TASK, "magnitude-finetune", sparsity=0.7, epochs=0.5, recovery="qat", knobs={"recovery": {"bits": 4}})
+def test_as_a_recovery_of_a_task(tmp_path: Path) -> None:
+    knobs = {"recovery": {"bits": 4}}
+    more: dict[str, Any] = {"sparsity": 0.7, "epochs": 0.5, "recovery": "qat", "knobs": knobs}
+    made = train(TASK, "magnitude-finetune", out=tmp_path / "o", storage="smallest", **more)
     assert made.sparsity == pytest.approx(0.7, abs=0.01)
+    told = json.loads((tmp_path / "o" / "stored.json").read_text())["weights"]
     for name, mask in made.masks.items():
         weight = made.model.get_submodule(name).weight.detach().reshape(mask.shape)
         assert not bool(weight[~mask].any()) and bool(weight.any())
         assert all(len(row.unique()) <= 16 for row in weight)
+        assert told[f"{name}.weight"]["form"].endswith("integers") and told[f"{name}.weight"]["bits"] <= 4
+    again = load(tmp_path / "o", TASK.model(0))
+    assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_smaller_model_is_rounded_too() -> None:
+    more: dict[str, Any] = {"sparsity": 0.5, "epochs": 0.5, "recovery": "qat", "steps": 1}
+    made = train(TASK, "l1-norm", knobs={"recovery": {"bits": 3}}, **more)
+    for layer in find_layers(made.model)[0]:
+        assert all(len(row.unique()) <= 8 for row in layer.weight())
 
 
 def test_what_cannot_be() -> None:

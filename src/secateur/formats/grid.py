@@ -13,6 +13,7 @@ from ..errors import RecipeError
 
 #: How the range of a grid is found: the largest weight, or the clipping with the least squared error.
 CLIPS = ("mse", "absmax")
+_FEW = 64  # columns that tell most rows of floats from rows of integers
 _FACTORS = [1 - k / 40 for k in range(21)]  # of the largest weight, that ``mse`` tries
 
 
@@ -21,7 +22,7 @@ class Grid:
     """Evenly spaced values, zero among them: ``w = scale * (code - zero)``.
 
     Attributes:
-        bits: of a code; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``, but -128 is left out where 8 bits are symmetric:
+        bits: of a code; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``. Where 8 bits are symmetric -128 is left out:
             kernels of int8 do without it.
         group: inputs that share a scale.
         scale: ``(o, groups)`` float32, positive, with no more digits than bfloat16 has: ``w`` is exact in float32.
@@ -124,6 +125,16 @@ def steps_of(weight: Tensor, most: int = 127) -> Tensor:
     >>> steps_of(torch.tensor([[0.75, -1.5, 0.0], [1.0, 2.0, 1e-3]])).tolist()
     [0.75, 0.0]
     """
+    if weight.shape[1] > 2 * _FEW:  # most rows of floats are known by their first weights
+        found = steps_of(weight[:, :_FEW], most)
+        able = found > 0
+        if bool(able.any()):
+            found[able] = _steps_of(weight[able], most)
+        return found
+    return _steps_of(weight, most)
+
+
+def _steps_of(weight: Tensor, most: int) -> Tensor:
     mantissa, exponent = torch.frexp(weight.detach().float())
     there = mantissa != 0
     lowest = exponent.masked_fill(~there, 1 << 20).amin(1, keepdim=True)

@@ -19,6 +19,7 @@ from ..masks import Masks
 from ..measure import Peak
 from ..recipe import Recipe
 from ..registry import get, parts
+from ..stream.storage import layout
 from ..tasks import find
 from ..tasks.base import Split
 from ..tasks.checkpoint import own_generators
@@ -44,6 +45,7 @@ def train(
     target: str | None = None,
     multiple: int = 8,
     score: Split = "test",
+    storage: str | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     command: str = "",
@@ -74,6 +76,7 @@ def train(
         multiple: for those, sizes that remain are multiples of it.
         score: the split that the figures before and after are measured on. With ``valid`` nothing looks at the test
             data: for runs that choose a setting.
+        storage: how ``out`` is written, see `Trained.save`.
         options: sizes of a ready task.
         progress: called with what is being done, the steps done and their number.
         axes: fields of the recipe: ``sparsity``, ``steps`` (rounds), ``recovery``, ``seed``, ``knobs``, ...
@@ -97,6 +100,7 @@ def train(
             f"a target is for units of the whole model, and {why if method else 'no method is named that removes some'}"
         )
     folder = None if out is None else Path(out)
+    layout(recipe, storage)  # says what it does not know before the work
     length = float(found.epochs if epochs is None else epochs)
     rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
     if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
@@ -114,7 +118,7 @@ def train(
     record = run.record(made, peak.bytes, command)
     result = Trained(made.eval(), recipe, Masks(run.masks), record)
     if folder is not None:
-        result.save(folder)
+        result.save(folder, storage)
         shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
     return result
 
