@@ -1,67 +1,167 @@
-"""A vision transformer trained here on Fashion-MNIST, then with fewer tokens, without training: accuracy, throughput.
+"""A vision transformer trained here on Fashion-MNIST, then made cheaper: fewer tokens, fewer heads and neurons, both.
 
-Every setting is measured in turns with the dense model, on the same batches of the test set. What to keep is not
-chosen by the test set: all settings are shown.
+The network has patches of 2 x 2 points, 196 tokens. It is trained once (coarse patches first: a quarter of the tokens),
+and stored; but for dynamicvit nothing is trained afterwards. Every setting is timed in turns with the dense model,
+batch by batch. What to keep is not chosen by the test set: all settings are shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment, table, write_json
 
-TARGETS = ["flops 20%", "flops 30%", "flops 40%", "flops 50%"]
+#: Name of a setting -> (what heads and neurons lose in FLOPs, method of run time, its options). Targets of run time are
+#: of the FLOPs of the model that it is put into.
+SETTINGS: dict[str, tuple[str | None, str | None, dict[str, Any]]] = {
+    "tome, every block, 20%": (None, "tome", {"target": "flops 20%"}),
+    "tome, every block, 35%": (None, "tome", {"target": "flops 35%"}),
+    "tome, every block, 50%": (None, "tome", {"target": "flops 50%"}),
+    "tome, first block, 20%": (None, "tome", {"target": "flops 20%", "at": (0,)}),
+    "tome, first block, 35%": (None, "tome", {"target": "flops 35%", "at": (0,)}),
+    "tome, first block, all it can": (None, "tome", {"keep": 0.5, "at": (0,)}),
+    "tome, first two blocks, 50%": (None, "tome", {"target": "flops 50%", "at": (0, 1)}),
+    "evit, 20%": (None, "evit", {"target": "flops 20%"}),
+    "evit, 35%": (None, "evit", {"target": "flops 35%"}),
+    "evit, first block, 35%": (None, "evit", {"target": "flops 35%", "at": (0,)}),
+    "heads and neurons, 20%": ("flops 20%", None, {}),
+    "heads and neurons, 35%": ("flops 35%", None, {}),
+    "both, 20% and 20%": ("flops 20%", "tome", {"target": "flops 20%", "at": (0,)}),
+    "both, 20% and 35%": ("flops 20%", "tome", {"target": "flops 35%", "at": (0,)}),
+}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--images", type=int, default=6000, help="of the training set")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument(
+        "--weights", type=Path, default=Path("tokens.safetensors"), help="trained and written if missing"
+    )
+    parser.add_argument("--coarse", type=int, default=45000, help="images with patches of 4 x 4")
+    parser.add_argument("--fine", type=int, default=10800, help="images with patches of 2 x 2")
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--patch", type=int, default=4, help="points on a side; 2 gives 196 tokens")
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
-    parser.add_argument("--methods", nargs="+", default=["tome", "evit"])
-    parser.add_argument("--test", type=int, default=2000, help="images that are measured on")
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dynamic", type=Path, help="a directory with dynamicvit; trained if missing, else left out")
+    parser.add_argument("--dynamic-images", type=int, default=3000, help="that dynamicvit is trained on")
+    parser.add_argument("--calibration", type=int, default=256, help="images for heads and neurons")
+    parser.add_argument("--test", type=int, default=2000, help="images for the accuracy")
+    parser.add_argument("--timed", type=int, default=600, help="of them, for the throughput")
+    parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "tokens.json")
     return parser.parse_args()
 
 
-def network(width: int, depth: int, patch: int) -> Any:
-    """The network of the task fashion-vit, with patches of another size."""
+def trained(args: argparse.Namespace, images: Any, labels: Any) -> Any:
+    """The dense network, trained with coarse patches, then with fine ones; or what was stored of it."""
     import torch
-    from torch import nn
+    from safetensors.torch import load_file, save_file
 
     from secateur.tasks.nets import VisionTransformer
 
-    net = VisionTransformer(width, depth)
-    if patch != 4:
-        net.patch = nn.Conv2d(1, width, patch, patch)
-        net.position = nn.Parameter(0.02 * torch.randn(1, (28 // patch) ** 2, width))
-    return net
+    torch.manual_seed(0)
+    net = VisionTransformer(args.width, args.depth)
+    fine = VisionTransformer(args.width, args.depth, patch=2)
+    if not args.weights.is_file():
+        fit(net, images, labels, args.coarse, 2e-3, 0)
+        state = net.state_dict()
+        side = int(state["position"].shape[1] ** 0.5)
+        grid = state["position"].view(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, scale_factor=2, mode="bilinear")
+        state["position"] = grid.flatten(2).transpose(1, 2).contiguous()
+        state["patch.weight"] = 4 * torch.nn.functional.avg_pool2d(state["patch.weight"], 2)  # of a patch drawn larger
+        fine.load_state_dict(state)
+        fit(fine, images, labels, args.fine, 8e-4, 1)
+        save_file(fine.state_dict(), args.weights)
+    fine.load_state_dict(load_file(args.weights))
+    return fine.eval()
 
 
-def train(net: Any, images: Any, labels: Any, epochs: int, seed: int) -> None:
+def fit(net: Any, images: Any, labels: Any, count: int, rate: float, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * -(-len(images) // 128))
+    optimizer = torch.optim.AdamW(net.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.02)
+    steps, done = count // 64, 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
     net.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(128):
-            loss = torch.nn.functional.cross_entropy(net(images[rows]), labels[rows])
+    while done < steps:
+        for rows in torch.randperm(len(images), generator=generator).split(64):
+            if done == steps:
+                break
+            x = images[rows]
+            x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x, x.flip(3))
+            loss = torch.nn.functional.cross_entropy(net(x), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            done += 1
+            if done % 50 == 0:
+                print(f"step {done} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
     net.eval()
+
+
+def dynamic(args: argparse.Namespace, net: Any, images: Any, labels: Any) -> Any:
+    """DynamicViT at 35 % fewer FLOPs, trained from the dense network; or what was stored of it."""
+    import secateur
+    from secateur.tasks import Task
+    from secateur.tasks.arrays import batched
+    from secateur.tasks.base import adamw
+    from secateur.tasks.nets import VisionTransformer
+
+    if not args.dynamic.is_dir():
+        data = (images[: args.dynamic_images], labels[: args.dynamic_images])
+        held = (images[-200:], labels[-200:])
+        task = Task(lambda seed: net, batched(data, held, 32), optimizer=adamw, epochs=1, name="fashion-vit, patch 2")
+        made = secateur.train(
+            task, "dynamicvit", model=net, target="flops 35%", length=1.0, rate=0.3, knobs={"at": (1, 2)},
+            progress=lambda what, done, of: print(what, done, of, flush=True) if done % 10 == 0 else None,
+        )  # fmt: skip
+        made.save(args.dynamic)
+    return secateur.load(args.dynamic, VisionTransformer(args.width, args.depth, patch=2))
+
+
+def answers(net: Any, batches: list[Any]) -> Any:
+    import torch
+
+    return torch.cat([net(x).argmax(1) for x in batches])
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def measure(dense: Any, other: Any, batches: list[Any], labels: Any, right: Any, timed: int) -> dict[str, Any]:
+    """Accuracy beside the dense model's, with an interval over the images; seconds of a batch, in turns."""
+    import torch
+
+    from secateur.measure.flops import flops
+
+    took: dict[str, list[float]] = {"dense": [], "other": []}
+    for net in (dense, other):
+        net(batches[0])
+    for number, x in enumerate(batches[:timed]):
+        for name, net in [("dense", dense), ("other", other)][:: 1 if number % 2 else -1]:
+            took[name].append(seconds(lambda net=net, x=x: net(x)))  # type: ignore[misc]
+    difference = ((answers(other, batches) == labels).float() - right.float()).double()
+    ratio = torch.tensor(took["dense"]) / torch.tensor(took["other"])
+    low, middle, high = ratio.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return {
+        "flops": flops(other, batches[0]).total / flops(dense, batches[0]).total,
+        "accuracy": float((right.float() + difference).mean()),
+        "points": 100 * float(difference.mean()),
+        "points_95": 196 * float(difference.std() / len(difference) ** 0.5),
+        "seconds": {name: float(torch.tensor(v).median()) for name, v in took.items()},
+        "ratio": middle, "ratio_10_90": [low, high],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -69,41 +169,61 @@ def main() -> None:
     import torch
 
     import secateur
-    from secateur.runtime.measured import measured
+    from secateur.tasks.base import cross_entropy
     from secateur.tasks.images import fashion_mnist
 
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     images, labels = fashion_mnist("train")
-    test_images, test_labels = (x[: args.test] for x in fashion_mnist("t10k"))
-    batches = list(zip(test_images.split(args.batch), test_labels.split(args.batch), strict=True))
-    net = network(args.width, args.depth, args.patch)
-    train(net, images[: args.images], labels[: args.images], args.epochs, args.seed)
-    rows, results = [], []
-    for method in args.methods:
-        for target in args.targets:
-            gates: Any = secateur.prune(net, method, target=target, example=batches[0][0])
-            found = measured(gates, batches)
-            results.append({"target": target, **gates.record, "measured": found})
-            per = {m: args.batch / found[m]["seconds"]["p50"] for m in ("dense", "gated")}
-            rows.append(
-                [
-                    method, target, " ".join(map(str, gates.record["tokens"])),
-                    f"{100 * found['dense']['accuracy']:.2f}", f"{100 * found['gated']['accuracy']:.2f}",
-                    f"{per['dense']:,.0f}", f"{per['gated']:,.0f}", f"{found['ratio']:.2f}",
-                ]
-            )  # fmt: skip
-            print(" | ".join(rows[-1]), flush=True)
+    net = trained(args, images, labels)
+    models: dict[str, Any] = {}
+    if args.dynamic is not None:
+        models["dynamicvit, trained, 35%"] = dynamic(args, net, images, labels)
+    test, wanted = (x[: args.test] for x in fashion_mnist("t10k"))
+    batches = list(test.split(args.batch))
+    calibration = list(zip(images[: args.calibration].split(8), labels[: args.calibration].split(8), strict=True))
+    smaller: dict[str, Any] = {}
+    for name, (units, method, options) in SETTINGS.items():
+        base = net
+        if units is not None and units not in smaller:
+            plan = secateur.plan(
+                net, "kwon", target=units, example=test[:1], data=calibration, loss=cross_entropy, recovery="refit"
+            )
+            smaller[units] = plan.shrink().eval()
+        base = net if units is None else smaller[units]
+        models[name] = base if method is None else secateur.prune(base, method, example=test[:1], **options)
+    if args.train_only:
+        return
+    results: dict[str, Any] = {}
+    with torch.inference_mode():
+        right = answers(net, batches) == wanted
+        for name, other in models.items():
+            found = measure(net, other.eval(), batches, wanted, right, args.timed // args.batch)
+            record = getattr(other, "record", {})
+            results[name] = {**found, "record": {k: v for k, v in record.items() if k in ("r", "keep", "at", "tokens")}}
+            print(f"{name}: {found['points']:+.2f} points, {found['ratio']:.2f} times as fast", flush=True)
     write_json(
         args.out,
         {
             "environment": environment(args.threads),
-            "settings": {k: str(v) for k, v in vars(args).items()},
+            "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "weights", "dynamic")},
+            "dense": {"accuracy": float(right.float().mean())},
             "results": results,
         },
     )
-    head = ["method", "target", "tokens", "dense %", "gated %", "dense images/s", "gated images/s", "times as fast"]
-    print(table(head, rows))
+    print(f"dense: {100 * float(right.float().mean()):.2f} % of {args.test}")
+    print(show(results, args.batch))
+
+
+def show(results: dict[str, Any], batch: int) -> str:
+    rows = [
+        [
+            name, f"{100 * r['flops']:.0f}", " ".join(map(str, r["record"].get("tokens", ""))),
+            f"{100 * r['accuracy']:.2f}", f"{r['points']:+.2f} ± {r['points_95']:.2f}",
+            f"{batch / r['seconds']['other']:,.0f}", f"{r['ratio']:.2f}",
+        ]
+        for name, r in results.items()
+    ]  # fmt: skip
+    return str(table(["setting", "FLOPs %", "tokens", "accuracy %", "points", "images/s", "times as fast"], rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .compare import Study, compare, write_report
+from .compound import Compound
 from .compression import compress
 from .directory import plan, prune_directory
 from .errors import SecateurError
@@ -12,7 +13,8 @@ from .masks import Masks
 from .methods import all_methods as list_methods
 from .methods import explain
 from .methods import load as _register
-from .prune import Pruned, prune
+from .prune import prune
+from .pruned import Pruned
 from .quality import measure
 from .recipe import Recipe
 from .recommend import Situation, recommend
@@ -26,6 +28,7 @@ _register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compound",
     "Decomposed",
     "Found",
     "Masks",

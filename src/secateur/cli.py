@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import cli_compare, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
+from . import cli_compare, cli_compound, cli_measure, cli_methods, cli_recommend, cli_runtime, cli_search, cli_train
 from .data import CALIBRATION
 from .errors import RecipeError, SecateurError
-from .fuse.decompose import methods as decompositions
+from .fuse import methods as decompositions
 from .granularity import parse
 from .methods import load
 from .options import (
@@ -55,6 +55,7 @@ from .options import (
     read_recipe,
 )
 from .printing import compared, summary
+from .processes import alone
 from .prune import recipe_of
 from .recipe import Recipe
 from .runtime import is_runtime
@@ -115,12 +116,21 @@ def prune(
     from .modules import is_module, prune_module
 
     axes = axes_of(locals())
+    if not names_a_task(model):
+        alone(f"secateur prune {model}")
     if quantize is not None and method is not None and (is_runtime(method) or method in decompositions()):
         raise RecipeError(f"--quantize goes with single weights; method '{method}' takes something else away")
     if method is not None and is_runtime(method):
-        return cli_runtime.prune_tokens(
+        return cli_runtime.prune_runtime(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             force=force, as_json=as_json,
+        )  # fmt: skip
+    if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
+        not names_a_task(model)
+    ):
+        return cli_compound.prune(
+            model, compound, out, example=example, data=data, count=windows, length=length, force=force,
+            as_json=as_json,
         )  # fmt: skip
     if names_a_task(model):
         if quantize is not None:
@@ -223,7 +233,7 @@ def _decompose(
     force: bool,
     as_json: bool,
 ) -> None:
-    from .fuse.command import decompose_source
+    from .decomposed import decompose_source
 
     taken = ("sparsity", "allocation", "only", "skip")
     if others := sorted(k for k, v in axes.items() if v and k not in taken):
@@ -272,6 +282,10 @@ def plan(
     from .directory import plan as make
 
     axes = axes_of(locals())
+    compound = cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)
+    compound = compound or cli_compound.of_decomposition(method, axes, knobs or [], target)
+    if compound is not None:
+        return cli_compound.plan(model, compound, example=example, data=data, as_json=as_json)
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     made: Any

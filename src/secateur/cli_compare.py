@@ -32,6 +32,10 @@ Total = Annotated[
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows, of language models.")]
 EvalWindows = Annotated[int, typer.Option("--eval-windows", min=3, help="Held-out windows: a third to validate on.")]
 Seconds = Annotated[float | None, typer.Option("--seconds", help="Stop a run that takes longer; it counts as failed.")]
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Make each run together, by torchrun: shares of batches, or of text.")
+]
+Where = Annotated[str, typer.Option("--device", help="Where tasks train: cpu, or cuda with a GPU for each process.")]
 Sizes = Annotated[list[str] | None, typer.Option("--set", help="A size of a ready task, e.g. --set task.images=6000.")]
 Latency = Annotated[bool, typer.Option("--latency", help="Also measure speed, beside the dense model.")]
 
@@ -62,6 +66,8 @@ def compare(
     seconds: Seconds = None,
     sizes: Sizes = None,
     latency: Latency = False,
+    processes: Processes = 1,
+    device: Where = "cpu",
     workers: Workers = None,
     threads: Threads = None,
     ray: Ray = None,
@@ -88,7 +94,7 @@ def compare(
             raise RecipeError("say where the study is kept: --out DIR")
         budget = {
             "epochs": epochs, "total_epochs": total_epochs, "windows": windows, "length": length,
-            "eval_windows": eval_windows, "seconds": seconds,
+            "eval_windows": eval_windows, "seconds": seconds, "processes": processes, "device": device,
         }  # fmt: skip
         study = Study.of({
             "study": out.name, "options": _sizes(sizes), "tasks": [w for w in what if names_a_task(w)],

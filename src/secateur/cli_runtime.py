@@ -14,15 +14,17 @@ from .data import CALIBRATION
 from .disk import refuse
 from .errors import RecipeError
 from .measure import machine, versions
+from .prune import prune
 from .record import dumps
-from .runtime import made, save
+from .registry import get
+from .runtime import Dynamic, save
 from .runtime.measured import measured, table
 from .runtime.store import stock
 from .tasks import names_a_task
 from .terminal import command, interruptible, out_console
 
 
-def prune_tokens(
+def prune_runtime(
     source: str,
     method: str,
     out: Path,
@@ -36,7 +38,9 @@ def prune_tokens(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Put a method of run time into a model, write it, and print what it brings on the data or the example.
+    """Put a method of run time that needs no training into a model, write it, and print what it brings.
+
+    It is measured on the batches of the data, or on the example.
 
     Raises:
         RecipeError: options that such a method does not have.
@@ -53,12 +57,16 @@ def prune_tokens(
     with interruptible(f"stopped: {out} was not written"):
         net = _model(source)
         given = None if data == CALIBRATION else data
+        needs = "data" in get("transform", method).needs
+        given = data if needs or data != CALIBRATION else None
         batches = batches_of(source, given, net, count, 128)[0] if given else []
         inputs = batches[0] if batches and example is None else example_inputs(example, net)
         if isinstance(inputs, (tuple, list)):
             inputs = inputs[0]
-        gates = made(net, method, inputs, target=target, **knobs.get(method, {}))
-        found = measured(gates, batches or [inputs])
+        gates: Dynamic = prune(
+            net, method, example=inputs, data=batches or None, target=target, **knobs.get(method, {})
+        )
+        found = get("transform", method).facts.get("measured", measured)(gates, batches or [inputs])
         gates.record |= {"source": source, "command": command()}
         save(gates, out, force)
         run = {**gates.record, "measured": found, "versions": versions(), "machine": machine()}
@@ -66,7 +74,7 @@ def prune_tokens(
     if as_json:
         print(json.dumps(run))
         return
-    print(table(gates.record, found))
+    print(table(gates, found))
     out_console.print(f"model   {out}", soft_wrap=True, markup=False)
 
 

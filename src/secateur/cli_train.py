@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import registry
+from . import cli_compound, registry
 from .errors import OutputError, RecipeError
 from .masks import Masks
 from .options import (
@@ -37,12 +38,15 @@ from .options import (
     Steps,
     Storage,
     axes_of,
+    part_knobs,
     read_recipe,
     split_knobs,
 )
+from .processes import joined
 from .recipe import Recipe
 from .terminal import bar, command, err_console, interruptible, out_console
 from .when import train as run
+from .when.train import runner_of
 
 
 def train(
@@ -81,7 +85,8 @@ def train(
 ) -> None:
     """Train a task, densely or with a method of pruning; --set task.NAME=VALUE sets its sizes.
 
-    Interrupted at any moment, the same command goes on where it was, and ends with the same weights.
+    Interrupted at any moment, the same command goes on where it was, and ends with the same weights. Several processes
+    make one run: torchrun --nproc-per-node 2 -m secateur train ...
     """
     axes = axes_of(locals())
     train_source(
@@ -98,30 +103,46 @@ def train_source(
     """What ``train`` and ``prune`` do with a task; ``more`` is for `secateur.train`."""
     given = dict(axes)
     options, own = split_knobs(knobs)
+    target = more.get("target")
+    compound = cli_compound.asked(method, recipe_file, axes, target=target, masks=more.get("masks"), set=own)
+    if compound := compound or cli_compound.of_decomposition(method, axes, own, target):
+        rest = {k: v for k, v in more.items() if k in ("epochs", "device", "score")}
+        return cli_compound.train_task(task, compound, out, options=options, force=force, as_json=as_json, **rest)
     chosen: str | Recipe | None = method
     if recipe_file is not None:
         chosen, given = read_recipe(method, recipe_file, axes, own), {}
     elif own:
-        given["knobs"] = read_recipe(method, None, {}, own).knobs if method else _no_method(own)
-    if force and out.exists():
-        _remove(out)
+        given["knobs"] = _knobs(method, own)
     again = f"stopped: {out} was not written; the same command goes on where it was"
-    with interruptible(again), bar(method or "dense", None, not as_json) as show:
+    with (
+        interruptible(again),
+        joined(more["device"]) as other,
+        bar(method or "dense", None, not (as_json or other)) as show,
+    ):
+        if force and out.exists() and not other:
+            _remove(out)
         made = run(
             task, chosen, out=out, options=options, command=command(),
             progress=lambda name, done, of: show(done, of), **more, **given,
         )  # fmt: skip
+    if other:
+        return  # the first process speaks
     if as_json:
         print(json.dumps(made.run))
         return
     print(made)
     for note in made.run["notes"]:
         out_console.print(f"note: {escape(note)}")
-    out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
+    out_console.print(f"model   {escape(str(out))}", soft_wrap=True)
+    if (out / "report.html").is_file():
+        out_console.print(f"report  {escape(str(out / 'report.html'))}", soft_wrap=True)
 
 
-def _no_method(knobs: list[str]) -> dict[str, Any]:
-    raise RecipeError(f"--set {knobs[0]} belongs to a method, and none is named: say which with --method")
+def _knobs(method: str | None, own: list[str]) -> Mapping[str, Any]:
+    """Knobs by part; of a method that trains by itself they are its own."""
+    if method is None:
+        raise RecipeError(f"--set {own[0]} belongs to a method, and none is named: say which with --method")
+    return part_knobs(own) if runner_of(method) is not None else read_recipe(method, None, {}, own).knobs
 
 
 def _remove(out: Path) -> None:

@@ -57,9 +57,10 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
             raise RecipeError(
                 f"criterion '{recipe.criterion}' ranks whole {kind}s: choose granularity {name}, or another criterion"
             )
-    if of == "token":
+    if of in ("token", "channel"):
         raise RecipeError(
-            f"criterion '{recipe.criterion}' ranks the tokens of one input: choose a method of run time, such as tome"
+            f"criterion '{recipe.criterion}' ranks the {of}s of one input: choose a method of run time, such as "
+            f"{'tome' if of == 'token' else 'fbs'}"
         )
     if of in OF_UNITS and (pattern.whole or not pattern.coupled):
         raise RecipeError(f"criterion '{recipe.criterion}' ranks units {OF_UNITS[of]}: choose granularity coupled")

@@ -17,11 +17,13 @@ from .disk import refuse
 from .errors import ModelError, OutputError, RecipeError
 from .formats.integers import is_packed
 from .formats.stored import is_stored
+from .fuse import methods as decompositions
+from .fuse import plan_factors
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
 from .models import load_model, load_tokenizer, next_token_loss, resolve, skeleton
-from .prune import MEMORY, Progress, block_keeps, prune, recipe_of
+from .prune import MEMORY, Progress, Several, block_keeps, prune, recipe_of
 from .recipe import Recipe
 from .record import dumps, run_record
 from .registry import get
@@ -32,7 +34,6 @@ from .stream.blocks import enter
 from .stream.shards import Checkpoint, Output, Shards
 from .stream.storage import Layout, layout, notes, weight_map
 from .stream.tables import check_tables, round_stored, round_tables
-from .structured import StructuredPlan, WholePlan
 from .units import plan_coupled
 
 WINDOWS = 64
@@ -102,7 +103,7 @@ def _some(names: list[str]) -> str:
 
 def plan(
     model: str | Path | nn.Module,
-    method: str | Recipe = "magnitude",
+    method: str | Recipe | Several = "magnitude",
     *,
     target: str | None = None,
     example: Any = None,
@@ -111,16 +112,22 @@ def plan(
     exported: bool = False,
     multiple: int = 8,
     **axes: Any,
-) -> Plan | StructuredPlan | WholePlan:
+) -> Any:
     """What `prune` would do, without doing it.
 
     Args:
         model: a module, a model directory, a hub id, or ``demo``; of a directory only headers are read.
         method: a named method or a recipe.
-        target, example, data, loss, exported, multiple: for coupled units, as for `prune`; the plan is then a
-            `StructuredPlan` or, of whole blocks, a `WholePlan`.
+        target, example, data, loss, exported, multiple: for coupled units, as for `prune`. Each kind of method has a
+            plan of its own; all of them print.
         axes: fields of the recipe that override the method's.
     """
+    if not isinstance(method, (str, Recipe)) or method in decompositions():
+        if not isinstance(model, nn.Module):
+            raise RecipeError("steps that change layers are planned on a module: load the model first")
+        if isinstance(method, (str, Recipe)):
+            return plan_factors(model, str(method), target=target, data=data, **axes)
+        return method.preview(model, example=example, data=data, loss=loss, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if parse(recipe.granularity).coupled:
         if not isinstance(model, nn.Module):
@@ -184,7 +191,9 @@ def prune_directory(
     path = resolve(model)
     resident = resident or works_on_the_whole(recipe) or is_packed(path) or is_stored(path)
     form = layout(recipe, storage)
-    _refuse_overlap(path, target, force)
+    if target.resolve() == path.resolve():
+        raise OutputError(f"--out {target} is the model itself: choose another directory")
+    refuse(target, force, way="choose another --out, or overwrite it with --force")
     tokens: Windows | None = None
     if recipe.needs_data:
         recipe.check(data=data is not None)
@@ -207,13 +216,12 @@ def prune_directory(
         timings=timings,
         peak_memory=peak.bytes,
         command=command,
-        before=before,
-        after=after,
+        before=before, after=after,
         notes=[
             *([] if stop is None else [f"only the first {stop} blocks were pruned, as asked"]),
             *notes(recipe, [r.name for r in records], form.coded(output)),
         ],
-    )
+    )  # fmt: skip
     _provenance(output, run)
     output.write_text("recipe.yaml", recipe.dump())
     output.write_text("run.json", dumps(run))
@@ -227,22 +235,14 @@ def works_on_the_whole(recipe: Recipe) -> bool:
     return recipe.needs_whole
 
 
-def _refuse_overlap(path: Path, target: Path, force: bool) -> None:
-    if target.resolve() == path.resolve():
-        raise OutputError(f"--out {target} is the model itself: choose another directory")
-    refuse(target, force, way="choose another --out, or overwrite it with --force")
-
-
 def _provenance(output: Output, run: dict[str, Any]) -> None:
     """A note in ``config.json``; everything else in it stays as it was."""
     file = output.part / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["secateur"] = {
-        "version": run["secateur"],
-        "method": run["recipe"]["method"],
-        "digest": run["digest"],
+        "version": run["secateur"], "method": run["recipe"]["method"], "digest": run["digest"],
         "sparsity": run["sparsity"]["pruned_layers"],
-    }
+    }  # fmt: skip
     output.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -8,10 +8,22 @@ from typing import Literal
 #: ``engine``: made without data. ``inputs``: statistics of what each layer reads. ``gradients``: of each weight.
 #: ``unrolled``: gradients of each weight that take all batches together. ``shape``: of each weight, for which the shape
 #: of an input is enough. ``maps``: of the feature maps that a convolution reads. ``blocks`` and ``experts``: of whole
-#: pieces of the model. ``tokens``: of the tokens of one input, as the model runs. ``training``: what only a training
-#: run shows (`secateur.attach`), which shows the gradient too.
+#: pieces of the model. ``tokens``, ``channels`` and ``exits``: of those of one input, and of one input between two
+#: blocks, as the model runs. ``training``: what only a training run shows (`secateur.attach`), which shows the gradient
+#: too.
 Source = Literal[
-    "engine", "inputs", "gradients", "unrolled", "shape", "maps", "blocks", "experts", "tokens", "training"
+    "engine",
+    "inputs",
+    "gradients",
+    "unrolled",
+    "shape",
+    "maps",
+    "blocks",
+    "experts",
+    "tokens",
+    "channels",
+    "exits",
+    "training",
 ]
 
 
@@ -107,6 +119,13 @@ FACTS: dict[str, Fact] = {
     "token_attention": Fact(
         "attention of the queries that count to each token, (..., heads, queries, tokens)", "tokens"
     ),
+    "channel_size": Fact("mean absolute value of each channel that a convolution reads, (batch, inputs)", "channels"),
+    "channel_map": Fact("what a convolution and its norm made, (batch, outputs, ...)", "channels"),
+    "gate_weight": Fact("weight of what predicts channels, learned, (outputs, inputs)", "channels"),
+    "gate_bias": Fact("bias of what predicts channels, learned, (outputs,)", "channels"),
+    "exit_logits": Fact("logits of what an exit answers, (..., classes)", "exits"),
+    "state_before": Fact("the hidden state that a block is given, (..., width)", "exits"),
+    "state_after": Fact("the hidden state that a block gives, (..., width)", "exits"),
     "momentum": Fact("the optimizer's momentum; of Adam over the root of its second moment, (o, i)", "training"),
     "movement": Fact("minus the sum over steps of weight times gradient, (o, i)", "training"),
     "sensitivity": Fact("exponential mean over steps of |weight times gradient|, (o, i)", "training"),

@@ -10,8 +10,9 @@ from .compression import Installed, is_compressed, load_compressed, save_compres
 from .formats.integers import is_packed
 from .formats.stored import is_stored
 from .models import load_model, load_stored
-from .runtime import TokenGates, is_gated
+from .runtime import Dynamic, is_gated
 from .runtime import load as load_gated
+from .runtime import save as save_gated
 from .structured import load as load_smaller
 from .structured import save as save_smaller
 
@@ -25,8 +26,8 @@ def save(model: nn.Module, out: str | Path) -> Path:
         ModelError: the model is none of these.
         OutputError: ``out`` exists and is not empty.
     """
-    if isinstance(model, TokenGates):
-        return model.save(out)
+    if isinstance(model, Dynamic):
+        return save_gated(model, out)
     if any(isinstance(m, Installed) for m in model.modules()):
         return save_compressed(model, out)
     return save_smaller(model, out)
@@ -47,5 +48,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if is_stored(path):
         return load_stored(Path(path), model)
     if is_gated(path):
-        return load_gated(path, model)
+        gated: nn.Module = load_gated(path, model)
+        return gated
     return load_compressed(path, model) if is_compressed(path) else load_smaller(path, model)

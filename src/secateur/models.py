@@ -141,7 +141,7 @@ def _load_packed(path: Path, dtype: torch.dtype | None) -> Any:
         else:
             quantization = config.quantization_config
             del config.quantization_config
-            for file in sorted(path.glob("*.safetensors")):
+            for file in sorted(set(path.glob("*.safetensors")) - {path / "masks.safetensors"}):
                 tensors |= unpacked(load_file(file), quantization, kind)
             made = type(skeleton(path))
         model = made.from_pretrained(None, config=config, state_dict=tensors, dtype=kind)

@@ -8,7 +8,8 @@ from typing import Any
 
 from .coupled import batches_of, example_inputs, load_module
 from .disk import refuse
-from .prune import Pruned, prune
+from .prune import prune
+from .pruned import Pruned
 from .recipe import Recipe
 
 

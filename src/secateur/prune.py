@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,23 +12,24 @@ from . import granularity
 from .calibrate import Loss, as_batch, batches_of, evidence_of
 from .control import controlled, restore
 from .data import Windows, windows
-from .disk import beside
 from .errors import RecipeError
 from .evidence.inputs import INPUT_FACTS
 from .formats import OnGrid
-from .layers import Layer, Skipped, evaluating, find_layers
+from .fuse import decompose
+from .fuse import methods as decompositions
+from .layers import Layer, evaluating, find_layers
 from .masks import Masks
 from .measure import Peak, count_parameters
+from .pruned import Pruned
 from .recipe import TRAINING, Recipe
 from .record import run_record
 from .registry import get
 from .runtime import is_runtime
 from .runtime import made as gated
 from .schedule import sparsity_at
-from .solve import LayerRecord, allocate, layer_facts, sketch_layer, solve_layer
+from .solve import LayerRecord, allocate, held_by, layer_facts, shares, sketch_layer, solve_layer
 from .stream import Blocks, Engine, Tick, find_blocks
 from .stream.blocks import enter
-from .stream.storage import Smallest, layout, seal_model
 from .stream.tables import check_tables, round_tables
 from .structured import WholePlan
 from .units import plan_coupled
@@ -39,70 +38,17 @@ MEMORY = 2 << 30
 Progress = Callable[[Tick], None]
 
 
-@dataclass(eq=False)
-class Pruned:
-    """A pruned model with the record of what was done. Prints as a before and after table.
+class Several(Protocol):
+    """What is done in several steps; a `Compound` is one."""
 
-    ``grids`` says what values weights were rounded to: by layer, and by the parameter's name for embedding tables.
-    """
+    def carry_out(self, model: nn.Module, **given: Any) -> Any: ...
 
-    model: nn.Module
-    recipe: Recipe
-    masks: Masks
-    records: list[LayerRecord]
-    skipped: list[Skipped]
-    run: dict[str, Any] = field(repr=False)
-    grids: dict[str, OnGrid] = field(default_factory=dict, repr=False)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the weights of the pruned layers that is zero."""
-        return float(self.run["sparsity"]["pruned_layers"])
-
-    def save(self, out: str | Path, tokenizer: Any = None, storage: str | None = None) -> Path:
-        """Write the model, ``masks.safetensors``, ``recipe.yaml``, ``run.json`` and ``report.html``.
-
-        A transformers model is saved by its own ``save_pretrained``, so stock tools load it.
-
-        Args:
-            storage: ``stock`` as said; or ``smallest``: each matrix in the fewest bytes, without masks, for `load`
-                alone. The latter without being asked where survivors share values.
-
-        Raises:
-            OutputError: the directory exists and is not empty.
-        """
-        from .report import write_run
-        from .store import save_module
-
-        form = layout(self.recipe, storage)
-        with beside(out) as part:
-            save_module(self.model, part)
-            if isinstance(form, Smallest):
-                seal_model(part, self.grids, self.model, str(self.run["model"]["source"]))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(part)
-            masks = Masks() if isinstance(form, Smallest) else self.masks  # zeros say it, and they would weigh the more
-            write_run(part, self.recipe, masks, self.run)
-        return Path(out)
-
-    def __str__(self) -> str:
-        total = sum(r.parameters for r in self.records)
-        kept = sum(r.kept for r in self.records)
-        errors = [r.error for r in self.records if r.error is not None]
-        lines = [
-            f"{self.recipe.method}: {len(self.records)} layers pruned, {len(self.skipped)} parameters left alone",
-            f"{'':24}{'before':>16}{'after':>16}",
-            f"{'weights in those layers':24}{total:>16,}{kept:>16,}",
-            f"{'sparsity':24}{0:>16.4f}{1 - kept / total:>16.4f}",
-        ]
-        if errors:
-            lines.append(f"{'mean output error':24}{'':>16}{sum(errors) / len(errors):>16.4f}")
-        return "\n".join(lines)
+    def preview(self, model: nn.Module, **given: Any) -> Any: ...
 
 
 def prune(
     model: nn.Module,
-    method: str | Recipe = "magnitude",
+    method: str | Recipe | Several = "magnitude",
     *,
     data: Any = None,
     loss: Loss | None = None,
@@ -116,6 +62,7 @@ def prune(
     exported: bool = False,
     multiple: int = 8,
     masks: Mapping[str, Tensor] | None = None,
+    shared: bool = False,
     **axes: Any,
 ) -> Any:
     """Prune a model in place.
@@ -123,7 +70,7 @@ def prune(
     Args:
         model: any module. Where it repeats blocks that feed each other (a transformer), it is pruned block
             by block; otherwise in one pass over the whole model.
-        method: a named method (``secateur methods``) or a `Recipe`.
+        method: a named method (``secateur methods``), a `Recipe`, or a `Compound` of several steps.
         data: what the method measures on: batches of token ids for a language model (or ``text:FILE`` with
             a ``tokenizer``), or any batches that ``model(batch)`` accepts (a tuple's first item is the
             input; a dict is passed as keywords).
@@ -139,13 +86,16 @@ def prune(
         multiple: for coupled units, sizes that remain are multiples of it where the units are single positions
             (heads and groups go whole); vector units of processors like 8 or 16.
         masks: what earlier rounds kept, by layer name: what they removed stays removed.
+        shared: the processes of a ``torch.distributed`` group prune one model together: all are given the same data,
+            and each runs its share of the windows. For what is pruned block by block.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ...
 
     Returns:
         `Pruned`; the model itself has been changed. For coupled units a `StructuredPlan`, for whole blocks and experts
         a `WholePlan`: the model is masked (but for experts, which no zeros stand for), and its ``shrink()`` returns
-        the smaller one. For methods of run time (tome, evit), whose knobs ``axes`` are, a `runtime.TokenGates`: a
-        module to be used in place of the model, which is as it was.
+        the smaller one. For methods of run time (tome, evit), whose knobs ``axes`` are, a `runtime.Dynamic`: a
+        module to be used in place of the model, which is as it was. For decompositions (low-rank, tucker) a
+        `Decomposed`, and for compounds a `Compounded`, whose ``model`` is to be used.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError: before the model is touched wherever possible.
@@ -154,8 +104,19 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
+    if not isinstance(method, (str, Recipe)):
+        given = {"data": data, "loss": loss, "tokenizer": tokenizer, "windows_count": windows_count, "length": length}
+        return method.carry_out(model, example=example, memory=memory, **given, **axes)
+    if method in decompositions():
+        how = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
+        return decompose(model, str(method), target=target, data=data, **how, **axes)
     if is_runtime(method):
-        return gated(model, str(method), example, target=target, **axes)
+        if is_runtime(method, trained=True):
+            raise RecipeError(
+                f"the gates of '{method}' are learned: secateur.train(task, '{method}') trains them with the model "
+                f"(secateur train TASK --method {method})"
+            )
+        return gated(model, str(method), example, data, target=target, **axes)
     recipe = recipe_of(method, axes, target, example, exported)
     if get("recovery", recipe.recovery).facts.get("data") == "task":
         raise RecipeError(
@@ -184,14 +145,18 @@ def prune(
     described: Mapping[str, Any] | None = None
     with Peak() as peak, evaluating(model):
         grids: dict[str, OnGrid] = {**round_tables(model, recipe)}  # layers are then calibrated on what will be read
-        if not masks and _by_block(model, recipe, blocks, layers, data):
+        if _by_block(model, recipe, blocks, layers, data):
             assert blocks is not None
             tokens = None
             if recipe.needs_data:
                 tokens = windows(data, tokenizer, count=windows_count, length=length)
                 described = tokens.describe()
-            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress, grids)
+            if shared and get("recovery", recipe.recovery).facts.get("data") == "block":
+                raise RecipeError(f"recovery '{recipe.recovery}' trains each block, which processes cannot share")
+            records, made = _by_blocks(model, recipe, blocks, layers, tokens, memory, progress, grids, masks, shared)
         else:
+            if shared and recipe.needs_data:
+                raise RecipeError(f"method '{recipe.method}' measures this model as a whole, which cannot be shared")
             if recipe.needs_data:
                 described = data.describe() if isinstance(data, Windows) else {"source": "batches"}
             records, made = _whole(model, recipe, layers, data, loss, masks, grids)
@@ -255,7 +220,7 @@ def recipe_of(
 
 def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: list[Layer], data: Any) -> bool:
     """Whether the model is pruned block by block: it has blocks, all layers are in them, and inputs matter."""
-    if blocks is None or recipe.needs_whole or not recipe.needs_data:
+    if blocks is None or recipe.needs_whole or not recipe.needs_data or not _is_text(data):
         return False
     inside = tuple(f"{p}." for p in blocks.paths())
     if not all(layer.name.startswith(inside) for layer in layers) or not hasattr(model, "config"):
@@ -263,6 +228,12 @@ def _by_block(model: nn.Module, recipe: Recipe, blocks: Blocks | None, layers: l
             raise RecipeError(f"recovery '{recipe.recovery}' works on repeated blocks, and not all layers are in one")
         return False
     return True
+
+
+def _is_text(data: Any) -> bool:
+    """Whether batches hold token ids alone, and not, say, images beside them."""
+    first = data[0] if isinstance(data, (list, tuple)) and data else data
+    return not isinstance(first, Mapping) or set(first) <= {"input_ids", "attention_mask", "labels"}
 
 
 def _by_blocks(
@@ -274,8 +245,11 @@ def _by_blocks(
     memory: int,
     progress: Progress | None,
     grids: dict[str, OnGrid],
+    before: Mapping[str, Tensor] | None = None,
+    shared: bool = False,
 ) -> tuple[list[LayerRecord], Masks]:
     parameter = next(model.parameters())
+    held = held_by(layers, before)
 
     def at(a: int, b: int) -> Any:
         assert tokens is not None
@@ -283,7 +257,9 @@ def _by_blocks(
         return enter(model, blocks, lambda m: m(input_ids=ids, use_cache=False))
 
     def engine() -> Engine:
-        made = Engine(recipe, at if tokens is not None else None, len(tokens) if tokens else 0, memory, parameter.dtype)
+        enters, count = (at, len(tokens)) if tokens is not None else (None, 0)
+        made = Engine(recipe, enters, count, memory, parameter.dtype, shared)
+        made.held = held
         made.start()
         return made
 
@@ -291,7 +267,7 @@ def _by_blocks(
 
     eager_experts(model)
     of_block = {p: [x for x in layers if x.name.startswith(f"{p}.")] for p in blocks.paths()}
-    keeps = block_keeps(recipe, of_block, lambda k: blocks.modules[k], engine)
+    keeps = block_keeps(recipe, of_block, lambda k: blocks.modules[k], engine, held=held)
     records: list[LayerRecord] = []
     masks = Masks()
     run = engine()
@@ -317,6 +293,7 @@ def block_keeps(
     engine: Callable[[], Engine],
     free: Callable[[int], Any] | None = None,
     exact: bool = True,
+    held: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """What every layer keeps; allocations that look at data take a pass of their own over the dense blocks."""
     measured = get("allocation", recipe.allocation).facts.get("measure") is not None
@@ -330,10 +307,12 @@ def block_keeps(
         block = load(k)
         evidence = run.measure_block(k, block, layers, needs) if run is not None else {}
         for layer in layers:
-            facts[layer.name] = layer_facts(layer, path, sketch_layer(layer, recipe, evidence.get(layer.name), exact))
+            mask = (held or {}).get(layer.name)
+            sketch = sketch_layer(layer, recipe, evidence.get(layer.name), exact, mask)
+            facts[layer.name] = layer_facts(layer, path, sketch)
         if free is not None:
             free(k)
-    return allocate(recipe, facts)
+    return allocate(recipe, facts, before=shares(held or {}, facts))
 
 
 def _whole(
@@ -358,11 +337,10 @@ def _whole(
     again = not recipe.nested and recipe.steps > 1
     dense = {x.name: x.stored.detach().clone() for x in layers} if again or recipe.control != "none" else {}
     records: dict[str, LayerRecord] = {}
-    names = {x.name: x for x in layers}
-    masks = {n: m.to(names[n].stored.device) for n, m in (before or {}).items() if n in names}
+    masks = held_by(layers, before)
     blocks = find_blocks(model)
     paths = blocks.paths() if blocks else []
-    keeps = {n: float(masks[n].double().mean()) if n in masks else 1.0 for n in names} if masks else {}
+    keeps = shares(masks, [x.name for x in layers])
     for step in range(1, recipe.steps + 1):
         sparsity = sparsity_at(recipe.schedule, step / recipe.steps, recipe.sparsity)
         evidence = evidence_of(model, recipe, layers, batches, loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .granularity import Granularity
 from .layers import Layer
 from .recipe import GRADIENTS, SHAPES, Recipe
 from .registry import get
-from .select import is_finite
+from .select import is_finite, keep_count
 from .solvers import Curvature, Solved, output_error
 
 _SAMPLE_ROWS = 512  # rows of input on which the output error is measured when no Gram matrix is at hand
@@ -147,8 +147,10 @@ def solve_layer(
     pattern.check(layer.shape, layer.name)
     if _unseen(evidence, recipe):
         note = "no calibration token reached it: left dense (give more data)"
-        everything = torch.ones(layer.shape, dtype=torch.bool, device=layer.stored.device)
+        everything = torch.ones(layer.shape, dtype=torch.bool, device=layer.stored.device) if mask is None else mask
         return _record(layer, block, everything, None, start, (note,)), everything
+    if mask is not None:
+        _check_left(pattern, layer, keep, mask, recipe.solver)
     facts = Facts(layer, recipe, evidence, curvature, keep, mask)
     before = facts["weight"]
     solved: Solved = get("solver", recipe.solver)(facts, **recipe.knobs_of("solver"))
@@ -156,6 +158,8 @@ def solve_layer(
     kept = int(torch.count_nonzero(solved.mask))
     if kept != expected:
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' kept {kept} weights where {expected} were due")
+    if mask is not None and bool((solved.mask & ~mask).any()):
+        raise NumericalError(f"{layer.name}: solver '{recipe.solver}' brought weights back that were gone")
     if not is_finite(solved.weight):
         raise NumericalError(f"{layer.name}: solver '{recipe.solver}' gave NaN or infinite weights")
     if layer.stored.dtype == torch.float64 and before.dtype == torch.float32:
@@ -170,6 +174,26 @@ def solve_layer(
     if grids is not None and solved.grid is not None:
         grids[layer.name] = solved.grid
     return _record(layer, block, solved.mask, error, start, solved.notes), solved.mask
+
+
+def _check_left(pattern: Granularity, layer: Layer, keep: float, mask: Tensor, solver: str) -> None:
+    """What an earlier round left must be enough, and the solver must know of it."""
+    part = get("solver", solver)
+    if part.facts.get("chooses") == "mask" and "mask" not in part.needs and not bool(mask.all()):
+        raise RecipeError(
+            f"solver '{solver}' chooses masks by itself and knows of no earlier ones: choose sparsegpt, or rank"
+        )
+    units, cut = pattern.pool_shape(*layer.shape)[1], pattern.split(mask)
+    if bool((cut.any(-1) & ~cut.all(-1)).any()):
+        raise RecipeError(
+            f"{layer.name}: earlier steps took parts of the units of '{pattern.name}': take these units first"
+        )
+    left = int(cut.any(-1).sum(-1).min())
+    if left < (due := keep_count(keep, units)):
+        raise RecipeError(
+            f"{layer.name}: earlier steps left {left} of {units} in a group where '{pattern.name}' keeps {due}: ask "
+            "for more to go, or choose granularity element"
+        )
 
 
 def _unseen(evidence: Any, recipe: Recipe) -> bool:
@@ -245,6 +269,17 @@ def allocate(
         keeps = _within(keeps, before, layers)
     pattern = granularity_module.parse(recipe.granularity)
     return keeps if pattern.keep is None else _whole_units(keeps, layers, pattern)
+
+
+def held_by(layers: Sequence[Layer], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The masks of these layers, of those that earlier rounds left."""
+    names = {x.name: x for x in layers}
+    return {n: m.to(names[n].stored.device) for n, m in (masks or {}).items() if n in names}
+
+
+def shares(masks: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """What each layer has left, where any was pruned before."""
+    return {n: float(masks[n].double().mean()) if n in masks else 1.0 for n in names} if masks else {}
 
 
 def _within(

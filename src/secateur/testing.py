@@ -164,7 +164,7 @@ def check_criterion(name: str, facts: Mapping[str, Maker] | None = None) -> None
 
 
 def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
-    """A criterion of whole blocks, of experts, of tokens or of scales gives one finite number for each."""
+    """A criterion of whole blocks, of experts, of tokens, of exits or of scales gives one finite number for each."""
     units = 6
     generator = torch.Generator().manual_seed(0)
     given: dict[str, Any] = {
@@ -186,6 +186,9 @@ def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
         "token_key": torch.randn(units, 4, generator=generator),
         "token_free": torch.ones(units, dtype=torch.bool),
         "token_attention": torch.rand(2, 3, units, generator=generator),
+        "exit_logits": torch.randn(units, 5, generator=generator),
+        "state_before": torch.randn(units, 4, generator=generator),
+        "state_after": torch.randn(units, 4, generator=generator),
         "count": 2,
     }
     for name, maker in makers.items():

@@ -51,6 +51,7 @@ def test_a_study_is_run_read_back_and_not_run_again(tmp_path: Path) -> None:
     assert first.result["effective_flops"] < first.result["flops"]
     assert first.result["cost"]["epochs"] == 1.0 and first.result["cost"]["samples"] >= 64
     assert first.result["data"]["train"] != first.result["data"]["test"]
+    assert 0 < first.result["cost"]["memory_before"] <= first.result["cost"]["peak_memory"]
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"study.yaml", "runs.sqlite", "rows.jsonl", "artifacts"}
     assert timeless(load(tmp_path / "s").rows) == timeless(made.rows)
     begun = time.perf_counter()

@@ -64,3 +64,12 @@ class broken(clouds):
         if split == "train" and seed == 1:
             raise KeyError("a mistake")
         return super().batches(split, seed, epoch)
+
+
+class absent(clouds):
+    """Its data are not there, until they are."""
+
+    def batches(self, split: str, seed: int, epoch: int) -> Any:
+        if not os.path.exists(os.environ["SECATEUR_DATA"]):
+            raise FileNotFoundError("the data are not there")
+        return super().batches(split, seed, epoch)

@@ -110,8 +110,35 @@ def test_model_with_sparse_terms_and_its_files(quantity: str, tmp_path: Path) ->
     assert torch.equal(again(x), model(x))
     on_disk = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert made.run["after"]["bytes"] <= on_disk < made.run["after"]["bytes"] + 1500  # headers
-    with pytest.raises(RecipeError, match="divides the budget of each layer itself"):
-        secateur.decompose(net(), "low-rank+sparse", target="params 50%", data=x, allocation="greedy")
+
+
+@pytest.mark.parametrize("quantity", ["params", "bytes"])
+def test_one_budget_for_ranks_and_single_weights(quantity: str) -> None:
+    """Each layer gets ranks, weights of its own, both or neither, by what loses least."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24))
+        with torch.no_grad():
+            made[3].weight.copy_(drawn(24, 3, seed=1) @ drawn(3, 24, seed=2))  # low rank
+            made[1].weight.mul_((torch.rand(24, 24) < 0.2) * 5.0 + 0.001)  # few weights matter
+            made[0].weight.copy_(torch.linalg.qr(drawn(24, 24, seed=3))[0])  # neither
+            made[2].weight.copy_(planted(24, 24, 4))  # both
+        return made
+
+    x = drawn(200, 24, seed=7).float()
+    errors, kinds = {}, {}
+    for how in ("greedy", "uniform"):
+        model = net()
+        made = secateur.decompose(
+            model, "low-rank+sparse", target=f"{quantity} 45%", data=x, allocation=how, iterations=3
+        )  # fmt: skip
+        assert made.run["after"][quantity] <= 0.55 * made.run["before"][quantity]
+        errors[how] = sum(r.error**2 for r in made.records)
+        kinds[how] = [r.kind for r in made.records]
+    assert errors["greedy"] < 0.7 * errors["uniform"]
+    assert kinds["greedy"][0] == "dense" and kinds["greedy"][1] == "sparse"
+    assert kinds["greedy"][3] in ("low-rank", "low-rank+sparse")
 
 
 def test_a_packed_file_that_does_not_fit(tmp_path: Path) -> None:

@@ -129,6 +129,28 @@ def test_what_is_expected_not_to_hold_comes_behind_and_is_said() -> None:
     assert not any("hold a drop" in text for text in ask(runs=runs, max_drop=0.3, **given).advice)
 
 
+@pytest.mark.parametrize("hardware", ["cpu avx512", "h100"])
+@pytest.mark.parametrize("goal", ["memory 50%", "size 75%"])
+def test_language_models_are_quantized_for_memory(hardware: str, goal: str) -> None:
+    given = {"kind": "decoder", "data": "unlabeled", "hardware": Hardware.parse(hardware), "goal": Goal.parse(goal)}
+    said = ask(**given).advice[0]
+    assert said.startswith("do not prune: quantize. Eight bits")
+    # Runs that held both to one number of bytes stand in place of what is commonly known.
+    net = Subject("net", "decoder", 10**8)
+    for bits, weights, begins in ((0.05, 0.6, "do not prune: quantize. Held"), (0.6, 0.1, "whether to prune or to")):
+        drops = {"gptq": bits, "sparsegpt": weights, "wanda": weights + 0.1}
+        runs = study("equal bytes", net, drops, targets=("bytes 60%",), noise=0)
+        said = ask(runs=runs, **given).advice[0]
+        assert (
+            said.startswith(begins) and f"on net at bytes 60% gptq lost {100 * bits:.2g} % of the score; 2 runs" in said
+        )
+        assert f"the best that only prunes sparsegpt lost {100 * weights:.2g} %" in said
+        # What quantizing lost says nothing of what pruning would.
+        assert all(
+            e.effect is None or e.effect.direct is None for e in ask(runs=runs, **given).entries if e.name == "gptq"
+        )
+
+
 @pytest.mark.parametrize(
     ("said", "given"),
     [

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secateur import Recipe
 from secateur.compare import Row, write_rows
@@ -166,3 +168,22 @@ def test_recipes_of_other_versions_are_understood_as_far_as_they_go() -> None:
     rows = [row("net", "wanda", "0.5", 0, 0.5)]
     (cell,) = cells([Run(replace(rows[0], recipe=json.loads(json.dumps(old))), "s", CNN)])
     assert cell.outcomes[0].candidate.family == "llm"
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9, unique=True))
+def test_places_are_ranks_and_lead_back_to_what_was_lost(drops: list[float]) -> None:
+    labels = ["magnitude", "wanda", "random", "obc", "ria", "lamp", "admm", "snip", "synflow"][: len(drops)]
+    (cell,) = cells(study("s", Subject("net", "cnn", 10**6), dict.fromkeys(labels, 0.1), targets=("0.5",), noise=0.0))
+    assert {cell.place(o) for o in cell.outcomes} == {1.0}, "equal ones share the middle"
+    made = replace(
+        cell, outcomes=tuple(replace(o, drop=round(d, 6)) for o, d in zip(cell.outcomes, drops, strict=True))
+    )
+    places = {o.drop: made.place(o) for o in made.outcomes}
+    assert sum(made.place(o) for o in made.outcomes) == pytest.approx(len(drops))
+    if len(places) == len(drops):
+        assert [places[d] for d in sorted(places)] == pytest.approx(
+            [2 * k / (len(drops) - 1) for k in range(len(drops))]
+        )
+        assert all(made.drop_at(place) == pytest.approx(drop, abs=1e-9) for drop, place in places.items())
+    assert made.drop_at(-1.0) == made.best
+    assert made.drop_at(9.0) == pytest.approx(max(o.drop for o in made.outcomes))

@@ -15,7 +15,7 @@ from secateur.recommend import Goal, Hardware, Situation, predict
 from secateur.recommend.aim import fit
 from secateur.recommend.candidate import Aim, Candidate
 from secateur.recommend.distance import closeness, likeness, relevance, same
-from secateur.recommend.rank import BELIEF, POINT, Evidence, effect, shrinkage
+from secateur.recommend.rank import BELIEF, POINT, POOLED, Evidence, effect, shrinkage
 from secateur.recommend.subject import Subject
 from secateur.registry import get, parts
 from tests.recommend.rows import study
@@ -37,7 +37,8 @@ def test_the_effect_of_one_study_by_hand() -> None:
     weights = [k**6 for k in kin if k >= 0.5]
     if not weights:
         assert found.prior == pytest.approx(1 - 2 * POINT)
-    assert found.value == pytest.approx((0.0 + evidence.ratio * found.prior) / (1 + evidence.ratio))
+    base = (0.0 + evidence.ratio * found.prior) / (1 + evidence.ratio)
+    assert found.value == pytest.approx((1 * 0.0 + POOLED * base) / (1 + POOLED))
     plain = effect(evidence, HERE, candidate("magnitude"), points=0.0)
     assert plain.direct == pytest.approx(1.0)
     like = likeness(candidate("magnitude").profile, candidate("random").profile)

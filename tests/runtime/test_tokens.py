@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import secateur
 from secateur.errors import ModelError, RecipeError
 from secateur.measure.flops import flops
-from secateur.runtime import TokenGates, evit, tome
+from secateur.runtime import TokenGates, evit, power_bert, tome
 from secateur.runtime.act import Fuse, Seen
 from secateur.runtime.measured import measured
 from secateur.tasks.nets import TextTransformer
 
 from .models import classifier, images, vectors, vit
 
-METHODS = {"tome": tome, "evit": evit}
+METHODS = {"tome": tome, "evit": evit, "power-bert": power_bert}
 
 
 def test_evit_against_a_plain_loop() -> None:
@@ -160,17 +160,6 @@ def test_positions_in_the_attention_are_refused() -> None:
         tome(Rotary().eval(), vectors(), r=2)
 
 
-def test_masked_attention_is_refused_when_it_comes() -> None:
-    kind, config, _ = transformers_models()["bert"]
-    net = kind(config).eval()
-    ids = torch.arange(2, 32).view(2, 15)
-    fast = tome(net, {"input_ids": ids}, r=2)
-    mask = torch.ones_like(ids)
-    mask[1, 10:] = 0
-    with pytest.raises(ModelError, match="without padding"):
-        fast(input_ids=ids, attention_mask=mask)
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -194,13 +183,15 @@ def test_other_bad_options() -> None:
         secateur.prune(vit(), "evit", keep=0.5)
     with pytest.raises(RecipeError, match="attention 7"):
         evit(vit(), images(1), keep=0.5, at=(7,))
+    with pytest.raises(RecipeError, match="names no attention"):
+        tome(vit(), images(1), keep=0.5, at=())
     with pytest.raises(RecipeError, match="method of run time"):
         secateur.prune(vit(), "magnitude", criterion="token-redundancy")
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     net, x = vit(), images()
-    for fast in (tome(net, x, r=7), evit(net, x, keep=0.6, fuse=False)):
+    for fast in (tome(net, x, r=7, at=(0, 2)), power_bert(net, x, keep=0.9), evit(net, x, keep=0.6, fuse=False)):
         out = tmp_path / fast.record["method"]
         secateur.save(fast, out)
         again = secateur.load(out, vit(seed=5))
@@ -266,7 +257,7 @@ def test_command(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=match):
             CliRunner().invoke(app, [*words, "--out", str(tmp_path / "b"), *more], catch_exceptions=False)
     listed = CliRunner().invoke(app, ["methods", "--when", "runtime", "--json"], catch_exceptions=False)
-    assert {row["name"] for row in json.loads(listed.output)} >= {"tome", "evit"}
+    assert {row["name"] for row in json.loads(listed.output)} >= {"tome", "evit", "power-bert"}
     words[1] = "fashion-vit"
     with pytest.raises(RecipeError, match="trained already"):
         CliRunner().invoke(app, [*words, "--out", str(tmp_path / "b")], catch_exceptions=False)

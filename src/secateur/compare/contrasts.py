@@ -11,6 +11,7 @@ from ..errors import StudyError, UnknownName
 from ..granularity import parse
 from ..layers import find_layers
 from ..recipe import Recipe
+from ..runtime import is_runtime
 from ..tasks import find
 from ..when.healing import fresh_model
 from .answers import Answer, Side, Statement, answer
@@ -20,6 +21,7 @@ from .targets import PATTERN
 from .verdicts import BETTER
 
 _FINE: dict[str, Any] = {"knobs": {"recovery": {"length": 1.0}}}
+_ANEW: dict[str, Any] = {"recovery": "finetune", "knobs": {"recovery": {"rate": 1.0}}}
 _HIGH = {"0.9": "90 %", "0.95": "95 %", "0.98": "98 %", "0.99": "99 %"}
 _LOW = {"0.3": "30 %", "0.5": "50 %", "0.7": "70 %"}
 
@@ -228,7 +230,13 @@ _CONTRASTS = (
         "At equal FLOPs a choice at run time keeps more accuracy, saves no memory, and is harder to batch.",
         "Gao et al., Dynamic channel pruning (FBS), arXiv 1810.05331",
         ("dynamic", "static"),
-        note="It waits for pruning at run time, which this version does not have.",
+        tasks={
+            "static": [{"method": "l1-norm", **_ANEW}, {"method": "taylor", **_ANEW}],
+            "dynamic": [{"method": "fbs", "rate": 1.0}, {"method": "ftwt", "rate": 1.0}],
+        },
+        levels={"flops 50%": "half of the FLOPs", "flops 70%": "seven tenths of the FLOPs"},
+        note="FLOPs of a dynamic network are those executed, the mean over test inputs. All train as long: two thirds of "
+        "the epochs densely, then a third with filters gone, or with gates, on the same schedule anew.",
     ),
     Contrast(
         "layerwise-vs-global",
@@ -336,7 +344,9 @@ def _fitting(
         return list(methods)
     layers = find_layers(fresh_model(find(subject, **(options or {})), 0), only=("*",))[0]
     odd = [x.name for x in layers if any(x.shape[1] % m for m in runs)]
-    single = [not parse(Recipe.of(str(c["method"])).granularity).coupled for c in methods]
+    single = [
+        not is_runtime(c["method"]) and not parse(Recipe.of(str(c["method"])).granularity).coupled for c in methods
+    ]
     return [{**c, "skip": odd} if odd and weights else c for c, weights in zip(methods, single, strict=True)]
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from ..models import resolve
 from ..record import dumps
 from ..tasks import find
 from .contrasts import contrast
-from .execute import Outcome
 from .local import Executor, Local
+from .outcome import Outcome, limit_of
 from .plan import Left, Run, chosen_knobs, left_out, runs_of
 from .rows import Row, read_rows, write_rows
 from .store import Store
@@ -26,6 +26,8 @@ from .study import Study
 
 #: Seconds between two signs of life.
 BEAT = 5.0
+#: So many runs in a row that end before anything of them is done, for one reason, stop a study.
+ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,7 @@ def compare(
     try:
         runs = _planned(asked, store)
         store.add(runs)
-        if retry:
-            store.retry(r.digest for r in runs)
+        store.retry(r.digest for r in (runs if retry else _have_longer(runs, store)))
         if any(status in ("pending", "running") for status in _states(store, runs)):
             _there(asked)
             runner = _executor(target, workers, threads, ray)
@@ -183,6 +184,7 @@ def _work(
     runs = _planned(study, store)
     flying: dict[str, Run] = {}
     times: list[float] = []
+    idle: list[Outcome] = []  # the last ones, all ended before they began
     beaten = time.monotonic()
     while True:
         while len(flying) < runner.slots:
@@ -205,10 +207,27 @@ def _work(
             run = flying.pop(outcome.digest)
             _enter(store, target, outcome)
             times.append(outcome.seconds)
+            idle = [] if outcome.begun else [*(x for x in idle if x.reason == outcome.reason), outcome]
+            if len(idle) >= ENOUGH:
+                store.retry(x.digest for x in idle)
+                raise StudyError(
+                    f"the study stops: {ENOUGH} runs in a row ended before anything of them was done, each because: "
+                    f"{outcome.reason}; once that is mended, the same command goes on"
+                )
             progress(_tick(store, runs, times, runner.slots, f"{run.label} {run.target}".strip()))
         if time.monotonic() - beaten > BEAT:
             store.beat()
             beaten = time.monotonic()
+
+
+def _have_longer(runs: Iterable[Run], store: Store) -> Iterator[Run]:
+    """Those that were stopped for their time, and may take longer now."""
+    over = store.outcomes()
+    for run in runs:
+        limit = limit_of(over[run.digest][1]) if run.digest in over else None
+        now = run.spec["budget"]["seconds"]
+        if limit is not None and (now is None or now > limit):
+            yield run
 
 
 def _free(run: Run, status: Mapping[str, str]) -> bool:
@@ -245,8 +264,9 @@ def _rows(runs: Iterable[Run], store: Store) -> list[Row]:
     over = store.outcomes()
     found = []
     for run in runs:
-        if run.digest in over:
-            status, reason, result, _ = over[run.digest]
+        known = next((d for d in (run.digest, run.older) if d in over), None)
+        if known is not None:
+            status, reason, result, _ = over[known]
             found.append(run.row(status, reason, result))
     return found
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .execute import Outcome
+from .outcome import Outcome, over_time
 
 
 class Executor(Protocol):
@@ -83,7 +83,7 @@ class Local:
         now = time.perf_counter()
         for worker in list(self._workers):
             if worker.digest is not None and worker.limit is not None and now - worker.begun > worker.limit:
-                found.append(self._lost(worker, f"it took longer than its budget of {worker.limit:g} s"))
+                found.append(self._lost(worker, over_time(worker.limit)))
         return found
 
     def _heard(self, worker: _Worker) -> list[Outcome]:
@@ -107,12 +107,13 @@ class Local:
         return [lost] if lost.digest else []
 
     def _lost(self, worker: _Worker, reason: str) -> Outcome:
-        digest, seconds = worker.digest or "", max(0.0, time.perf_counter() - worker.begun)
+        digest, begun = worker.digest or "", not math.isinf(worker.begun)
+        seconds = time.perf_counter() - worker.begun if begun else 0.0
         assert worker.process.stdout is not None
         self._selector.unregister(worker.process.stdout)
         self._workers.remove(worker)
         _end(worker)
-        return Outcome(digest, "failed", reason, seconds=seconds)
+        return Outcome(digest, "failed", reason, seconds=seconds, begun=begun)
 
     def close(self) -> None:
         for worker in self._workers:

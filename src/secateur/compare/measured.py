@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compound.run import Compounded
 from ..compression import compress
 from ..kernels import library
 from ..measure import count_parameters, machine, versions
@@ -45,6 +46,12 @@ def sizes(model: nn.Module, masks: Mapping[str, Tensor], layers: list[dict[str, 
         "flops": flops(model, *args, **kwargs).total, "effective_flops": effective_flops(model, *args, **kwargs).total,
         "layers": layers, "sketch": sketch_of(masks.values(), len(masks)) if masks else None,
     }  # fmt: skip
+
+
+def stored(made: Compounded) -> dict[str, Any]:
+    """Bytes of what a compound made, integers as they are packed; zeros save none of those."""
+    total = int(made.run["after"]["bytes"])
+    return {"bytes": total, "sparse_bytes": total} if made.grids else {"bytes": total}
 
 
 def speed(dense: nn.Module, made: nn.Module, masked: bool, example: Any) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compound import Compound, restored
+from ..compound.run import carry_out
 from ..coupled import example_inputs, vocabulary
 from ..data import Windows, windows
 from ..directory import prune_directory
@@ -22,30 +24,70 @@ from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
 from ..models import load_model, load_tokenizer, next_token_loss, resolve
+from ..processes import leave, rank, world
 from ..prune import prune, recipe_of
 from ..recipe import Recipe
+from ..registry import get
 from .language import Held, kinds_of_tokens, losses
-from .measured import sizes, speed, surroundings
+from .measured import sizes, speed, stored, surroundings
+
+
+def shares(recipe: Recipe | Compound) -> str | None:
+    """Why processes cannot share the calibration of a method; None where they can.
+
+    >>> shares(Recipe.of("wanda")), shares(Recipe.of("magnitude"))
+    (None, 'it measures nothing')
+    """
+    if isinstance(recipe, Compound):
+        return "it has several steps"
+    if not recipe.needs_data:
+        return "it measures nothing"
+    if parse(recipe.granularity).coupled:
+        return "it takes units of the whole model away"
+    if recipe.needs_whole:
+        return "it measures the whole model at once"
+    if get("recovery", recipe.recovery).facts.get("data") == "block":
+        return "its recovery trains each block"
+    return None
 
 
 def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result of a run, as `Row` has it, and its record."""
+    """The result of a run, as `Row` has it, and its record.
+
+    Several processes calibrate together; the first one then measures, alone, and the others have nothing to say.
+    """
     path, budget = resolve(spec["source"]), spec["budget"]
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise DataError(f"{spec['source']} has no tokenizer to read a text with")
-    recipe = None if spec["recipe"] is None else Recipe.from_dict(spec["recipe"])
+    recipe = None if spec["recipe"] is None else restored(spec["recipe"])
     text = None
-    if recipe is not None and recipe.needs_data:
+    if recipe is not None and (recipe.needs_data if isinstance(recipe, Recipe) else "data" in recipe.needs()):
         text = windows(
             spec["data"]["source"], tokenizer, count=budget["windows"], length=budget["length"], seed=spec["seed"]
         )
     begun = time.perf_counter()
     record: dict[str, Any] = {}
     masks: dict[str, Tensor] = {}
-    reached, peak = 0.0, 0
+    reached, peak, packed = 0.0, 0, {}
+    protocol = {k: v for k, v in budget.items() if v is not None and k != "processes"}
+    if recipe is not None and (why := shares(recipe)) is not None and budget.get("processes", 1) > 1:
+        protocol["processes"] = f"1, for {why}"
     if recipe is None:
         model = load_model(path, torch.float32)
+    elif isinstance(recipe, Compound):
+        made = carry_out(load_model(path, torch.float32), recipe, data=text)
+        model, masks, record, peak = made.model.eval(), dict(made.masks), made.run, made.run["peak_memory"]
+        reached, packed = made.sparsity, stored(made)
+    elif (count := world()) > 1:
+        model, own = load_model(path, torch.float32), rank()
+        pruned = prune(model, recipe, data=text, shared=True)
+        leave()
+        if own:
+            return {}, {}
+        model, record, peak = pruned.model.eval(), pruned.run, pruned.run["peak_memory"]
+        masks, reached = dict(pruned.masks), pruned.sparsity
+        protocol["processes"] = count
     elif parse(recipe.granularity).coupled:
         model, record, peak = _smaller(path, recipe, spec["target"], text)
     else:
@@ -68,17 +110,18 @@ def run_model(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str,
         "metric": "perplexity", "higher_is_better": False, "valid": valid.perplexity,
         "test": None if test is None else test.perplexity, "test_count": None if test is None else test.count,
         "groups": None if test is None else test.by_kind(kinds_of_tokens(tokenizer, vocabulary(model))),
-        "sparsity": reached, **sizes(model, masks, _layers(model, record), example),
+        "sparsity": reached, **sizes(model, masks, _layers(model, record), example), **packed,
         "latency": None,
         "cost": {
             "seconds": seconds if recipe is not None else 0.0, "peak_memory": peak,
             "samples": 0 if text is None else len(text), "labels": 0, "epochs": 0.0, "after_dense": 0.0,
         },
-        "protocol": {k: v for k, v in budget.items() if v is not None},
+        "protocol": protocol,
         "data": {
             "calibration": None if text is None else text.sha256, "valid": held.hashes[0],
             "test": None if tuning else held.hashes[1],
         },
+        "calibration": None if text is None else {"windows": len(text), "of": text.available // text.length},
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip
     if spec["latency"] and recipe is not None:

@@ -14,36 +14,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..compound import Compound, restored
+from ..compound.steps import trains
 from ..errors import StudyError
 from ..granularity import parse
 from ..layers import find_layers
+from ..processes import leave, rank, world
 from ..recipe import Recipe
 from ..registry import get
+from ..runtime.base import answering
 from ..tasks import Task, find
-from ..tasks.base import accuracy, by_class
+from ..tasks.base import accuracy, by_class, placed
 from ..when.course import settled
+from ..when.dynamic import LENGTH, TrainedDynamic, train_dynamic
 from ..when.result import Trained
 from ..when.train import recipe_and_moment, train
-from .measured import sizes, speed, surroundings
+from .measured import sizes, speed, stored, surroundings
 
 
 def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The result of a run, as `Row` has it, and its record (curves, notes, layers)."""
+    """The result of a run, as `Row` has it, and its record (curves, notes, layers).
+
+    Several processes train together; the first one then measures, alone, and the others have nothing to say.
+    """
     options = dict(spec["options"])
     task = find(spec["source"], **options)
     budget, tuning = spec["budget"], spec["role"] == "tune"
-    recipe = None if spec["recipe"] is None else Recipe.from_dict(spec["recipe"])
+    if spec["recipe"] is not None and spec["recipe"].get("when") == "runtime":
+        return run_dynamic(spec, work, name)
+    asked = None if spec["recipe"] is None else restored(spec["recipe"])
+    if isinstance(asked, Compound):
+        return _compound(spec, work, name, task, asked)
+    recipe = asked
     chosen, moment = recipe_and_moment(recipe, {} if recipe is not None else {"seed": spec["seed"]}, None, spec["when"])
     epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
     if budget["total_epochs"] is not None:
         other = spec["masks"] is not None  # what finds the masks trains, and so does what holds them
         epochs = float(budget["total_epochs"]) / (training_runs(chosen, moment) + other)
     given: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"]), "calibration": budget["samples"],
-        "score": "valid" if tuning else "test",
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "calibration": budget["samples"], "score": "valid" if tuning else "test", "device": budget.get("device", "cpu"),
     }  # fmt: skip
-    out = work / name
-    for old in (out, out.with_name(out.name + ".partial")):
+    out, count, own = work / name, world(), rank()
+    for old in (out, out.with_name(out.name + ".partial")) if own == 0 else ():
         shutil.rmtree(old, ignore_errors=True)  # it ended just before an earlier attempt was stopped
     source = _elsewhere(spec, recipe, epochs, work) if spec["masks"] is not None else None
     if recipe is None:
@@ -55,8 +68,12 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
             spec["source"], recipe, out=out, when=spec["when"], **given,
             **({"target": spec["target"]} if spec["target"] else {}),
         )  # fmt: skip
+    leave()
+    if own:
+        return {}, {}
     shutil.rmtree(out, ignore_errors=True)
-    run = made.run
+    valid, run = task.measure(made.model), made.run
+    made.model.to("cpu")
     seconds = run["timings"]["total"] + (0.0 if source is None else source.run["timings"]["total"])
     masks: dict[str, Tensor] = dict(made.masks)
     example = task.example_input()
@@ -71,7 +88,7 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     if recipe is not None and recipe.needs_data:
         seen += budget["samples"] * max(1, recipe.steps) * _batch(task)
     result = {
-        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid,
         "test": None if tuning else made.metric, "test_count": None if tuning else _count(task, "test"),
         "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
         **sizes(made.model, masks, _layers(made.model, masks), example),
@@ -81,7 +98,7 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
             "epochs": round(sum(passed.values()), 4),
             "after_dense": round(sum(v for k, v in passed.items() if moment == "after" and k[:5] != "dense"), 4),
         },
-        "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget)},
+        "protocol": {"epochs": epochs, "when": moment, "steps": chosen.steps, **_given(budget, count)},
         "data": {
             s: _hash(spec["source"], tuple(sorted(options.items())), s)
             for s in ("train", "valid", *(() if tuning else ("test",)))
@@ -89,6 +106,115 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
         "recipe_digest": None if recipe is None else recipe.digest, **surroundings(),
     }  # fmt: skip
     return result, run
+
+
+def _compound(
+    spec: Mapping[str, Any], work: Path, name: str, task: Task, compound: Compound
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run of several steps."""
+    options, budget, tuning = dict(spec["options"]), spec["budget"], spec["role"] == "tune"
+    epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
+    if budget["total_epochs"] is not None:
+        epochs = dense_epochs(compound, float(budget["total_epochs"]))
+    out = work / name
+    for old in (out, out.with_name(out.name + ".run")):
+        shutil.rmtree(old, ignore_errors=True)
+    given: dict[str, Any] = {
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "calibration": budget["samples"], "score": "valid" if tuning else "test",
+    }  # fmt: skip
+    made = train(spec["source"], compound, **given)
+    run, masks, example = made.run, dict(made.masks), task.example_input()
+    passed = {"dense": epochs, **_epochs(run["curves"])}
+    seen = round(sum(passed.values()) * _examples(spec["source"], tuple(sorted(options.items())), "train"))
+    seen += budget["samples"] * _batch(task) if "data" in compound.needs() else 0
+    result = {
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "test": None if tuning else run["metric"]["after"], "test_count": None if tuning else _count(task, "test"),
+        "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
+        **sizes(made.model, masks, _layers(made.model, masks), example), **stored(made),
+        "latency": _speed(spec, work, given, made.model, bool(masks), example) if spec["latency"] else None,
+        "cost": {
+            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "epochs": round(sum(passed.values()), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4),
+        },
+        "protocol": {"epochs": epochs, "when": "after", "steps": len(compound.steps), **_given(budget, 1)},
+        "data": {
+            s: _hash(spec["source"], tuple(sorted(options.items())), s)
+            for s in ("train", "valid", *(() if tuning else ("test",)))
+        },
+        "recipe_digest": compound.digest, **surroundings(),
+    }  # fmt: skip
+    return result, run
+
+
+def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`run_task` of a method that decides for each input: its operations are those executed, the mean over inputs."""
+    options, budget = dict(spec["options"]), spec["budget"]
+    task, own = (
+        find(spec["source"], **options),
+        {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")},
+    )
+    epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
+    if budget["total_epochs"] is not None:
+        epochs = float(budget["total_epochs"]) / (1.0 + float(own.get("length", LENGTH)))
+    out = work / name
+    for old in (out, out.with_name(out.name + ".partial")):
+        shutil.rmtree(old, ignore_errors=True)
+    made = train_dynamic(
+        spec["source"], spec["recipe"]["method"], epochs=epochs, out=out, options=options, target=spec["target"],
+        dense=_dense(work, spec["code"], budget), **own,
+    )  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+    run, gates = made.run, made.gates
+    executed = run["measured"]["gated"]["flops"]["mean"]
+    passed, given = _epochs(run["curves"]), tuple(sorted(options.items()))
+    seen = round(sum(passed.values()) * _examples(spec["source"], given, "train"))
+    with answering(gates):
+        valid, groups = task.measure(made.model), _groups(task, made.model)
+    result = {
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
+        "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,
+        **sizes(made.model, {}, _layers(gates.model, {}), task.example_input()),
+        "flops": executed, "effective_flops": executed,
+        "latency": _speed(spec, work, {"epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget)},
+                          made.model, False, task.example_input()) if spec["latency"] else None,
+        "cost": {
+            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "epochs": round(sum(passed.values()), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k[:5] != "dense"), 4),
+        },
+        "protocol": {"epochs": epochs, "when": "runtime", "steps": 1, **_given(budget, 1)},
+        "data": {s: _hash(spec["source"], given, s) for s in ("train", "valid", "test")},
+        "recipe_digest": None, **surroundings(),
+    }  # fmt: skip
+    return result, run
+
+
+def dense_epochs(compound: Compound, total: float) -> float:
+    """How long dense training may be, so that it and all steps that train take so many epochs.
+
+    >>> dense_epochs(Compound.of([{"recover": "finetune"}, {"recover": {"method": "lora", "epochs": 1}}]), 7)
+    4.0
+
+    Raises:
+        StudyError: the steps alone take longer.
+    """
+    shares, fixed = 1.0, 0.0
+    for step in compound.steps:
+        if step.kind == "recover":
+            own = step.options.get("epochs")
+            length = float(
+                step.options.get("length", get("recovery", step.method).knobs["length"] if own is None else 1.0)
+            )
+            fixed, shares = (fixed, shares + length) if own is None else (fixed + length * float(own), shares)
+        elif step.kind == "prune" and trains(step.recipe()):
+            recipe, moment = recipe_and_moment(step.recipe(), {}, None, None)
+            shares += training_runs(recipe, moment) - (1.0 if moment == "after" else 0.0)
+    if fixed >= total:
+        raise StudyError(f"the steps of {compound.name} train {fixed:g} epochs of the {total:g} that all may take")
+    return (total - fixed) / shares
 
 
 def training_runs(recipe: Recipe, moment: str) -> float:
@@ -117,23 +243,28 @@ def training_runs(recipe: Recipe, moment: str) -> float:
     return 1.0 + rounds * share + alone + teacher
 
 
-def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Trained:
+def _elsewhere(spec: Mapping[str, Any], recipe: Recipe | None, epochs: float, work: Path) -> Trained | TrainedDynamic:
     """The run on another task that finds the masks."""
     if recipe is None:
         raise StudyError("masks from another task belong to a method")
-    return train(
+    made: Trained = train(
         spec["masks"]["task"], recipe, epochs=epochs, when=spec["when"], options=_options_there(spec),
-        dense=_dense(work, spec.get("masks_code")), calibration=spec["budget"]["samples"], score="valid",
+        dense=_dense(work, spec.get("masks_code"), spec["budget"]), calibration=spec["budget"]["samples"],
+        device=spec["budget"].get("device", "cpu"), score="valid",
     )  # fmt: skip
+    return made
 
 
 def _options_there(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in spec["masks"].items() if k != "task"}
 
 
-def _dense(work: Path, code: str | None) -> Path:
-    """Where dense models are kept: of a task in a file apart, for two files may have tasks of one name."""
-    return work / "dense" if code is None else work / "dense" / code
+def _dense(work: Path, code: str | None, budget: Mapping[str, Any]) -> Path:
+    """Where dense models are kept: of a task in a file apart, for two files may have tasks of one name; and apart by
+    how many processes train them, and where."""
+    how = [str(budget[k]) for k in ("processes", "device") if k in budget]
+    folder = work / "-".join(["dense", *how])
+    return folder if code is None else folder / code
 
 
 def _layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -152,7 +283,8 @@ def _speed(
     dense = train(
         spec["source"], None, seed=spec["seed"], **{**given, "score": "valid"}
     )  # kept: it is read, not trained
-    return speed(dense.model, copy.deepcopy(made), masked, example)
+    where = torch.device(given["device"])
+    return speed(dense.model.to(where), copy.deepcopy(made).to(where), masked, placed(example, where))
 
 
 def _epochs(curves: list[dict[str, Any]], rewound: float = 0.0) -> dict[str, float]:
@@ -169,8 +301,9 @@ def _epochs(curves: list[dict[str, Any]], rewound: float = 0.0) -> dict[str, flo
     return found
 
 
-def _given(budget: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in budget.items() if v is not None and k != "epochs"}
+def _given(budget: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    given = {k: v for k, v in budget.items() if v is not None and k not in ("epochs", "processes")}
+    return {**given, **({"processes": processes} if processes > 1 else {})}
 
 
 def _groups(task: Task, model: nn.Module) -> dict[str, float] | None:

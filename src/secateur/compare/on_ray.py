@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StudyError
-from .execute import Outcome
+from .outcome import Outcome, over_time
 
 
 def _remote(job: str, work: str, threads: int) -> str:
@@ -89,8 +89,7 @@ class Cluster:
             if limit is not None and now - begun > limit:
                 self._ray.cancel(reference, force=True)
                 del self._flying[reference]
-                reason = f"it took longer than its budget of {limit:g} s"
-                found.append(Outcome(digest, "failed", reason, seconds=now - begun))
+                found.append(Outcome(digest, "failed", over_time(limit), seconds=now - begun))
         return found
 
     def close(self) -> None:

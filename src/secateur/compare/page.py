@@ -13,6 +13,7 @@ from ..report import values as v
 from ..report.read import when_of
 from ..report.reproduce import embed, yaml_of
 from ..report.shell import environment, put, shell
+from .ablation import ablations, grids
 from .answers import Answer
 from .leaders import Leaders
 from .page_again import recipes, task_name
@@ -22,6 +23,7 @@ from .page_groups import seeds_table
 from .page_layers import gone, panels
 from .page_plots import tradeoffs
 from .page_ranks import ranks
+from .page_second import on_calibration, on_pooled, pooled
 from .page_tables import all_runs, protocol, results
 from .page_words import against_dense, answers_table, failures, headline, leaders_of, listed, many
 from .rows import Row
@@ -55,10 +57,12 @@ def render(
     left_out = left_out or {}
     failed, (lacking, holes) = failures(rows), missing(study, found, left_out)
     ranked = ranks(found)
+    steps = grids(ablations(study, rows))
     contents = [("h-contrasts", "The answer")] if answers else []
     contents += [("h-answer", "Method by method" if answers else "The answer")]
     contents += [("h-asked", "What was asked")]
     contents += [(f"h-subject-{k}", f"Results on {frame.short}") for k, frame in enumerate(found)]
+    contents += [("h-steps", "What each step brings")] if steps else []
     contents += [("h-ranks", "Ranks")] if ranked else []
     contents += [("h-failed", "What failed or is missing")] if failed or holes or left_out else []
     contents += [("h-runs", "All runs"), ("h-recipes", "Recipes"), ("h-study", "The study file")]
@@ -81,6 +85,7 @@ def render(
         reading=_reading(found, best),
         contrasts=contrasts(answers),
         protocol=protocol(study, rows),
+        steps=steps,
         ranks=ranked,
         failures=failed,
         missing=holes,
@@ -139,7 +144,7 @@ def record(study: Mapping[str, Any], rows: Sequence[Row]) -> Any:
 
 
 def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any]:
-    changes = against_dense(frame)
+    changes, second = against_dense(frame), pooled(frame)
     name = f"subject-{k}"
     fine = frame.problem is None
     return {
@@ -149,10 +154,10 @@ def _subject(k: int, frame: Frame, best: Mapping[str, Leaders]) -> dict[str, Any
         "metric": frame.metric,
         "way": "higher" if frame.up else "lower",
         "problem": frame.problem,
-        "notes": _notes(frame),
+        "notes": [*_notes(frame), *on_calibration(frame), *on_pooled(changes, second)],
         "answers": answers_table(frame, best, changes),
         "plots": tradeoffs(frame, name) if fine else [],
-        "results": results(frame, best, changes, f"{name}-results"),
+        "results": results(frame, best, changes, second, f"{name}-results"),
         "panels": panels(frame, name) if fine else [],
         "seeds": seeds_table(frame) if fine else None,
     }

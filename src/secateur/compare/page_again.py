@@ -47,7 +47,8 @@ def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str,
     words.append(str(task.get("task")) if isinstance(task, Mapping) else row.subject)
     if row.recipe is not None:
         words += _of_recipe(row)
-        if row.target and not _SHARE.fullmatch(row.target):
+        several = isinstance(row.recipe.get("steps"), (list, tuple))  # of a compound, which says its amounts
+        if row.target and not several and not _SHARE.fullmatch(row.target):
             words += ["--target", row.target]
     elif row.kind != "task":
         return ""  # the model as it is
@@ -71,6 +72,15 @@ def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str,
 def _of_recipe(row: Row) -> list[str]:
     """Options that make the recipe; a file where options cannot say it."""
     assert row.recipe is not None
+    if row.recipe.get("when") == "runtime":
+        own = row.recipe
+        knobs = {**dict(own.get("knobs") or {}), **{k: own[k] for k in ("length", "rate") if k in own}}
+        method = str(own.get("method"))
+        return [
+            "--method",
+            method,
+            *(w for k, x in sorted(knobs.items()) for w in ("--set", f"{method}.{k}={_value(x)}")),
+        ]
     try:
         recipe = Recipe.from_dict({**row.recipe, "seed": row.seed})
         base = Recipe.of(recipe.method, seed=row.seed)
@@ -116,7 +126,7 @@ def recipes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The recipe of each contender as YAML, once for all targets and seeds that differ in sparsity and seed alone."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        if row.recipe is None:
+        if row.recipe is None or row.recipe.get("when") == "runtime":  # a command says all of it
             continue
         same = str(sorted((k, str(x)) for k, x in plain(dict(row.recipe)).items() if k not in _VARIES))
         group = groups.setdefault((row.label, same), {"label": row.label, "recipe": row.recipe, "cells": {}})

@@ -48,12 +48,17 @@ def _cell(value: float | None, text: Callable[[float], str]) -> tuple[str, Any]:
 
 
 def results(
-    frame: Frame, found: Mapping[str, Leaders], changes: Mapping[tuple[str, str], Comparison], name: str
+    frame: Frame,
+    found: Mapping[str, Leaders],
+    changes: Mapping[tuple[str, str], Comparison],
+    second: Mapping[tuple[str, str], Comparison],
+    name: str,
 ) -> Grid:
     """Every contender at every target, the baseline first."""
     heads = [
         Column("Method"), Column("Target"), Column("Runs", True), Column(frame.metric.capitalize(), True),
-        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("At this target"),
+        Column("Interval"), Column("Against dense", True), Column("Which is"), Column("Pooled"),
+        Column("Pooled says"), Column("At this target"),
         Column("Sparsity", True), Column("Non-zero", True), Column("Effective FLOPs", True),
         Column("Sparse bytes", True), Column("Speed-up", True), Column("Time", True), Column("Peak memory", True),
         Column("Samples", True), Column("Labels", True),
@@ -69,6 +74,7 @@ def results(
         high = score.high if score is not None else None
         interval = span(frame, low, high)
         moved = change.estimate if change is not None else None
+        other = second.get((target, label))
 
         def figure(*path: str, of: tuple[str, str] = (label, target)) -> float | None:
             return frame.figure(of[0], of[1], *path)
@@ -85,6 +91,8 @@ def results(
                     moved.value if moved is not None else None,
                 ),
                 (change.text if change is not None else v.NONE, None),
+                (changed(other.estimate, frame.metric) if other is not None else v.NONE, None),
+                (other.text if other is not None else v.NONE, None),
                 ("the baseline" if not target else standing(found.get(target), label), None),
                 _cell(figure("sparsity"), v.percent),
                 _cell(figure("nonzero"), v.short),

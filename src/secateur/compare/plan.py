@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..compound import Compound
 from ..data import read_text
 from ..errors import StudyError
 from ..frozen import plain, thawed
 from ..recipe import Recipe
 from ..when.train import rounds_of
+from .contender import Contender
 from .rows import Row
-from .study import NOT_ASKED, Contender, Study, Subject
+from .study import NOT_ASKED, TEXT, Budget, Study, Subject
 from .targets import axes_of, structured
 
 #: Counts up when the same description would give other figures than before.
@@ -35,6 +37,7 @@ class Run:
         subject, label, target, seed, role: as in `Row`. Two entries of a study may share a run: a method that takes
             neither data nor chance does the same with each seed.
         after: the digest of the run that has to end before this one begins; None for none.
+        older: what earlier versions called the same run.
     """
 
     digest: str
@@ -45,6 +48,7 @@ class Run:
     seed: int
     role: str
     after: str | None = None
+    older: str | None = None
 
     def row(self, status: str, reason: str | None, result: Mapping[str, Any]) -> Row:
         """The row of what became of it."""
@@ -146,12 +150,15 @@ def nested(knobs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _seed_matters(subject: Subject, recipe: Recipe | None) -> bool:
+def _seed_matters(subject: Subject, recipe: Recipe | Compound | None) -> bool:
     """Whether another seed can give another outcome: not of a given model that is pruned without data and chance."""
     if subject.kind == "task":
         return True
     if recipe is None:
         return False
+    if isinstance(recipe, Compound):
+        own = [s.recipe() for s in recipe.steps if s.kind in ("prune", "quantize")]
+        return bool(recipe.needs() & {"data"}) or any(_seed_matters(subject, r) for r in own)
     random = "random" in (recipe.criterion or "") or recipe.control != "none"
     return recipe.needs_data or random or recipe.recovery != "none"
 
@@ -209,26 +216,39 @@ class _Facts:
         self, study: Study, subject: Subject, contender: Contender | None, target: str, seed: int,
         knobs: Mapping[str, Any] | None = None, role: str = "final",
     ) -> Run:  # fmt: skip
-        recipe: Recipe | None = None
-        if contender is not None:
+        recipe: Recipe | Compound | None = None
+        dynamic = None  # what stands in place of a recipe
+        if contender is not None and contender.compound is not None:
+            recipe = contender.at(target)
+        elif contender is not None and contender.dynamic:
+            dynamic = {"method": contender.method, "when": "runtime", "seed": seed, **contender.options()}
+        elif contender is not None:
             own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
-            recipe = contender.recipe(**own)
+            recipe = method = contender.recipe(**own)
             if subject.kind == "task" and "steps" not in contender.axes:  # a fifth a round: so many as the target takes
-                recipe = recipe.override(steps=rounds_of(Recipe.of(contender.method), recipe))
+                recipe = method.override(steps=rounds_of(Recipe.of(contender.method), method))
         matters = _seed_matters(subject, recipe)
         drawn = seed if matters else 0
-        recipe = None if recipe is None else recipe.override(seed=drawn)
+        if isinstance(recipe, Compound):
+            recipe = replace(recipe, seed=drawn)
+        elif recipe is not None:
+            recipe = recipe.override(seed=drawn)
+        compound = isinstance(recipe, Compound)
         budget = study.budget
         spent: dict[str, Any] = {"seconds": budget.seconds}
         if subject.kind == "task":
             spent |= {"epochs": budget.epochs, "total_epochs": budget.total_epochs, "samples": budget.samples}
         else:
             spent |= {"windows": budget.windows, "length": budget.length, "eval_windows": budget.eval_windows}
+        if budget.processes != 1:
+            spent["processes"] = budget.processes
+        if budget.device != "cpu":
+            spent["device"] = budget.device
         masks = thawed(contender.masks) if contender is not None and contender.masks else None
         spec: dict[str, Any] = {
             "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
-            "code": self.code(subject.source), "recipe": None if recipe is None else recipe.to_dict(), "seed": drawn,
-            "target": structured(target) if target else None, "role": role, "latency": study.latency,
+            "code": self.code(subject.source), "recipe": dynamic if recipe is None else recipe.to_dict(), "seed": drawn,
+            "target": structured(target) if target and not compound else None, "role": role, "latency": study.latency,
             "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
         }  # fmt: skip
         if masks is not None and (code := self.code(masks["task"])) is not None:
@@ -237,10 +257,34 @@ class _Facts:
             spec["weights"] = weights
         if subject.kind == "model":
             spec |= {"data": self.text(study.data), "evaluation": self.text(study.evaluation)}
-            if recipe is not None and recipe.needs_data and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:
+            measured = _measures(recipe)
+            if measured and spec["data"]["sha256"] == spec["evaluation"]["sha256"]:
                 both = f"{study.data} and {study.evaluation}"
                 raise StudyError(f"the calibration text and the held-out text are the same ({both}): give two texts")
-        decides = {**spec, "recipe": None if recipe is None else recipe.digest, "steps": recipe and recipe.steps}
-        text = json.dumps(plain(decides), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(text.encode()).hexdigest()[:20]
-        return Run(digest, spec, subject.name, "dense" if contender is None else contender.label, target, seed, role)
+        older, digest = _digest(recipe, spec), _digest(recipe, self._deciding(spec, recipe))
+        label = "dense" if contender is None else contender.label
+        return Run(digest, spec, subject.name, label, target, seed, role, older=None if older == digest else older)
+
+    def _deciding(self, spec: Mapping[str, Any], recipe: Recipe | Compound | None) -> dict[str, Any]:
+        """The description without what does not decide: the time that a run may take; and of one that measures on no
+        data, which text it would have. Those stand as they are by default, which keeps the names of older runs."""
+        found, own = dict(spec), Budget()
+        budget = {**spec["budget"], "seconds": own.seconds}
+        if spec["kind"] == "model" and not _measures(recipe):
+            budget["windows"] = own.windows
+            budget.pop("processes", None)
+            found["data"] = self.text(TEXT)
+        return {**found, "budget": budget}
+
+
+def _measures(recipe: Recipe | Compound | None) -> bool:
+    """Whether calibration text is read."""
+    return "data" in recipe.needs() if isinstance(recipe, Compound) else recipe is not None and recipe.needs_data
+
+
+def _digest(recipe: Recipe | Compound | None, decides: Mapping[str, Any]) -> str:
+    """The name of a run; what has no recipe is in the description as it is."""
+    steps = recipe.steps if isinstance(recipe, Recipe) else None
+    named = {**decides, "recipe": decides["recipe"] if recipe is None else recipe.digest, "steps": steps}
+    text = json.dumps(plain(named), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -68,9 +68,13 @@ class Store:
         return OutputError(f"{self._path} cannot be used: {error}; what has been run is kept, the same command goes on")
 
     def add(self, runs: Iterable[Run]) -> None:
-        """Make room for runs; those that are there stay as they are."""
-        rows = [(r.digest, json.dumps(r.spec, sort_keys=True)) for r in runs]
+        """Make room for runs; those that are there stay as they are, and what an earlier version named otherwise is
+        named anew."""
+        asked = list(runs)
+        rows = [(r.digest, json.dumps(r.spec, sort_keys=True)) for r in asked]
+        older = [(r.digest, r.older) for r in asked if r.older is not None]
         with self._now() as db:
+            db.executemany("update or ignore runs set digest = ? where digest = ?", older)
             db.executemany("insert or ignore into runs (digest, spec) values (?, ?)", rows)
 
     def claim(self, runs: Sequence[Run], free: Callable[[Run, Mapping[str, str]], bool]) -> Run | None:

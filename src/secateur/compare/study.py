@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +13,21 @@ from ruamel.yaml.error import YAMLError
 
 from ..data import EVALUATION
 from ..errors import RecipeError, StudyError, UnknownName
-from ..frozen import frozen, thawed
+from ..frozen import frozen
 from ..granularity import parse
-from ..recipe import Recipe
 from ..registry import parts
-from .targets import PATTERN, axes_of, of_weights, target_of
+from .contender import Contender, contenders, several, written
+from .targets import OWN, PATTERN, axes_of, of_weights, target_of
 
 #: Why a cell is empty that the study never meant to fill.
 NOT_ASKED = "the study does not ask for it"
 Kind = Literal["task", "model"]
-_BUDGET = "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows and seconds"
+#: Calibration text of language models, where a study names none.
+TEXT = "text:calibration"
+_BUDGET = (
+    "budget is a mapping with epochs or total_epochs, samples, windows, length, eval_windows, seconds, processes "
+    "and device"
+)
 
 
 @dataclass(frozen=True)
@@ -46,38 +51,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A method in the study.
-
-    Attributes:
-        label: its name in tables.
-        method: the named method.
-        axes: fields of the recipe that it changes.
-        tune: ``axis.knob`` -> values that are tried on validation data, with the study's first seed.
-        when: ``before``, ``during`` or ``after`` training, where that is not the method's own.
-        targets: those of the study's that it is tried at; None for all.
-        masks: take the masks that this contender finds on another task: ``{"task": NAME, ...options}``.
-    """
-
-    label: str
-    method: str
-    axes: Mapping[str, Any] = field(default_factory=dict)
-    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    when: str | None = None
-    targets: tuple[str, ...] | None = None
-    masks: Mapping[str, Any] | None = None
-
-    def recipe(self, **more: Any) -> Recipe:
-        """The method with its axes, and more of them."""
-        axes = {**thawed(self.axes), **more}
-        knobs: dict[str, dict[str, Any]] = {}
-        for given in (thawed(self.axes).get("knobs", {}), more.get("knobs", {})):
-            for axis, own in given.items():
-                knobs[axis] = {**knobs.get(axis, {}), **own}
-        return Recipe.of(self.method, **({**axes, "knobs": knobs} if knobs else axes))
-
-
-@dataclass(frozen=True)
 class Budget:
     """What every method may spend; one for all.
 
@@ -89,6 +62,8 @@ class Budget:
         windows, length: of calibration text, for language models.
         eval_windows: of held-out text: the first third is for validation, the rest for the test.
         seconds: wall time of one run; one that takes longer is stopped, and fails.
+        processes: that make one run together, each with its share of every batch, or of the calibration text.
+        device: ``cpu`` or ``cuda``, where tasks train; with ``cuda`` every process has a GPU.
     """
 
     epochs: float | None = None
@@ -98,16 +73,20 @@ class Budget:
     length: int = 512
     eval_windows: int = 36
     seconds: float | None = None
+    processes: int = 1
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.total_epochs is not None:
             raise StudyError("budget: epochs is of one run, total_epochs of all runs of a method: give one of them")
         for name, value in asdict(self).items():
-            whole = name in ("samples", "windows", "length", "eval_windows")
-            if value is None:
+            whole = name in ("samples", "windows", "length", "eval_windows", "processes")
+            if value is None or name == "device":
                 continue
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
                 raise StudyError(f"budget: {name} is a {'whole ' if whole else ''}number above 0, not {value!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise StudyError(f"budget: device is cpu or cuda, not {self.device!r}")
         if self.eval_windows < 3:
             raise StudyError("budget: eval_windows is at least 3: a third is for validation, the rest for the test")
 
@@ -120,7 +99,8 @@ class Study:
         name: of the study.
         subjects: what is pruned.
         contenders: the methods.
-        targets: ``0.9`` (sparsity), ``2:4``, ``flops 50%``, ``params 50%``, ``latency 50%``.
+        targets: ``0.9`` (sparsity), ``2:4``, ``flops 50%``, ``params 50%``, ``latency 50%``; ``own`` for compounds that
+            say all amounts themselves.
         seeds: of training, and of what is drawn; each language model is calibrated on other text with each.
         budget: what each method may spend.
         data: calibration text of language models.
@@ -135,7 +115,7 @@ class Study:
     targets: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = Budget()
-    data: str = "text:calibration"
+    data: str = TEXT
     evaluation: str = EVALUATION
     latency: bool = False
     contrast: str | None = None
@@ -159,10 +139,14 @@ class Study:
             raise StudyError(f"when is before, during or after, not {wrong[0]!r}")
         if any(c.label == "dense" for c in self.contenders):
             raise StudyError("'dense' is the baseline, which every study has: name no method so")
+        if self.budget.device != "cpu" and (model := next((s for s in self.subjects if s.kind == "model"), None)):
+            raise StudyError(
+                f"budget: device {self.budget.device} is for tasks; {model.name} is pruned on the CPU here"
+            )
         for text in self.targets:
             axes_of(text)
         for c in self.contenders:
-            c.recipe()
+            c.check()
             if strange := [t for t in c.targets or () if t not in self.targets]:
                 raise StudyError(f"'{c.label}' has the target {strange[0]}, which is not one of the study's")
 
@@ -175,6 +159,16 @@ class Study:
         """
         if contender.targets is not None and target not in contender.targets:
             return NOT_ASKED
+        if contender.compound is not None:
+            return contender.fits(target, subject.kind)
+        if target == OWN:
+            return (
+                "it is a method, and takes what a target says: 'own' is for compounds that say all amounts themselves"
+            )
+        if contender.dynamic:
+            if subject.kind == "model":
+                return "its gates are trained on a task, and this is a model"
+            return f"it takes a target in operations, and {target} is for weights" if of_weights(target) else None
         try:
             own = contender.recipe()
             recipe = contender.recipe(**axes_of(target))
@@ -216,8 +210,8 @@ class Study:
         if not isinstance(options, Mapping):
             raise StudyError("options are sizes of a ready task: write {images: 6000}")
         subjects = [
-            *(_subject("task", x, options) for x in _list(data, "task") + _list(data, "tasks")),
-            *(_subject("model", x, {}) for x in _list(data, "model") + _list(data, "models")),
+            *(_subject("task", x, options) for x in several(data, "task") + several(data, "tasks")),
+            *(_subject("model", x, {}) for x in several(data, "model") + several(data, "models")),
         ]
         seeds = data.get("seeds", 3)
         budget = data.get("budget") or {}
@@ -226,11 +220,11 @@ class Study:
         return Study(
             name=str(data.get("study", "study")),
             subjects=tuple(subjects),
-            contenders=tuple(_contender(x) for x in _list(data, "methods")),
-            targets=tuple(target_of(x) for x in _list(data, "targets")),
+            contenders=tuple(c for x in several(data, "methods") for c in contenders(x)),
+            targets=tuple(target_of(x) for x in several(data, "targets")),
             seeds=tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else _seeds(seeds),
             budget=Budget(**budget),
-            data=str(data.get("data", "text:calibration")),
+            data=str(data.get("data", TEXT)),
             evaluation=str(data.get("evaluation", EVALUATION)),
             latency=bool(data.get("latency", False)),
             contrast=None if data.get("contrast") is None else str(data["contrast"]),
@@ -266,7 +260,8 @@ class Study:
         if models:
             found["models"] = models
         found |= {
-            "methods": [_written(c) for c in self.contenders], "targets": list(self.targets), "seeds": list(self.seeds),
+            "methods": [written(c) for c in self.contenders if c.off is None],
+            "targets": list(self.targets), "seeds": list(self.seeds),
             "budget": {k: v for k, v in asdict(self.budget).items() if v != own[k]},
         }  # fmt: skip
         if models:
@@ -284,25 +279,6 @@ class Study:
         return stream.getvalue()
 
 
-def _written(contender: Contender) -> Any:
-    """A contender as a file says it."""
-    c = contender
-    more: dict[str, Any] = {
-        **thawed(c.axes), **({"tune": {k: list(v) for k, v in c.tune.items()}} if c.tune else {}),
-        **({"when": c.when} if c.when else {}), **({"masks": dict(c.masks)} if c.masks else {}),
-        **({"targets": list(c.targets)} if c.targets is not None else {}),
-        **({"label": c.label} if c.label != c.method else {}),
-    }  # fmt: skip
-    return {"method": c.method, **more} if more else c.method
-
-
-def _list(data: Mapping[str, Any], key: str) -> list[Any]:
-    found = data.get(key)
-    if found is None:
-        return []
-    return list(found) if isinstance(found, (list, tuple)) else [found]
-
-
 def _seeds(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
         raise StudyError(f"seeds are how many, or a list of whole numbers, not {value!r}")
@@ -315,29 +291,3 @@ def _subject(kind: Kind, value: Any, options: Mapping[str, Any]) -> Subject:
     if isinstance(value, Mapping) and isinstance(value.get(kind), str) and set(value) <= {kind, "options"}:
         return Subject(kind, value[kind], frozen({**options, **(value.get("options") or {})}))
     raise StudyError(f"a {kind} is a name, or {{{kind}: NAME, options: {{...}}}}, not {value!r}")
-
-
-def _contender(value: Any) -> Contender:
-    if isinstance(value, str):
-        return Contender(value, value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
-        raise StudyError(f"a method is a name, or {{method: NAME, allocation: owl, label: ...}}, not {value!r}")
-    rest = {k: v for k, v in value.items() if k not in ("method", "label", "tune", "when", "targets", "masks")}
-    if taken := {"sparsity", "seed"} & set(rest):
-        raise StudyError(f"method '{value['method']}': {sorted(taken)[0]} is the study's to say (targets, seeds)")
-    tune = value.get("tune") or {}
-    if not isinstance(tune, Mapping) or not all(
-        "." in str(k) and isinstance(v, (list, tuple)) and v for k, v in tune.items()
-    ):
-        raise StudyError(
-            f"method '{value['method']}': tune is axis.knob -> values, such as {{solver.damp: [0.01, 0.1]}}"
-        )
-    masks = value.get("masks")
-    if masks is not None and not (isinstance(masks, Mapping) and isinstance(masks.get("task"), str)):
-        raise StudyError(f"method '{value['method']}': masks says on which task they are found: {{task: NAME}}")
-    return Contender(
-        str(value.get("label", value["method"])), value["method"], frozen(rest),
-        frozen({str(k): list(v) for k, v in tune.items()}), value.get("when"),
-        None if value.get("targets") is None else tuple(target_of(x) for x in _list(value, "targets")),
-        None if masks is None else frozen(dict(masks)),
-    )  # fmt: skip

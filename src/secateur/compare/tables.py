@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from .ablation import ablations, text
 from .cells import RATIOS
 from .rows import Row
 from .study import Study
@@ -31,10 +32,11 @@ def table(study: Study, rows: Sequence[Row], missing: int = 0) -> str:
                 scores = [r.score for r in cell if r.done and r.score is not None]
                 cost += [s for r in cell if (s := r.figure("cost", "seconds")) is not None]
                 lost = sum(not r.done or r.score is None for r in cell)
-                text = _cell(scores, ratio) if scores else ("failed" if lost else "–")
-                line += f"{text + (f' ({lost} failed)' if lost and scores else ''):>18}"
+                said = _cell(scores, ratio) if scores else ("failed" if lost else "–")
+                line += f"{said + (f' ({lost} failed)' if lost and scores else ''):>18}"
             lines.append(line + (f"{statistics.mean(cost):>10.1f}" if cost else ""))
         lines.append("")
+    lines += text(ablations(study.to_dict(), rows))
     if missing:
         lines.append(f"{missing} runs are missing: the same command goes on with them")
     return "\n".join(lines).rstrip()

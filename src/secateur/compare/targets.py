@@ -10,6 +10,8 @@ from ..granularity import parse
 from ..structured import Target
 
 PATTERN = re.compile(r"\d+:\d+")
+#: The target of what says all amounts itself.
+OWN = "own"
 
 
 def axes_of(target: str) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def axes_of(target: str) -> dict[str, Any]:
     Raises:
         StudyError: it is none.
     """
+    if target == OWN:
+        return {}
     if PATTERN.fullmatch(target):
         try:
             parse(target)
@@ -42,7 +46,7 @@ def axes_of(target: str) -> dict[str, Any]:
 
 def structured(target: str) -> str | None:
     """The target as `prune` takes it for units of the whole model; None for a sparsity or a pattern."""
-    return None if of_weights(target) else target
+    return None if of_weights(target) or target == OWN else target
 
 
 def of_weights(target: str) -> bool:

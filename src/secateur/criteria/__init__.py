@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from . import (
     activation,
+    channels,
     curvature,
     depth,
+    exits,
     experts,
     initial,
     magnitude,
@@ -18,8 +20,10 @@ from . import (
 
 __all__ = [
     "activation",
+    "channels",
     "curvature",
     "depth",
+    "exits",
     "experts",
     "initial",
     "magnitude",

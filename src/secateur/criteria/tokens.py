@@ -18,11 +18,11 @@ def nearest(key: Tensor, all_key: Tensor, free: Tensor) -> tuple[Tensor, Tensor]
     Args:
         key: ``(..., some, width)``.
         all_key: of all tokens, ``(..., tokens, width)``.
-        free: ``(tokens,)``; what is not free receives nothing.
+        free: ``(tokens,)`` or ``(..., tokens)``; what is not free receives nothing.
     """
     others = normalize(all_key[..., 1::2, :].float(), dim=-1)
     cosine = normalize(key.float(), dim=-1) @ others.mT
-    found = cosine.masked_fill(~free[1::2], -torch.inf).max(-1)
+    found = cosine.masked_fill(~free[..., None, 1::2], -torch.inf).max(-1)
     return found.values, found.indices
 
 
@@ -51,12 +51,13 @@ def token_redundancy(token_key: Tensor, token_free: Tensor) -> Tensor:
 
 
 @register("criterion", name="attention-received", family="activation", paper="2202.07800", of="token", survey="A3.6")
-def attention_received(token_attention: Tensor) -> Tensor:
-    """How much attention a token gets: from the class token, or where there is none from all tokens; mean over heads.
+def attention_received(token_attention: Tensor, *, own: bool = True) -> Tensor:
+    """How much attention a token gets: from the class token, or from all tokens; mean over heads and over those.
 
-    :: s_i = 1/H sum_h softmax(q_class k^T / sqrt(d))_i
+    :: s_i = 1/H sum_h softmax(q_class k^T / sqrt(d))_i,  or  1/(H n) sum_h sum_j a_h,ji
 
-    ``token_attention`` is ``(..., heads, queries, tokens)``, with the queries whose attention counts.
+    ``token_attention`` is ``(..., heads, queries, tokens)``, with the queries whose attention counts. Without ``own``,
+    what a token gives to itself does not count; queries are all tokens then.
 
     Choose it where one token makes the answer: what it does not look at, it does not need.
 
@@ -64,8 +65,13 @@ def attention_received(token_attention: Tensor) -> Tensor:
 
     >>> attention_received(torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]])).tolist()
     [0.5, 0.5]
+    >>> attention_received(torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]), own=False).tolist()
+    [0.25, 0.125]
 
-    Source: Liang et al., EViT, arXiv 2202.07800, section 3.2; the mean over all queries where there is no class token
-    is ours.
+    Source: Liang et al., EViT, arXiv 2202.07800, section 3.2 (class token); Goyal et al., PoWER-BERT, arXiv 2001.08950,
+    section 3.2 (all tokens; the official code leaves out a token's own). Sums there are means here: the same order.
     """
-    return token_attention.float().mean((-3, -2))
+    attention = token_attention.float()
+    if not own:
+        attention = attention - torch.diag_embed(attention.diagonal(dim1=-2, dim2=-1))
+    return attention.mean((-3, -2))

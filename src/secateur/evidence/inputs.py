@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import NumericalError
 from ..facts import of_source
 from ..layers import Layer
+from ..processes import total
 from ..select import is_finite
 from ..symmetric import add_gram, mirror
 from .watch import as_ni, watch
@@ -71,6 +72,13 @@ class InputEvidence:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is not None:
                 mine += theirs.to(mine.device)
+
+    def merge_all(self) -> None:
+        """Take in what the other processes of the run saw; all of them have the same evidence then."""
+        self.tokens = int(total(torch.tensor(self.tokens)))
+        for name in ("_gram", "_square", "_sum", "_abs", "_nonzero"):
+            if (mine := getattr(self, name)) is not None:
+                mine.copy_(total(mine))
 
     def __getitem__(self, fact: str) -> Any:
         """One of `INPUT_FACTS`."""

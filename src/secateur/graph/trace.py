@@ -71,6 +71,7 @@ class Trace:
         unknown: operations no rule knows -> how often they were met; their inputs are frozen.
         costs: of each product, the factor and the labelled axes whose lengths multiply it to floating point
             operations.
+        sites: of each of them, the name of the module in whose own ``forward`` it ran.
         sequence: the names of the operations, in order.
         unread: parameters that no operation of the run read.
         single: how many parameters of one element there are, which have no slot.
@@ -85,6 +86,7 @@ class Trace:
     calls: dict[str, tuple[list[Axes], list[Axes]]] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
     costs: list[tuple[int, tuple[Array, ...]]] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
     sequence: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     single: int = 0
@@ -207,6 +209,7 @@ class Tracer(TorchDispatchMode):
             else:
                 factor *= size
         self.trace.costs.append((factor, tuple(labelled)))
+        self.trace.sites.append(self.modules[-1])
 
     def entries(self, axis: Axis, size: int) -> Array:
         """An axis as labels, with the rigid label where it has none."""

@@ -128,10 +128,11 @@ class Dependencies:
     def flops(self, gone: Iterable[int] = ()) -> int:
         """Floating point operations of the traced run without these labels; two to a multiply-add."""
         mask = self.mask(gone)
-        return sum(f * int(np.prod([len(r) - int(mask[r].sum()) for r in axes])) for f, axes in self._costs)
+        return sum(f * int(np.prod([len(r) - int(mask[r].sum()) for r in axes])) for f, axes in self.products)
 
     @cached_property
-    def _costs(self) -> list[tuple[int, list[Array]]]:
+    def products(self) -> list[tuple[int, list[Array]]]:
+        """The trace's costs, with the class of each position in place of its label."""
         return [(f, [self.trace.labels.roots(a) for a in axes]) for f, axes in self.trace.costs]
 
     def parameters(self, gone: Iterable[int], each: Mapping[str, int] | None = None) -> int:

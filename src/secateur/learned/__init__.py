@@ -1,6 +1,6 @@
 """What is learned beside the weights: gates that say which stay, and penalties that make some small."""
 
-from . import control, penalties, projections, scores, stochastic, thresholds
+from . import control, penalties, projections, scores, stochastic, thresholds, widths
 from .base import Gate, Now, Penalty, Values
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "scores",
     "stochastic",
     "thresholds",
+    "widths",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import re
@@ -49,10 +51,21 @@ def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def forget_high_water() -> None:
-    """Let `high_water` start at what is resident now, where the system can do that (Linux)."""
+def forget_high_water() -> bool:
+    """Let `high_water` start at what is resident now, where the system can do that (Linux); whether it could."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def give_back_memory() -> int:
+    """Free what nothing uses any more, and give it back to the system where that can be asked for; bytes that stay
+    resident."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of glibc
+    return resident_bytes()
 
 
 def bytes_in_memory(model: nn.Module) -> int:
@@ -63,10 +76,14 @@ def bytes_in_memory(model: nn.Module) -> int:
 
 
 class Peak:
-    """Peak resident memory of this process inside a ``with`` block, sampled every 20 ms."""
+    """Peak resident memory of this process inside a ``with`` block.
+
+    The system's own mark where it can be set back, and a sample every 20 ms: another block within this one sets it back
+    too.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes, self._marked = 0, False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -75,14 +92,14 @@ class Peak:
             self.bytes = max(self.bytes, resident_bytes())
 
     def __enter__(self) -> Peak:
-        self.bytes = resident_bytes()
+        self._marked, self.bytes = forget_high_water(), resident_bytes()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        self.bytes = max(self.bytes, resident_bytes())
+        self.bytes = max(self.bytes, resident_bytes(), high_water() if self._marked else 0)
 
 
 def versions() -> dict[str, str]:

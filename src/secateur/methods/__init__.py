@@ -14,7 +14,19 @@ __all__ = ["all_methods", "explain", "load"]
 @cache
 def load() -> None:
     """Import everything that registers a part. Cheap, and safe to call again."""
-    from .. import allocation, criteria, fuse, granularity, recover, runtime, search, solvers, tasks  # noqa: F401
+    from .. import (  # noqa: F401
+        allocation,
+        criteria,
+        families,
+        fuse,
+        granularity,
+        recover,
+        runtime,
+        search,
+        solvers,
+        supernet,
+        tasks,
+    )
     from . import after, before, learned, oneshot, structured, training  # noqa: F401
 
 

@@ -80,6 +80,25 @@ method(
     penalty="lagrangian",
     knobs={"driver": _STEADILY},
 )
+method(
+    "tas",
+    "A distribution over the widths of each layer, learned with the weights, under an expected size.",
+    choose="Choose it to learn by gradient how wide each layer is to be." + _SMALLER.format("group-norm"),
+    beware="in the paper the widths that are found are trained anew, with the dense network as a teacher: recovery "
+    "distill, or scratch. The expected size counts the weights that the granularity counts of each unit.",
+    source="Dong and Yang, Network pruning via transformable architecture search, arXiv 1905.09717.",
+    paper="1905.09717",
+    family="learned",
+    when="during",
+    granularities=_UNITS,
+    criterion=None,
+    granularity="coupled",
+    driver="gradual",
+    schedule="linear",
+    gate="tas",
+    penalty="lagrangian",
+    knobs={"driver": _STEADILY},
+)
 gated(
     "continuous-sparsification",
     "Sigmoid gates that harden over the run, under a target density.",

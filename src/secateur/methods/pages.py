@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..registry import Part, parts
-from .survey import NODES, SOURCE, nodes_of, parts_of
+from .survey import EXAMPLES, NODES, SOURCE, nodes_of, parts_of
 
 #: Kinds in the order of the pipeline: title, and the question that the axis answers.
 KINDS = {
@@ -142,6 +142,8 @@ def _survey(shelves: Mapping[str, Sequence[Part]]) -> str:
                 here[id].setdefault(kind, []).append(link)
             if not places:
                 outside.append(f"{kind} {link}")
+    for id, names in EXAMPLES.items():
+        here[id]["example"] = [f"[{name}](../examples/{name}.py)" for name in names]
     inner = {node.parent for node in NODES.values()}
     leaves = [id for id in NODES if id not in inner]
     filled = sum(bool(here[id]) for id in leaves)
@@ -153,8 +155,9 @@ def _survey(shelves: Mapping[str, Sequence[Part]]) -> str:
     return _page(
         "# The survey's taxonomy, and what implements it",
         f"The axes are those of {SOURCE}; the finer nodes follow the groups of its text and of its list of papers, "
-        f"under titles of our own. {filled} of {len(leaves)} leaves have at least one registered part; {_EMPTY} marks "
-        "a node that nothing implements yet. Inner nodes list what belongs to them but to none of their leaves.",
+        f"under titles of our own. {filled} of {len(leaves)} leaves have at least one registered part or example; "
+        f"{_EMPTY} marks a node that nothing implements yet. Inner nodes list what belongs to them but to none of "
+        "their leaves.",
         _table(["node", "title", "implemented by"], rows),
         "## Outside the tree",
         "Parts that every method can use and that the taxonomy gives no node: " + (", ".join(outside) or _EMPTY) + ".",

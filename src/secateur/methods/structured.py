@@ -56,6 +56,19 @@ units(
     allocation="global",
 )
 units(
+    "diff-pruning",
+    "Remove the coupled units of a denoiser whose removal changes its loss least, over the steps that still say much.",
+    choose="Choose it for diffusion models: give families.diffusion_steps(...) as data and families.denoising as loss.",
+    beware="it is taylor on those steps; what it is given decides. Samples want fine-tuning afterwards.",
+    source="Fang et al., Structural pruning for diffusion models, arXiv 2305.10924, and the official code, whose score "
+    "is the size of each weight times its gradient summed over the steps.",
+    paper="2305.10924",
+    family="diffusion",
+    criterion="saliency",
+    granularity="coupled",
+    allocation="global",
+)
+units(
     "flap",
     "Remove the heads and neurons whose output, on its way to the next layer, hardly varies.",
     choose="Choose it for a smaller language model in one shot, from calibration text alone.",

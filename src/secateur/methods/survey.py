@@ -182,6 +182,19 @@ _WHEN = {"before": ("B1",), "during": ("B2",), "runtime": ("B4",)}
 _MODELS = {"cnn": ("E1",), "vit": ("E2",), "bert": ("E3",), "llm": ("E4",), "diffusion": ("E5",)}
 
 
+#: Examples of whole models, by node: what no single part shows.
+EXAMPLES = {
+    "A3.4": ("vision_transformer", "language_model"),
+    "E1": ("classifier", "detector"),
+    "E2": ("vision_transformer",),
+    "E3": ("bert",),
+    "E4": ("language_model", "experts"),
+    "E5": ("diffusion",),
+    "E6": ("vision_language",),
+    "E7": ("speech",),
+}
+
+
 def nodes_of(part: Part) -> tuple[str, ...]:
     """The ids of the nodes where a part belongs, in the tree's order; none when it is in no node.
 

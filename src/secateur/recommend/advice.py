@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..registry import parts, register
 from . import speed
+from .bits import held
+from .cells import Cell
 from .predict import lost
+from .rank import counted
 from .situation import Situation
 
 if TYPE_CHECKING:
@@ -26,9 +29,9 @@ _LIFTS = {
 }
 
 
-def advise(situation: Situation, entries: Sequence[Entry]) -> list[str]:
-    """What every registered adviser says, in their order."""
-    said = (part.function(situation, entries) for part in parts("advice").values())
+def advise(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell] = ()) -> list[str]:
+    """What every registered adviser says, in their order; ``mixed`` are cells of `bits.held_together`."""
+    said = (part.function(situation, entries, mixed) for part in parts("advice").values())
     return [text for text in said if text is not None]
 
 
@@ -37,18 +40,28 @@ def _usable(entries: Iterable[Entry]) -> list[Entry]:
 
 
 @register("advice")
-def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def quantize_instead(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """A small factor in size or in time, and no training: fewer bits for each weight cost less than fewer weights.
 
-    Eight bits make a quarter of float32 and half of 16 bits. On a CPU integer products are faster by what was measured.
+    Where quantized and pruned models were held to one target near this situation, those runs say which. Eight bits make
+    a quarter of float32 and half of 16 bits. On a CPU integer products are faster by what was measured.
 
-    Source: ``speed.json`` (torch's int8 product against float32, benchmarks/results/sparse_avx512.json); LLM.int8(),
-    arXiv 2208.07339: eight bits without degradation up to 175B parameters. That zeros cost more is what
-    ``language-models-without-training`` rests on; for other models it is common practice.
+    Source: such runs. Without them ``speed.json`` (torch's int8 product against float32,
+    benchmarks/results/sparse_avx512.json); LLM.int8(), arXiv 2208.07339: eight bits without degradation up to 175B
+    parameters. That zeros cost more is what ``language-models-without-training`` rests on; for other models it is
+    common practice.
     """
     if situation.trains or situation.goal.assumed:
         return None
     goal = situation.goal
+    bits = held(situation, mixed) if goal.quantity in ("size", "memory") else None
+    if bits is not None and bits.fewer_bits == bits.tasks:
+        return f"do not prune: quantize. Held to one target, fewer bits lost less: {bits.text}"
+    if bits is not None:
+        return (
+            f"whether to prune or to quantize is not settled: fewer bits lost less on {bits.fewer_bits} of "
+            f"{counted(bits.tasks, 'task')}: {bits.text}"
+        )
     if goal.quantity in ("size", "memory") and goal.factor <= 4.0:
         from_16 = (
             " (2 times than 16 bits, so where the weights have 16 bits this is all they give)"
@@ -73,7 +86,7 @@ def quantize_instead(situation: Situation, entries: Sequence[Entry]) -> str | No
 
 
 @register("advice")
-def language_models_need_text(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def language_models_need_text(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """Without a line of text a language model is pruned by its weights alone, which breaks it; any text would do.
 
     Source: benchmarks/results/quality.json: SmolLM2-135M with half of the weights gone, perplexity 24.6 dense, 398 by
@@ -89,7 +102,7 @@ def language_models_need_text(situation: Situation, entries: Sequence[Entry]) ->
 
 
 @register("advice")
-def the_drop_is_not_held(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def the_drop_is_not_held(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """Where every prediction is beyond the drop that is allowed, that is said.
 
     Source: the predictions themselves.
@@ -108,7 +121,7 @@ def the_drop_is_not_held(situation: Situation, entries: Sequence[Entry]) -> str 
 
 
 @register("advice")
-def too_much_without_training(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def too_much_without_training(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """Beyond a share a model that is not retrained is not what it was, whatever the method.
 
     Six tenths for language models, as of the rule ``language-models-without-training``; seven tenths for others,
@@ -129,7 +142,7 @@ def too_much_without_training(situation: Situation, entries: Sequence[Entry]) ->
 
 
 @register("advice")
-def nothing_fits(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def nothing_fits(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """Where every method was dropped: what stands in the way of most.
 
     Source: the rules that dropped them.
@@ -146,7 +159,7 @@ def nothing_fits(situation: Situation, entries: Sequence[Entry]) -> str | None:
 
 
 @register("advice")
-def nothing_is_known(situation: Situation, entries: Sequence[Entry]) -> str | None:
+def nothing_is_known(situation: Situation, entries: Sequence[Entry], mixed: Sequence[Cell]) -> str | None:
     """Where no run is near, the order is that of the rules alone, and a study would tell.
 
     Source: the evidence, or that there is none.

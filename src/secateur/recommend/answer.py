@@ -13,6 +13,7 @@ from ..registry import parts
 from . import predict
 from .advice import advise
 from .aim import fit, target_of
+from .bits import held_together
 from .candidate import Candidate, Expected
 from .cost import Cost, cost_of
 from .evidence import Run, gather
@@ -37,7 +38,7 @@ class Entry:
         cost: what it takes.
         holds: False where the drop that is expected is more than is allowed, by its whole interval; None where nobody
             knows.
-        place: the loss that it is ranked by (`predict.by_effect`); None where regret alone ranks it.
+        place: the loss that it is ranked by (`predict.by_effect`); None where its expected place alone ranks it.
     """
 
     candidate: Candidate
@@ -69,7 +70,7 @@ class Entry:
         if self.effect is not None:
             e = self.effect
             found = {
-                "regret": e.value, "own": e.direct, "prior": e.prior, "tasks": e.tasks, "runs": e.runs,
+                "place": e.value, "own": e.direct, "prior": e.prior, "tasks": e.tasks, "runs": e.runs,
                 "studies": list(e.studies), "kin_runs": e.kin,
             }  # fmt: skip
         return {
@@ -185,18 +186,19 @@ def recommend(situation: Situation, studies: Iterable[str | Path] = (), *, runs:
         DataError: a study cannot be read.
     """
     load()
-    evidence = Evidence.of(gather(studies) if runs is None else runs)
+    found = gather(studies) if runs is None else list(runs)
+    evidence = Evidence.of(found)
     candidates = [fit(Candidate.of(part), situation) for part in parts("method").values()]
     entries = arrange(situation, candidates, evidence)
     near = {c.study: None for e in entries if e.status == "ranked" for c, _ in evidence.near(situation, e.candidate)}
-    return Answer(situation, tuple(entries), tuple(advise(situation, entries)), tuple(near))
+    return Answer(situation, tuple(entries), tuple(advise(situation, entries, held_together(found))), tuple(near))
 
 
 def arrange(situation: Situation, candidates: Iterable[Candidate], evidence: Evidence) -> list[Entry]:
     """Every candidate with its reasons: the best first, then those that were dropped.
 
     Those of which something near is known come first, and of them those that may hold the drop that is allowed. Among
-    methods that aim alike regret decides, among others what their aims cost. Without runs the regret is what the points
+    methods that aim alike places decide, among others what their aims cost. Without runs the place is what the points
     of the rules make it. Of equal ones the one that takes fewer training runs and needs less.
     """
     entries = [_entry(situation, candidate, evidence) for candidate in candidates]
@@ -227,13 +229,13 @@ def _place(entry: Entry) -> tuple[Any, ...]:
     if entry.effect is None:
         return (2, entry.name)
     made = entry.candidate
-    regret = round(entry.effect.value, 9)
-    place = regret if entry.place is None else round(entry.place, 9)
+    expected = round(entry.effect.value, 9)
+    place = expected if entry.place is None else round(entry.place, 9)
     return (
         entry.place is None,
         entry.holds is False,
         place,
-        regret,
+        expected,
         made.runs,
         made.needs_loss,
         len(made.needs),

@@ -104,6 +104,11 @@ class Candidate:
         return replace(self, recipe=self.recipe.override(**recipe))
 
     @property
+    def quantizes(self) -> bool:
+        """Whether its weights become integers."""
+        return bool(get("solver", self.recipe.solver).facts.get("quantizes"))
+
+    @property
     def structure(self) -> str:
         """What goes together, one of `STRUCTURES`."""
         return structure_of(self.recipe.granularity)

@@ -85,6 +85,22 @@ class Cell:
         middle = statistics.median(drops) - self.best
         return middle if middle > _DUST else statistics.fmean(drops) - self.best
 
+    def place(self, outcome: Outcome) -> float:
+        """Where a contender came: 0 is the best, 1 the middle, 2 the last; equal ones share a place."""
+        if len(self.outcomes) < 2:
+            return 1.0
+        ahead = sum(o.drop < outcome.drop - _DUST for o in self.outcomes)
+        beside = sum(abs(o.drop - outcome.drop) <= _DUST for o in self.outcomes) - 1
+        return 2 * (ahead + beside / 2) / (len(self.outcomes) - 1)
+
+    def drop_at(self, place: float) -> float:
+        """What was lost at a place, in a straight line between contenders."""
+        drops = sorted(o.drop for o in self.outcomes)
+        at = min(max(place / 2, 0.0), 1.0) * (len(drops) - 1)
+        low = min(int(at), max(len(drops) - 2, 0))
+        high = min(low + 1, len(drops) - 1)
+        return drops[low] + (at - low) * (drops[high] - drops[low])
+
     def regret(self, outcome: Outcome) -> float:
         """What a contender lost beyond the best, in spreads: 0 is the best, 1 the middle; at most 3."""
         return min((outcome.drop - self.best) / self.spread, 3.0) if self.spread > _DUST else 0.0

@@ -1,8 +1,8 @@
 """What a method is expected to lose, how fast to be, and what it took: from the nearest runs, with intervals.
 
-The loss that is expected on each near task is what the method lost there; where it did not run, the best of that task
-plus the method's expected regret times what lay between best and middle. The prediction is their mean, weighted by
-nearness, and an 80 % interval of Student's t for one more task.
+The loss that is expected on each near task is what the method lost there; where it did not run, what was lost there at
+the place that is expected of it. The prediction is their mean, weighted by nearness, and an 80 % interval of Student's
+t for one more task.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _seen(evidence: Evidence, situation: Situation, candidate: Candidate, effect
         if mine:
             seen = _Seen(cell.study, weight, statistics.fmean(o.drop for o in mine), sum(o.runs for o in mine), True)
         else:
-            value = cell.best + effect.value * cell.spread
+            value = cell.drop_at(effect.value)
             seen = _Seen(cell.study, weight / 2, value, sum(o.runs for o in cell.outcomes), False)
         tasks.setdefault(cell.subject.task, []).append(seen)
     return {t: [s for s in found if s.weight >= 0.9 * max(x.weight for x in found)] for t, found in tasks.items()}
@@ -104,15 +104,15 @@ def loss(evidence: Evidence, situation: Situation, candidate: Candidate, effect:
 
 
 def by_effect(evidence: Evidence, situation: Situation, candidate: Candidate, effect: Effect) -> float | None:
-    """What a method would lose if it lost its expected regret on every near task: methods that aim alike are in the
-    order of their regret, and others are in that of what their aim costs. None where nothing near was measured.
+    """What a method would lose if it came to its expected place on every near task: methods that aim alike are in the
+    order of their places, and others are in that of what their aim costs. None where nothing near was measured.
     """
     near = [
         (c, w) for c, w in evidence.near(situation, candidate) if w >= _NEAR and _comparable(situation, candidate, c)
     ]
     if not near:
         return None
-    return math.fsum(w * (c.best + effect.value * c.spread) for c, w in near) / math.fsum(w for _, w in near)
+    return math.fsum(w * c.drop_at(effect.value) for c, w in near) / math.fsum(w for _, w in near)
 
 
 def speed(evidence: Evidence, situation: Situation, candidate: Candidate) -> Expected:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..registry import register
+from .stored import Stored
 from .training import Loss, Training
 
 
 @register("recovery", paper="1503.02531", data="task", teacher=True)
 def distill(
     run: Training, *, length: float = 0.5, rate: float = 0.1, logits: float = 0.9, temperature: float = 4.0,
-    features: float = 0.0, attention: float = 0.0, layers: str = "",
+    features: float = 0.0, attention: float = 0.0, layers: str = "", mapping: str = "same", top: int = 0,
 ) -> None:  # fmt: skip
     """Fine-tune to the dense model's outputs beside the labels.
 
@@ -29,19 +30,29 @@ def distill(
     the squares, normalized over positions, so that it also works where the smaller model has fewer channels. The
     layers are the repeated blocks, or the model's parts where it has none, or those that the glob ``layers`` names.
 
+    With ``mapping`` "nearest" four of the dense model's layers teach, spread over its depth, each the layer of the
+    smaller model whose output is nearest at that step, in order; for models that lost blocks.
+
+    With ``top`` the dense model's outputs are computed once for each example, and of each position the largest ``top``
+    logits are kept; all other classes count as one. Then no dense model is needed while a language model trains.
+
     Choose it for the highest accuracy after pruning when the dense model is at hand: it costs one more forward pass.
 
-    Beware: the teacher is in evaluation mode; for outputs that are no logits set ``logits`` to 0.
+    Beware: the teacher is in evaluation mode; for outputs that are no logits set ``logits`` to 0. What lies beyond
+    ``top`` is taught as a sum alone, so keep more where many classes are likely.
 
     Source: Hinton et al., arXiv 1503.02531, section 2, for the logits; Romero et al., FitNets, arXiv 1412.6550, for
     features, here without a regressor and relative; Zagoruyko and Komodakis, arXiv 1612.03928, section 3.1, for
-    attention, with the squared distance of the authors' code.
+    attention, with the squared distance of the authors' code; Xia et al., CoFi, arXiv 2204.00408, section 3.2, and its
+    official code, for the nearest layers, in order from the last to the first, without its learned linear map and with
+    relative errors. One class for all that is not stored is our own; that stored logits alone are biased is said in
+    Anshumann et al., arXiv 2503.16870 (abstract).
     """
     if not 0 <= logits <= 1 or not temperature > 0 or features < 0 or attention < 0:
         raise RecipeError(
             "recovery 'distill': logits is in [0, 1], temperature above 0, features and attention are not negative"
         )
-    run.fit(length, rate=rate, loss=taught(run, logits, temperature, features, attention, layers))
+    run.fit(length, rate=rate, loss=taught(run, logits, temperature, features, attention, layers, mapping, top))
 
 
 def lessons(run: Training, *, length: float, rate: float, **knobs: Any) -> Loss:
@@ -49,9 +60,20 @@ def lessons(run: Training, *, length: float, rate: float, **knobs: Any) -> Loss:
     return taught(run, **knobs)
 
 
-def taught(run: Training, logits: float, temperature: float, features: float, attention: float, layers: str) -> Loss:
+def taught(
+    run: Training, logits: float, temperature: float, features: float, attention: float, layers: str,
+    mapping: str = "same", top: int = 0,
+) -> Loss:  # fmt: skip
     """The loss of `distill`."""
+    if mapping not in ("same", "nearest"):
+        raise RecipeError(f"recovery 'distill': mapping is same or nearest, not '{mapping}'")
+    if top:
+        if features or attention:
+            raise RecipeError("recovery 'distill': top keeps logits alone; features and attention need all of it")
+        return _remembered(run, logits, temperature, top)
     teacher = run.teacher()
+    if mapping == "nearest" and (features or attention):
+        return _nearest(run, teacher, logits, temperature, features, attention, layers)
     names = chosen_layers(run.model, layers) if features or attention else []
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -61,7 +83,7 @@ def taught(run: Training, logits: float, temperature: float, features: float, at
             run.loss(teacher, batch)
         whole = (1 - logits) * plain
         if logits:
-            whole = whole + logits * soft(_logits(own[""]), _logits(dense[""]), temperature)
+            whole = whole + logits * soft(logits_of(own[""]), logits_of(dense[""]), temperature)
         if features:
             whole = whole + features * _mean([_relative(own[n], dense[n], n) for n in names])
         if attention:
@@ -69,6 +91,91 @@ def taught(run: Training, logits: float, temperature: float, features: float, at
         return whole
 
     return loss
+
+
+def _remembered(run: Training, logits: float, temperature: float, top: int) -> Loss:
+    """The loss with outputs of the teacher that are computed once."""
+    given: Stored | None = getattr(run, "stored", None)
+    if given is not None and (given.top, given.temperature) != (top, temperature):
+        raise RecipeError(
+            f"recovery 'distill': the stored teacher keeps {given.top} logits at temperature {given.temperature:g}, "
+            f"not {top} at {temperature:g}"
+        )
+    known = Stored(top, temperature) if given is None else given
+    at_hand: list[nn.Module] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with outputs(model, []) as own:
+            plain = run.loss(model, batch)
+        lesson = known.look(batch)
+        if lesson is None:
+            teacher = at_hand[0] if at_hand else run.teacher()
+            at_hand[:] = [teacher]
+            with torch.no_grad(), outputs(teacher, []) as dense:
+                run.loss(teacher, batch)
+            known.add(batch, logits_of(dense[""]))
+            lesson = known.look(batch)
+        if lesson is None:
+            raise RecipeError("recovery 'distill': top needs batches of examples, with a tensor first")
+        return (1 - logits) * plain + logits * known.loss(logits_of(own[""]), lesson)
+
+    return loss
+
+
+def _nearest(
+    run: Training, teacher: nn.Module, logits: float, temperature: float, features: float, attention: float,
+    layers: str,
+) -> Loss:  # fmt: skip
+    """The loss with each of four layers of the teacher matched with the nearest of the smaller model."""
+    names = chosen_layers(run.model, layers)
+    theirs = spread(chosen_layers(teacher, layers))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with outputs(model, names) as own:
+            plain = run.loss(model, batch)
+        with torch.no_grad(), outputs(teacher, theirs) as dense:
+            run.loss(teacher, batch)
+        with torch.no_grad():
+            apart = torch.tensor([[float(_relative(own[n], dense[t], n)) for n in names] for t in theirs])
+        pairs = [(names[k], t) for t, k in zip(theirs, aligned(apart), strict=True)]
+        whole = (1 - logits) * plain
+        if logits:
+            whole = whole + logits * soft(logits_of(own[""]), logits_of(dense[""]), temperature)
+        if features:
+            whole = whole + features * _mean([_relative(own[n], dense[t], n) for n, t in pairs])
+        if attention:
+            maps = [(_map(own[n]) - _map(dense[t])).square().sum(-1).mean() for n, t in pairs]
+            whole = whole + attention * _mean(maps)
+        return whole
+
+    return loss
+
+
+def spread(names: Sequence[str], count: int = 4) -> list[str]:
+    """As many of a list, the last of each of its equal parts; all where there are no more.
+
+    >>> spread([str(k) for k in range(12)])
+    ['2', '5', '8', '11']
+    """
+    few = min(count, len(names))
+    return [names[(k + 1) * len(names) // few - 1] for k in range(few)]
+
+
+def aligned(apart_ts: Tensor) -> list[int]:
+    """For each layer of the teacher the nearest of the student's, in order: the last first, others before it.
+
+    Where none is left before, the same layer learns from both.
+
+    >>> aligned(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]))
+    [0, 0]
+    >>> aligned(torch.tensor([[1.0, 0.0, 0.0], [3.0, 3.0, 1.0]]))
+    [1, 2]
+    """
+    last, found = apart_ts.shape[1], list[int]()
+    for row in apart_ts.flip(0):
+        last = int(row[:last].argmin()) if last > 0 else last
+        found.append(last)
+    return found[::-1]
 
 
 def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -136,7 +243,8 @@ def _first(output: Any) -> Tensor:
     raise RecipeError(f"recovery 'distill' compares tensors, and a module gives a {type(output).__name__}")
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits among what a model gives: those that it calls so, else the first tensor."""
     found = getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else _first(output)
 

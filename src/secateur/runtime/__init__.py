@@ -7,34 +7,68 @@ from typing import Any
 from torch import nn
 
 from ..errors import RecipeError
-from ..registry import get, parts
+from ..registry import get
+from .base import Dynamic, Learning, is_runtime
+from .channels import ChannelGates
+from .exits import Exits, early_exit
+from .fbs import fbs
+from .ftwt import ftwt
 from .gates import Pace, TokenGates
+from .lm_exit import ExitDecoding, exit_decoding
+from .lm_skip import SkipDecoding, skip_decoding
+from .predicted import DynamicViT, dynamicvit
+from .skips import Skips, skipnet
 from .store import is_gated, load, save
-from .tokens import evit, tome
+from .tokens import evit, power_bert, tome
 
-__all__ = ["Pace", "TokenGates", "evit", "is_gated", "is_runtime", "load", "made", "save", "tome"]
+__all__ = [
+    "ChannelGates",
+    "Dynamic",
+    "DynamicViT",
+    "ExitDecoding",
+    "Exits",
+    "Learning",
+    "Pace",
+    "SkipDecoding",
+    "Skips",
+    "TokenGates",
+    "dynamicvit",
+    "early_exit",
+    "evit",
+    "exit_decoding",
+    "fbs",
+    "ftwt",
+    "is_gated",
+    "is_runtime",
+    "load",
+    "made",
+    "power_bert",
+    "save",
+    "skip_decoding",
+    "skipnet",
+    "tome",
+]
 
 
-def is_runtime(method: Any) -> bool:
-    """Whether a name is that of a method that works while the model runs, without training.
+def made(model: nn.Module, method: str, example: Any, data: Any = None, **knobs: Any) -> Dynamic:
+    """The model with a method of run time in it, by name. Gates that are learned are fresh, and want training.
 
-    >>> is_runtime("tome"), is_runtime("wanda")
-    (True, False)
-    """
-    part = parts("transform").get(method) if isinstance(method, str) else None
-    return part is not None and part.facts.get("when") == "runtime"
-
-
-def made(model: nn.Module, method: str, example: Any, **knobs: Any) -> TokenGates:
-    """The model with a method of run time in it, by name.
+    Args:
+        example: inputs of one forward pass.
+        data: batches, for methods that measure; see the part's needs.
 
     Raises:
-        RecipeError: there is no example, or no such knob.
+        RecipeError: there is no example, no data where they are needed, or no such knob.
     """
     part = get("transform", method)
     if example is None:
-        raise RecipeError(f"'{method}' runs the model to see where tokens can leave: give an example of its inputs")
+        raise RecipeError(f"'{method}' runs the model to see where work can be left out: give an example of its inputs")
     given = {name: value for name, value in knobs.items() if value is not None}
     part.knobs_with(given)
-    found: TokenGates = part.function(model, example, **given)
+    facts = [model, example]
+    if "data" in part.needs:
+        if data is None:
+            raise RecipeError(f"'{method}' measures on data what can be left out: pass data= (--data)")
+        facts.append(data)
+    found: Dynamic = part.function(*facts, **given)
     return found

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import DataError
 from ..layers import evaluating
 from ..measure.flops import flops
 from ..measure.latency import WARMUP, seconds
-from .gates import TokenGates
+from .base import Dynamic, part_of
 from .structure import Call
 
+#: Inputs that are measured one at a time, at most.
+SINGLES = 200
 
-def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dict[str, Any]:
+
+def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[str, Any]:
     """FLOPs, seconds of a batch, and whether answers change, over a distribution of inputs.
 
-    FLOPs are those that are executed; all inputs of one shape cost the same, because as many tokens leave of each.
+    FLOPs are those that are executed. Where inputs differ in how much they leave out (the fact ``alone`` of the
+    method), each is measured by itself, up to `SINGLES` of them.
 
     Args:
         batches: a dict is passed as keywords; of a pair of inputs and class indices, the second gives the accuracy.
@@ -34,13 +40,15 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
     Raises:
         DataError: there are no batches.
     """
-    models: dict[str, nn.Module] = {"dense": gates.model, "gated": gates}
+    models = {"dense": gates.model, "gated": cast("nn.Module", gates)}
+    if part_of(gates.record).facts.get("alone"):
+        batches = islice(_singles(batches), SINGLES)
     found: dict[str, dict[str, list[float]]] = {name: {"flops": [], "seconds": []} for name in models}
     right, same, count, answered = dict.fromkeys(models, 0), 0, 0, 0
     labelled = True
-    with evaluating(gates), torch.inference_mode():
+    with evaluating(*models.values()), torch.inference_mode():
         for number, batch in enumerate(batches):
-            (args, kwargs), labels = _call(batch)
+            (args, kwargs), labels = call_of_batch(batch)
             labelled = labelled and labels is not None
             answers: dict[str, Tensor | None] = {}
             for turn in range(-WARMUP if number == 0 else 0, repeats):
@@ -59,7 +67,7 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
             count += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
     if not count:
         raise DataError("there is no batch to measure on")
-    result: dict[str, Any] = {name: {k: _spread(v) for k, v in facts.items()} for name, facts in found.items()}
+    result: dict[str, Any] = {name: {k: spread(v) for k, v in facts.items()} for name, facts in found.items()}
     if labelled and answered:
         for name in models:
             result[name]["accuracy"] = right[name] / answered
@@ -69,7 +77,16 @@ def measured(gates: TokenGates, batches: Iterable[Any], repeats: int = 3) -> dic
     return {**result, "inputs": count, "ratio": middle["dense"] / middle["gated"]}
 
 
-def _call(batch: Any) -> tuple[Call, Tensor | None]:
+def _singles(batches: Iterable[Any]) -> Iterator[Any]:
+    """Each input of each batch as a batch of one."""
+    for batch in batches:
+        count = len(next(x for x in tree_leaves(batch) if isinstance(x, Tensor)))
+        for k in range(count):
+            yield tree_map(lambda x, k=k: x[k : k + 1] if isinstance(x, Tensor) else x, batch)
+
+
+def call_of_batch(batch: Any) -> tuple[Call, Tensor | None]:
+    """How a model is called on a batch, and the classes of its inputs, where a batch is a pair of both."""
     if isinstance(batch, Mapping):
         given = dict(batch)
         labels = given.pop("labels", None)
@@ -86,25 +103,30 @@ def _classes(out: Any) -> Tensor | None:
     return logits.argmax(1) if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1 else None
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile."""
     x = torch.tensor(values, dtype=torch.float64)
     low, high = x.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
     return {"mean": float(x.mean()), "p50": low, "p99": high}
 
 
-def table(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What was made and what was measured, as text."""
-    lines = [
-        f"{record['method']}: tokens {' > '.join(map(str, record['tokens']))}, {record['protected']} of them protected",
-        f"{'':20}{'dense':>14}{'gated':>14}",
-    ]
+def table(made: Dynamic, found: Mapping[str, Any]) -> str:
+    """What was made, what was expected of it, and what was measured, as text."""
+    lines = [made.told(), f"{'':20}{'dense':>14}{'gated':>14}"]
+    if (expected := made.record.get("flops")) is not None:
+        before, after = expected["before"] / 1e6, expected["after"] / 1e6
+        lines.append(f"{'MFLOPs, expected':20}{before:>14.2f}{after:>14.2f}")
     for name, unit in (("flops", 1e6), ("seconds", 1e-3)):
         for part in ("mean", "p50", "p99"):
-            label = f"{'MFLOPs' if name == 'flops' else 'ms'} a batch, {part}"
+            label = f"{'MFLOPs' if name == 'flops' else 'ms'} a {found.get('of', 'batch')}, {part}"
             lines.append(f"{label:20}" + "".join(f"{found[m][name][part] / unit:>14.2f}" for m in ("dense", "gated")))
+    if "perplexity" in found["dense"]:
+        lines.append(f"{'perplexity':20}" + "".join(f"{found[m]['perplexity']:>14.2f}" for m in ("dense", "gated")))
     if "accuracy" in found["dense"]:
         lines.append(f"{'accuracy':20}" + "".join(f"{100 * found[m]['accuracy']:>13.2f}%" for m in ("dense", "gated")))
     if "agreement" in found:
         lines.append(f"{'same answer':20}{'':>14}{100 * found['agreement']:>13.2f}%")
-    lines.append(f"{found['ratio']:.2f} times as fast here, on {found['inputs']} inputs")
+    lines.append(
+        f"{found['ratio']:.2f} times as fast here, on {found['inputs']} {'tokens' if 'of' in found else 'inputs'}"
+    )
     return "\n".join(lines)

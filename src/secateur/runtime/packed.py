@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch import bool as bool_
 from torch.nn.functional import linear, multi_head_attention_forward
 
 from ..errors import ModelError
 
 _NAMES = tuple(inspect.signature(multi_head_attention_forward).parameters)
-_LIMITS = ("key_padding_mask", "attn_mask", "is_causal")
+_LIMITS = ("attn_mask", "is_causal")
 _UNKNOWN = ("bias_k", "bias_v", "add_zero_attn", "use_separate_proj_weight", "static_k", "static_v")
 
 
@@ -22,8 +23,16 @@ def packed_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[s
 
 
 def is_limited(given: Mapping[str, Any]) -> bool:
-    """Whether there is a mask, or causality."""
+    """Whether there is a mask other than one of padding, or causality."""
     return any(given.get(name) is not None and given.get(name) is not False for name in _LIMITS)
+
+
+def padding_mask(given: Mapping[str, Any]) -> Tensor | None:
+    """The mask of padding as ``scaled_dot_product_attention`` takes it, ``(batch, 1, 1, tokens)``."""
+    mask: Tensor | None = given.get("key_padding_mask")
+    if mask is None:
+        return None
+    return (~mask if mask.dtype == bool_ else mask)[:, None, None]
 
 
 def attend_packed(given: Mapping[str, Any], attend: Callable[[dict[str, Any]], Tensor]) -> tuple[Tensor, None]:
@@ -44,8 +53,8 @@ def attend_packed(given: Mapping[str, Any], attend: Callable[[dict[str, Any]], T
     dropout = given["dropout_p"] if given.get("training", True) else 0.0
     out = attend(
         {
-            "query": query, "key": key, "value": value, "attn_mask": None, "dropout_p": dropout, "is_causal": False,
-            "scale": None, "enable_gqa": False,
+            "query": query, "key": key, "value": value, "attn_mask": padding_mask(given), "dropout_p": dropout,
+            "is_causal": False, "scale": None, "enable_gqa": False,
         }
     )  # fmt: skip
     return linear(out.permute(2, 0, 1, 3).flatten(2), given["out_proj_weight"], given["out_proj_bias"]), None

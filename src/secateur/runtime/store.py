@@ -1,25 +1,24 @@
-"""Save a model whose tokens leave: the dense weights as they are, and a small JSON file beside them."""
+"""Save a model that decides while it runs: the dense weights as they are, and what gates are made of beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model
-from torch import nn
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
 
 from ..disk import beside, digest
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
 from ..store import save_module
-from .act import Act, Fuse, Merge
-from .gates import Pace, TokenGates
-from .structure import Structure
+from ..structured import is_smaller
+from ..structured import load as load_smaller
+from ..structured import save as save_smaller
+from .base import Dynamic, part_of
 
-_FILE, _WEIGHTS = "tokens.json", "model.safetensors"
+_FILE, _WEIGHTS, _GATES = "runtime.json", "model.safetensors", "gates.safetensors"
 
 
 def is_gated(path: str | Path) -> bool:
@@ -27,8 +26,8 @@ def is_gated(path: str | Path) -> bool:
     return (Path(path) / _FILE).is_file()
 
 
-def save(gates: TokenGates, out: str | Path, force: bool = False) -> Path:
-    """Write the dense weights (by ``save_pretrained`` where the model has it) and ``tokens.json``.
+def save(made: Dynamic, out: str | Path, force: bool = False) -> Path:
+    """Write the dense weights (by ``save_pretrained`` where the model has it), ``runtime.json`` and learned gates.
 
     Stock tools load the dense model from the same directory.
 
@@ -36,15 +35,26 @@ def save(gates: TokenGates, out: str | Path, force: bool = False) -> Path:
         OutputError: ``out`` exists and is not empty.
     """
     with beside(out, force) as part:
-        save_module(gates.model, part)
-        record = {"version": 1, "record": gates.record, "structure": asdict(gates.structure)}
-        if (part / _WEIGHTS).is_file():
-            record["sha256"] = digest(part / _WEIGHTS)
-        (part / _FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write(made, part)
     return Path(out)
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> TokenGates:
+def write(made: Dynamic, folder: Path) -> None:
+    """`save`, into a directory that is being made."""
+    if hasattr(made.model, "secateur_surgery"):
+        save_smaller(made.model, folder)
+    else:
+        save_module(made.model, folder)
+    record: dict[str, Any] = {"version": 1, "record": made.record, "saved": made.saved(), "sha256": {}}
+    if tensors := made.tensors():
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _GATES)
+    for name in (_WEIGHTS, _GATES):
+        if (folder / name).is_file():
+            record["sha256"][name] = digest(folder / name)
+    (folder / _FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Any:
     """Load what `save` wrote.
 
     Args:
@@ -59,39 +69,23 @@ def load(path: str | Path, model: nn.Module | None = None) -> TokenGates:
         record = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or record.get("version") != 1:
             raise ModelError(f"{folder / _FILE} has another version than this secateur reads")
-        structure, act, pace = _read(record)
-        if "sha256" in record and digest(folder / _WEIGHTS) != record["sha256"]:
-            raise ModelError(f"{folder / _WEIGHTS} is not the file that {_FILE} describes: it was changed or cut off")
-        net = _dense(folder, model)
+        for name, known in record["sha256"].items():
+            if digest(folder / name) != known:
+                raise ModelError(f"{folder / name} is not the file that {_FILE} describes: it was changed or cut off")
+        tensors: dict[str, Tensor] = load_file(folder / _GATES) if _GATES in record["sha256"] else {}
+        restore = part_of(record["record"]).facts["restore"]
+        made: Dynamic = restore(_dense(folder, model), record, tensors)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecipeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} is not a model with gates that secateur saved: {reason}") from None
-    paths = dict(net.named_modules())
-    if missing := [name for name in structure.sites if name not in paths]:
-        raise ModelError(f"{folder / _FILE} does not fit the model: it has no {missing[0]}")
-    return TokenGates(net, structure, act, pace, record["record"]).eval()
-
-
-def _read(record: Mapping[str, Any]) -> tuple[Structure, Act, Pace]:
-    made, found = record["record"], record["structure"]
-    numbers = {name: int(found[name]) for name in ("tokens", "protected", "width")}
-    structure = Structure(tuple(map(str, found["sites"])), **numbers)
-    acts: dict[str, Act] = {
-        "tome": Merge(bool(made.get("proportional", True))), "evit": Fuse(bool(made.get("fuse", True))),
-    }  # fmt: skip
-    at = made["at"]
-    r, keep = made["r"], made["keep"]
-    pace = Pace(
-        None if r is None else int(r),
-        None if keep is None else float(keep),
-        None if at is None else tuple(map(int, at)),
-    )
-    return structure, acts[made["method"]], pace
+    return made.eval()
 
 
 def _dense(folder: Path, model: nn.Module | None) -> nn.Module:
+    if is_smaller(folder):
+        return load_smaller(folder, model)
     if model is not None:
         load_model(model, str(folder / _WEIGHTS))
         return model

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ModelError
 from ..layers import evaluating
-from .packed import is_limited, packed_arguments
+from .packed import is_limited, packed_arguments, padding_mask
+from .padding import padding
 
 #: What adds the result of an attention to the hidden state.
 ADDS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__))
@@ -74,17 +75,19 @@ class _Look(TorchFunctionMode):
         self.hidden: list[Tensor] = []
         self.attentions = 0
         self.limited = ""
+        self.valid: Tensor | None = None  # which tokens are no padding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is scaled_dot_product_attention:
             given = attention_arguments(args, kwargs)
-            limited = given["attn_mask"] is not None or given["is_causal"]
-            self._attended(given["query"].shape[-2], given["key"].shape[-2], limited)
+            query, mask = given["query"], given["attn_mask"]
+            self._attended(len(query), query.shape[-2], given["key"].shape[-2], mask, given["is_causal"])
         elif func is multi_head_attention_forward:  # (tokens, batch, width)
             given = packed_arguments(args, kwargs)
-            self._attended(given["query"].shape[0], given["key"].shape[0], is_limited(given))
+            query, mask = given["query"], padding_mask(given)
+            self._attended(query.shape[1], len(query), len(given["key"]), mask, is_limited(given))
         elif func in ADDS and isinstance(out, Tensor) and out.dim() == 3:
             for frame in reversed(self.frames):
                 x = frame.given
@@ -92,10 +95,13 @@ class _Look(TorchFunctionMode):
                     return self._found(frame, out)
         return out
 
-    def _attended(self, tokens: int, others: int, limited: bool) -> None:
+    def _attended(self, batch: int, tokens: int, others: int, mask: Tensor | None, limited: bool) -> None:
         self.attentions += 1
         if tokens != others:
             return
+        if mask is not None and not limited:
+            self.valid = padding(mask, batch, tokens)
+            limited = self.valid is None
         if limited:
             self.limited = self.limited or self.frames[-1].name
         for frame in self.frames:
@@ -159,7 +165,7 @@ def find(model: nn.Module, call: Call) -> Structure:
     if look.limited:
         raise ModelError(
             f"attention in {look.limited} has a mask, a bias or is causal: tokens can only leave where every token "
-            "sees every other one, such as in vision transformers and in encoders without padding"
+            "sees every other one, save padding, such as in vision transformers and encoders"
         )
     if not look.sites:
         raise ModelError(f"{kind} has attention, but no module adds what it finds to its own input")
@@ -175,7 +181,8 @@ def _protected(model: nn.Module, call: Call, look: _Look) -> int:
     mask = _constant(model, call, look.hidden[0])
     if not bool(mask.any()):
         read = _read(model, call, len(look.sites))
-        mask = read if 0 < int(read.sum()) <= len(read) // 2 else mask
+        there = len(read) if look.valid is None else int(look.valid.any(0).sum())
+        mask = read if 0 < int(read.sum()) <= there // 2 else mask
     count = int(mask.sum())
     if count == len(mask) or not bool(mask[:count].all()):
         raise ModelError(

@@ -38,6 +38,7 @@ def sparsegpt_gptq(
     curvature: Curvature,
     keep: float,
     granularity: Granularity,
+    mask: Tensor | None = None,
     *,
     bits: int = 4,
     group: int = 64,
@@ -64,7 +65,7 @@ def sparsegpt_gptq(
     run = granularity.run if granularity.keep is not None else 1
     check_grid(shape, curvature.name, bits=bits, group=group, clip=clip, most=16, run=run)
     snap = _Groups(shape, bits, group, symmetric, clip)
-    return snap.solved(sweep(weight, curvature, keep, granularity, damp, block, snap=snap))
+    return snap.solved(sweep(weight, curvature, keep, granularity, damp, block, snap=snap, held=mask))
 
 
 @register("solver", paper="2210.17323", check=check, quantizes=True, integers="gptq", survey="D1")

@@ -139,3 +139,14 @@ def call_block(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], Ma
     """Run one block; returns the hidden state."""
     output = block(hidden, *call[0], **call[1])
     return output if isinstance(output, Tensor) else output[0]
+
+
+def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """Floating point tensors among a block's arguments in the engine's dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    if isinstance(value, tuple):
+        return tuple(in_type(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: in_type(v, dtype) for k, v in value.items()}
+    return value

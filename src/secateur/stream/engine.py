@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericalError, SecateurError
+from ..errors import DataError, ModelError, NumericalError, SecateurError
 from ..evidence import InputEvidence, Stop, watch
 from ..evidence.watch import as_ni
 from ..formats import OnGrid
 from ..lanes import Lanes, Parted, lane_size
 from ..layers import Layer
+from ..processes import agree, part, told, world
 from ..recipe import Recipe
 from ..registry import get
 from ..select import is_finite
 from ..solve import LayerRecord, sample_rows, solve_layer
 from ..solvers import Curvature
-from .blocks import Entry, call_block
+from .blocks import Entry, call_block, in_type
+from .group import Group
 
 Enter = Callable[[int, int], Entry]
 
@@ -48,10 +50,19 @@ class Engine:
             is pruned in a single pass: each layer is solved when its input arrives, so that the next layer
             already sees its effect. Otherwise the windows go in chunks, and a block takes several passes
             with the same result up to rounding.
+        shared: each process takes its share of the windows; what they see is merged before a layer is solved.
     """
 
-    def __init__(self, recipe: Recipe, enter: Enter | None, windows: int, memory: int, dtype: torch.dtype) -> None:
-        self.recipe, self._enter, self.windows, self.memory = recipe, enter, windows, memory
+    def __init__(
+        self, recipe: Recipe, enter: Enter | None, windows: int, memory: int, dtype: torch.dtype, shared: bool = False
+    ) -> None:  # fmt: skip
+        self.shared = shared and enter is not None and world() > 1
+        own = part(windows) if self.shared else slice(0, windows)
+        if self.shared and windows < world():
+            raise DataError(f"{windows} calibration windows cannot be shared by {world()} processes: give more")
+        self.recipe, self.memory, self.windows = recipe, memory, own.stop - own.start
+        self._enter = None if enter is None else lambda a, b: enter(own.start + a, own.start + b)
+        self.most = -(-windows // world()) if self.shared else windows  #: of any process: all take as many passes
         self.needs = recipe.needs()
         self.recovers = get("recovery", recipe.recovery).facts.get("data") == "block"
         #: The dense model's own activations travel along when they are the target.
@@ -61,6 +72,8 @@ class Engine:
         self.dense: Tensor | None = None
         #: Of the layers that were quantized, by name.
         self.grids: dict[str, OnGrid] = {}
+        #: What earlier steps kept, by layer name: what they took stays away.
+        self.held: Mapping[str, Tensor] = {}
         self._calls: dict[int, list[Any]] = {}
 
     def start(self) -> None:
@@ -84,7 +97,7 @@ class Engine:
             assert self._enter is not None
             self._calls[batch] = self._enter(0, batch).calls
         args, kwargs = self._calls[batch][index]
-        return _cast(args, self.dtype), _cast(kwargs, self.dtype)
+        return in_type(args, self.dtype), in_type(kwargs, self.dtype)
 
     # -- one block ---------------------------------------------------------------------------------
 
@@ -96,7 +109,8 @@ class Engine:
         for layer in layers:
             layer.check_finite()
         if self.hidden is None:
-            solved = [solve_layer(x, self.recipe, keeps[x.name], block=index, grids=self.grids) for x in layers]
+            more: dict[str, Any] = {"block": index, "grids": self.grids}
+            solved = [solve_layer(x, self.recipe, keeps[x.name], mask=self.held.get(x.name), **more) for x in layers]
             return [r for r, _ in solved], {r.name: m for r, m in solved}
         target = None
         if self.recovers:
@@ -130,8 +144,23 @@ class Engine:
             assert self.hidden is not None
             self.hidden = self._forward(index, block, self.hidden)
         for name, evidence in found.items():
-            evidence.check_finite(name)
+            self.complete(name, evidence)
         return found
+
+    def complete(self, name: str, evidence: InputEvidence) -> None:
+        """All that this process sees has been seen: take in what the others saw, and check it.
+
+        Raises:
+            ModelError: the others have seen another layer.
+        """
+        if self.shared:
+            if (theirs := told(name.encode())) != name.encode():
+                raise ModelError(
+                    f"the processes of this run see other layers ({name} and {theirs.decode()}), as where tokens "
+                    "choose experts: calibrate with one process"
+                )
+            evidence.merge_all()
+        evidence.check_finite(name)
 
     def _forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         step = self.chunk(block)
@@ -149,7 +178,7 @@ class Engine:
         width = sum(p.shape[0] if p.dim() == 2 else p.shape[-2] for p in block.parameters() if p.dim() >= 2)
         per_window = self.hidden.shape[1] * (2 * width + 6 * self.hidden.shape[2]) * self.hidden.element_size()
         fit = max(1, int(self.memory // per_window))
-        return min(self.windows, fit)
+        return min(self.most, fit)
 
     def _check(self, hidden: Tensor, where: str) -> None:
         if not is_finite(hidden):
@@ -195,7 +224,7 @@ class _BlockTask:
         engine = self.engine
         assert engine.hidden is not None
         if engine.recipe.propagate == "layer":
-            if engine.chunk(self.block) >= engine.windows:
+            if engine.chunk(self.block) >= engine.most:
                 return self._single_pass(needs_output)
             return self._passes(needs_output)
         keep_dense = engine.recipe.propagate == "off"
@@ -212,8 +241,8 @@ class _BlockTask:
         if hidden.device.type == "cpu" and all(x.index is None for x in self.layers):  # tokens part at experts
             step = min(step, lane_size(hidden.shape[1]))
         starts = range(0, engine.windows, step)
-        gathered: dict[str, _Group] = {}
-        reading: list[tuple[Tensor, _Group] | None] = [None] * len(starts)
+        gathered: dict[str, Group] = {}
+        reading: list[tuple[Tensor, Group] | None] = [None] * len(starts)
 
         def arrive(layer: Layer, x: Tensor) -> None:
             if layer.name in self.records:
@@ -221,13 +250,13 @@ class _BlockTask:
             held = reading[lanes.current]
             if held is None or held[0] is not x or held[1].evidence.size != layer.shape[1]:
                 # The first of the layers that read this input; those after it find its group.
-                group = gathered.setdefault(layer.name, _Group(layer, engine.needs, x.device))
+                group = gathered.setdefault(layer.name, Group(layer, engine.needs, x.device))
                 group.add(as_ni(layer, x), len(starts))
                 reading[lanes.current] = held = (x, group)
                 lanes.pause(layer.name)
             if layer.name not in self.records:
                 gathered.clear()
-                curvature = held[1].curvature(layer.name)
+                curvature = held[1].curvature(layer.name, engine.complete)
                 self._solve(layer, held[1].evidence, curvature, held[1].sample)
             if not needs_output and len(self.records) == len(self.layers):
                 raise Stop
@@ -315,7 +344,7 @@ class _BlockTask:
                 if output is not None:
                     output[a : a + step] = y
         for name, evidence in found.items():
-            evidence.check_finite(name)
+            engine.complete(name, evidence)
         curvatures: dict[str, Curvature] = {}
         for layer in layers:
             lead = groups.get(layer.name)
@@ -339,12 +368,15 @@ class _BlockTask:
                 curvature=curvature,
                 sample=sample,
                 block=self.index,
+                mask=self.engine.held.get(layer.name),
                 grids=self.engine.grids,
             )
         except torch.OutOfMemoryError as error:
             raise SecateurError(
                 f"{layer.name}: out of memory after {time.perf_counter() - start:.0f} s: {error}"
             ) from None
+        if self.engine.shared:
+            agree([layer.stored.detach(), mask])
         self.records[layer.name] = record
         self.masks[layer.name] = mask
 
@@ -356,41 +388,5 @@ class _BlockTask:
                 self._solve(layer, empty, None, None)
 
 
-class _Group:
-    """Evidence for the layers that read one input."""
-
-    def __init__(self, leader: Layer, needs: frozenset[str], device: torch.device) -> None:
-        self.evidence = InputEvidence(leader.shape[1], needs, device)
-        self._samples: list[Tensor] = []
-        self._curvature: Curvature | None = None
-
-    @property
-    def sample(self) -> Tensor:
-        return torch.cat(self._samples)
-
-    def add(self, x_ni: Tensor, parts: int) -> None:
-        self.evidence.update(x_ni)
-        self._samples.append(sample_rows(x_ni, parts).clone())
-
-    def curvature(self, name: str) -> Curvature | None:
-        """One factorization for the group; checks first that what was seen is finite."""
-        if self._curvature is None:
-            self.evidence.check_finite(name)
-            if "gram" in self.evidence.needs:
-                self._curvature = Curvature(self.evidence["gram"], name)
-        return self._curvature
-
-
 def _mark(layer: Layer) -> int:
     return id(getattr(layer.module, layer.parameter))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating point tensors among a block's arguments in the engine's dtype."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
-    if isinstance(value, tuple):
-        return tuple(_cast(v, dtype) for v in value)
-    if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
-    return value

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..formats import Grid, OnGrid
@@ -27,6 +28,15 @@ def with_codes(tensors: Mapping[str, Tensor], grids: Mapping[str, OnGrid], model
         else:
             out |= packed(layer, tensor, grid)
     return out
+
+
+def rewrite(folder: Path, grids: Mapping[str, OnGrid], model: nn.Module) -> None:
+    """The same for all weight files of a model directory."""
+    for file in sorted(set(folder.glob("*.safetensors")) - {folder / "masks.safetensors"}):
+        tensors = with_codes(load_file(file), grids, model)
+        part = file.with_suffix(".part")
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(file)
 
 
 def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn.Module) -> None:

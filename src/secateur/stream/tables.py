@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ def table_names(model: nn.Module) -> list[str]:
     ['0.weight']
     """
     found = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
     if isinstance(head, nn.Linear):
         found.append(head)  # type: ignore[arg-type]
     ids = {id(m.weight) for m in found}

@@ -4,7 +4,7 @@ from .depth import plan_depth
 from .experts import plan_experts
 from .make import plan_structured, plan_zeros
 from .plan import FamilyPlan, StructuredPlan
-from .store import load, save
+from .store import is_smaller, load, save
 from .targets import Target
 from .whole import WholePlan
 
@@ -13,6 +13,7 @@ __all__ = [
     "StructuredPlan",
     "Target",
     "WholePlan",
+    "is_smaller",
     "load",
     "plan_depth",
     "plan_experts",

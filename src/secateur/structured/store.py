@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..disk import beside, digest
 from ..errors import ModelError
+from ..formats import Grid
+from ..formats.integers import described, packed, unpacked
 from ..graph.trace import stored_tensors
 from ..surgery.depth import BLOCKS
 from ..surgery.experts import EXPERTS
@@ -28,6 +30,13 @@ from .exported import other_torch, program_again
 
 _PLAN, _WEIGHTS, _CONFIG = "surgery.json", "model.safetensors", "architecture"
 _OVER = 1 << 31
+#: What a plan says of its file of weights alone.
+_OF_THE_FILE = ("tied", "shapes", "sha256", "packed", "integers")
+
+
+def is_smaller(path: str | Path) -> bool:
+    """Whether a directory holds what `save` wrote."""
+    return (Path(path) / _PLAN).is_file()
 
 
 def save(model: nn.Module, out: str | Path) -> Path:
@@ -55,19 +64,32 @@ def _write(model: nn.Module, surgery: Mapping[str, Any], part: Path) -> None:
     else:
         state, aliases = _unique(model)
         record["shapes"] = {n: list(t.shape) for n, t in state.items()}
+        state = _coded(state, model, record)
         if packed := pack(state, record):
             record["packed"] = packed
         save_file(state, part / _WEIGHTS)
         record["tied"] = aliases
         record["sha256"] = digest(part / _WEIGHTS)
         config: Any = copy.deepcopy(getattr(model, "config", None))
-        if (record.get(BEFORE) or record.get(AFTER)) and hasattr(config, "to_dict"):
+        told = record.get(BEFORE) or record.get(AFTER) or record.get("architecture")
+        if told and hasattr(config, "to_dict"):
             record["dtype"] = str(next(model.parameters()).dtype)[6:]
             config.architectures = [type(model).__name__]
             config.save_pretrained(
                 part / _CONFIG
             )  # beside it, stock loaders would fill the factors with random numbers
     (part / _PLAN).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _coded(state: dict[str, Tensor], model: nn.Module, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Codes in place of the weights of linear layers that lie on a grid; see `formats.integers`."""
+    grids: Mapping[str, Grid] = getattr(model, "secateur_grids", None) or {}
+    found = dict(state)
+    for layer, grid in grids.items():
+        if isinstance(model.get_submodule(layer), nn.Linear) and f"{layer}.weight" in found:
+            found |= packed(layer, found.pop(f"{layer}.weight"), grid)
+            record["integers"] = described(grid.bits, grid.group, grid.zero is None, ())
+    return found
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -100,6 +122,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{folder / _PLAN} has another version than this secateur reads")
     if found != record.get("sha256"):
         raise ModelError(f"{folder / _WEIGHTS} is not the file that {_PLAN} describes: it was changed or cut off")
+    if record.get("earlier"):
+        _again(copy.deepcopy(model), record, folder)  # whether it fits, before anything is changed
+        _again(model, record, folder)
     if "exported" in record:
         if any(record.get(kind.key) for kind in (EXPERTS, BLOCKS)):
             raise ModelError(f"{folder / _PLAN} is damaged: a program has no experts and no blocks")
@@ -118,6 +143,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ModelError(f"{error}{other_torch(record)}") from None
     try:
         state = load_file(folder / _WEIGHTS)
+        if "integers" in record:
+            floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+            state = unpacked(state, record["integers"], floats[0])
         unpack(state, record.get("packed", {}))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / _WEIGHTS} cannot be read: {error}") from None
@@ -144,8 +172,24 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         elif name in state:
             owner, _, key = name.rpartition(".")
             model.get_submodule(owner)._buffers[key] = state[name].to(buffer.device)
-    model.secateur_surgery = {k: v for k, v in record.items() if k not in ("tied", "shapes", "sha256", "packed")}  # type: ignore[assignment]
+    model.secateur_surgery = {k: v for k, v in record.items() if k not in _OF_THE_FILE}  # type: ignore[assignment]
     return model
+
+
+def _again(model: nn.Module, record: Mapping[str, Any], folder: Path) -> None:
+    """Repeat what was done to a model before it was cut for the last time, in place."""
+    try:
+        for one in record["earlier"]:
+            removed = [(kind, _check_removed(one, kind, model, folder)) for kind in (EXPERTS, BLOCKS)]
+            install(model, one.get(BEFORE, {}))
+            for kind, gone in removed:
+                if gone:
+                    kind.remove(model, gone)
+            untie(model, _check_untied({**one, "tied": record["tied"]}, model, folder))
+            shrink(model, *_check({"tied": {}, "shapes": {}, **one}, model, folder))
+            install(model, one.get(AFTER, {}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / _PLAN} is damaged: {type(error).__name__} {error}") from None
 
 
 def _load_stock(folder: Path) -> nn.Module:

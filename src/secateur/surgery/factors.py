@@ -17,6 +17,9 @@ Facts = Mapping[str, Any]
 #: Where a surgery plan lists what layers became: before anything was cut, and after.
 BEFORE, AFTER = "factored", "factored_after"
 
+#: Where it lists what was cut: positions of tensors, blocks, experts; and what goes with that.
+CUTS, _WITH = ("kept", "removed", "experts"), ("mends", "untied")
+
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -48,7 +51,8 @@ def factored(module: nn.Module, facts: Facts) -> nn.Module:
     """An empty layer of that structure in place of a plain one: same device, dtype, mode and geometry.
 
     ``low-rank`` is a narrow layer followed by a pointwise one. ``tucker`` is pointwise, the kernel between few
-    channels, and pointwise. ``low-rank+sparse`` adds a layer of the full shape to the first.
+    channels, and pointwise; ``cp`` has a filter along each axis of the kernel in its place.
+    ``low-rank+sparse`` adds a layer of the full shape to the first.
 
     >>> factored(nn.Linear(8, 6), {"kind": "low-rank", "ranks": [2]})
     Sequential(
@@ -64,7 +68,8 @@ def factored(module: nn.Module, facts: Facts) -> nn.Module:
     weight: Any = module.weight
     linear = not isinstance(module, _CONV)
     i, o = (int(n) for n in (weight.shape if type(module).__name__ == "Conv1D" else weight.shape[:2][::-1]))
-    ranks = _ranks(facts, o, i if linear else i * weight[0, 0].numel(), o if facts.get("kind") == "tucker" else 0, i)
+    positions = () if linear else tuple(int(n) for n in weight.shape[2:])
+    ranks = _ranks(facts, o, i, positions)
     bias = getattr(module, "bias", None) is not None
 
     def pointwise(a: int, b: int, bias: bool) -> nn.Module:
@@ -75,9 +80,11 @@ def factored(module: nn.Module, facts: Facts) -> nn.Module:
         return nn.Linear(a, b, False, device="meta") if linear else _like(module, a, b, False, kernel=True)
 
     made: nn.Module
-    if facts["kind"] == "tucker":
-        if linear:
-            raise ModelError("Tucker-2 is for convolutions")
+    if facts["kind"] == "cp":
+        (rank,) = ranks
+        along = [_along(module, rank, a) for a in range(len(positions))]
+        made = nn.Sequential(pointwise(i, rank, False), *along, pointwise(rank, o, bias))
+    elif facts["kind"] == "tucker":
         made = nn.Sequential(
             pointwise(i, ranks[1], False), full(ranks[1], ranks[0]), pointwise(ranks[0], o, bias)
         )  # fmt: skip
@@ -91,18 +98,24 @@ def factored(module: nn.Module, facts: Facts) -> nn.Module:
     return made
 
 
-def _ranks(facts: Facts, o: int, i: int, tucker: int, channels: int) -> list[int]:
+def _ranks(facts: Facts, o: int, c: int, positions: Sequence[int]) -> list[int]:
+    """The ranks of a layer with ``o`` outputs, ``c`` inputs and a kernel of these sizes, none for a matrix."""
+    whole = o * c * int(np.prod(positions))
+    limits_of = {
+        "low-rank": (min(o, whole // o),), "low-rank+sparse": (min(o, whole // o),), "tucker": (o, c),
+        "cp": (whole // max(o, c, *positions),),
+    }  # fmt: skip
     try:
-        ranks = [int(r) for r in facts["ranks"]]
-        known = facts["kind"] in ("low-rank", "low-rank+sparse", "tucker")
+        ranks, limits = [int(r) for r in facts["ranks"]], limits_of.get(facts["kind"], ())
     except (KeyError, TypeError, ValueError):
-        ranks, known = [], False
-    limits = (tucker, channels) if tucker else (min(o, i),)
-    if not known or len(ranks) != len(limits):
+        ranks, limits = [], ()
+    if not limits or len(ranks) != len(limits):
         raise ModelError(f"what it became is not understood: {dict(facts)}")
+    if facts["kind"] in ("tucker", "cp") and not positions:
+        raise ModelError(f"'{facts['kind']}' is for convolutions")
     for rank, limit in zip(ranks, limits, strict=True):
         if not 1 <= rank <= limit:
-            raise ModelError(f"a layer of shape {o} x {i} has no rank {rank}: ranks are 1 to {limit}")
+            raise ModelError(f"a layer of shape {o} x {whole // o} has no rank {rank}: ranks are 1 to {limit}")
     return ranks
 
 
@@ -116,6 +129,22 @@ def _like(conv: nn.Module, a: int, b: int, bias: bool, kernel: bool) -> nn.Modul
     made = kind(
         a, b, own.kernel_size, stride=own.stride, padding=own.padding, dilation=own.dilation,
         padding_mode=own.padding_mode, bias=bias, device="meta",
+    )  # fmt: skip
+    return made
+
+
+def _along(conv: nn.Module, channels: int, axis: int) -> nn.Module:
+    """A convolution of each channel by itself along one axis of the kernel, with the geometry of that axis."""
+    kind: Any = type(conv)
+    own: Any = conv
+
+    def only(values: Sequence[int], other: int) -> tuple[int, ...]:
+        return tuple(int(n) if a == axis else other for a, n in enumerate(values))
+
+    padding = own.padding if isinstance(own.padding, str) else only(own.padding, 0)
+    made: nn.Module = kind(
+        channels, channels, only(own.kernel_size, 1), stride=only(own.stride, 1), padding=padding,
+        dilation=only(own.dilation, 1), padding_mode=own.padding_mode, groups=channels, bias=False, device="meta",
     )  # fmt: skip
     return made
 
@@ -155,9 +184,22 @@ def install(model: nn.Module, layers: Mapping[str, Facts]) -> None:
 
 
 def carried(model: nn.Module) -> dict[str, Any]:
-    """The part of a decomposed model's surgery that a plan made on it must repeat first."""
+    """The part of a model's surgery that a plan made on it must repeat first.
+
+    A model that was only decomposed has factors to put in; one that was cut before has all of that to go through
+    (``earlier``), or is built from the config that says its sizes (``architecture``).
+    """
     surgery = getattr(model, "secateur_surgery", None)
-    return {BEFORE: surgery[BEFORE]} if isinstance(surgery, dict) and surgery.get(BEFORE) else {}
+    if not isinstance(surgery, dict):
+        return {}
+    if not any(surgery.get(key) for key in (*CUTS, AFTER)):
+        same = {key: surgery[key] for key in ("earlier", "architecture") if key in surgery}
+        return {**same, **({BEFORE: surgery[BEFORE]} if surgery.get(BEFORE) else {})}
+    if surgery.get("format") == "transformers":
+        return {"architecture": True}
+    kept = {"kept": {}, "mends": []} | {key: surgery[key] for key in (*CUTS, *_WITH, BEFORE, AFTER) if key in surgery}
+    found = {"earlier": [*surgery.get("earlier", ()), kept]}
+    return found | ({"architecture": True} if surgery.get("architecture") else {})
 
 
 def pack(state: dict[str, Tensor], surgery: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..errors import ModelError, OutputError
@@ -64,8 +64,25 @@ class Checkpoint:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
             found: dict[str, Any] = _nested(plain, tensors)
         except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-            raise ModelError(f"{self.path} is not a checkpoint of a run ({error}): delete it to start anew") from None
+            raise self._damaged(error) from None
         return found
+
+    def parsed(self, content: bytes) -> dict[str, Any]:
+        """The same of the file's content.
+
+        Raises:
+            ModelError: it is damaged, or something else.
+        """
+        try:
+            size = int.from_bytes(content[:8], "little")
+            plain = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["state"])
+            found: dict[str, Any] = _nested(plain, load(content))
+        except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._damaged(error) from None
+        return found
+
+    def _damaged(self, error: Exception) -> ModelError:
+        return ModelError(f"{self.path} is not a checkpoint of a run ({error}): delete it to start anew")
 
 
 def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,4 +1,7 @@
-"""The loop: it trains a task's model, keeps a session's masks, and goes on exactly where it was stopped."""
+"""The loop: it trains a task's model, keeps a session's masks, and goes on exactly where it was stopped.
+
+Under `processes` each process takes its share of every batch, and all have the same model after every step.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import DataError, ModelError, NumericalError, RecipeError
 from ..masks import Masks
+from ..processes import agree, agree_on_chance, agree_on_model, average, rank, share, told, total, world
 from .base import Task, placed
 from .checkpoint import Checkpoint, generators, seed_generators, set_generators
 
@@ -115,7 +119,7 @@ def fit(
         ModelError: the checkpoint is of another run.
     """
     file = None if leg.file is None else Checkpoint(leg.file)
-    saved = file.read() if file is not None and file.exists() else None
+    saved = None if file is None else _read(file)
     if saved is not None and saved["tags"] != dict(leg.tags):
         raise ModelError(f"{leg.file} is of another run: choose another --out, or delete it")
     if saved is not None and saved["done"]:
@@ -123,6 +127,14 @@ def fit(
         masks = None if saved["masks"] is None else Masks(saved["masks"])
         return Fitted(saved["rows"], masks, saved["kept"], saved["at"], saved["seconds"])
     return _Run(task, model, leg, file, attach, watch, progress).go(saved)
+
+
+def _read(file: Checkpoint) -> dict[str, Any] | None:
+    """What is there; of several processes the first one reads: the file may be another one a moment later."""
+    if world() == 1:
+        return file.read() if file.exists() else None
+    found = told(file.path.read_bytes() if rank() == 0 and file.exists() else b"")
+    return file.parsed(found) if found else None
 
 
 class _Run:
@@ -138,6 +150,7 @@ class _Run:
         self.per = _count(task.batches("train", leg.seed, 0))
         self.steps = max(1, math.ceil(leg.epochs * self.per - 1e-9))
         self.at = self.start = round(leg.begin * self.steps)
+        agree_on_model(model)
         self.optimizer = task.optimizer(model)
         self.session = None if attach is None else attach(self.optimizer, self.steps - self.start)
         self.out = Fitted(at=self.at)
@@ -175,14 +188,17 @@ class _Run:
                     over = self._end_epoch()
                 due = last or time.perf_counter() - written >= self.leg.every
                 if self.file is not None and due and not over and self.at < self.steps:
-                    self.file.write(self._state())
+                    self._write(self._state)
                     written = time.perf_counter()
                 self.progress(self.at - self.start, self.steps - self.start)
         if self.session is not None:
             self.out.masks = self.session.finish()
-        if self.file is not None:
-            self.file.write(self._finished())
+        self._write(self._finished)
         return self.out
+
+    def _write(self, state: Callable[[], dict[str, Any]]) -> None:
+        if self.file is not None and rank() == 0:
+            self.file.write(state())
 
     def _epoch(self, epoch: int) -> int:
         """The number of an epoch in all that a run has: rounds do not see the data in the same order."""
@@ -193,20 +209,33 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.model.train()
-        loss = self.loss(self.model, batch)
+        own, weight = share(batch)
+        loss = self.loss(self.model, own)
+        if world() > 1:
+            loss = loss * weight
         whole = loss if self.session is None else loss + self.session.penalty()
         self.optimizer.zero_grad()
         whole.backward()
+        average(self._trained())
         self.optimizer.step()
         if self.session is not None:
             self.session.step()
+        agree(self.model.buffers())
+        agree_on_chance(self.device)
         self.sum += loss.detach().double().cpu()
         self.seen += 1
         self.at += 1
         if self.leg.keep is not None and self.at == self._kept_at():
             self._keep()
 
+    def _trained(self) -> list[nn.Parameter]:
+        """All that has a gradient: of the model, and what else the optimizer moves, such as gates."""
+        known = {id(p): p for p in self.model.parameters()}
+        known |= {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
+        return list(known.values())
+
     def _end_epoch(self) -> bool:
+        self.sum = total(self.sum) / world()
         loss = float(self.sum) / self.seen
         if not math.isfinite(loss):
             raise NumericalError(

@@ -87,12 +87,12 @@ def _blocks(width: int, depth: int, causal: bool, dropout: float) -> nn.ModuleLi
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 4 x 4 points, a position each, and the mean of the tokens for the answer."""
+    """Patches of ``patch`` x ``patch`` points, a position each, and the mean of the tokens for the answer."""
 
-    def __init__(self, width: int = 64, depth: int = 4, size: int = 28, classes: int = 10) -> None:
+    def __init__(self, width: int = 64, depth: int = 4, size: int = 28, classes: int = 10, patch: int = 4) -> None:
         super().__init__()
-        self.patch = nn.Conv2d(1, width, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // 4) ** 2, width))
+        self.patch = nn.Conv2d(1, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
         self.blocks = _blocks(width, depth, causal=False, dropout=0.0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 

@@ -19,6 +19,7 @@ from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import count_parameters
+from ..processes import world
 from ..prune import prune
 from ..recipe import Recipe
 from ..record import run_record
@@ -108,6 +109,10 @@ class Course:
 
     def go(self) -> nn.Module:
         made = self._after() if self.moment == "after" else self._along()
+        if world() > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in made.modules()):
+            self.notes.append(
+                f"batch norm counts the share of a batch that a process has: {world()} processes are not quite one"
+            )
         check_zeros(made, self.masks)
         return made
 
@@ -329,6 +334,6 @@ class Course:
         distances = self.watch.distances if self.watch is not None else None
         return {
             **run, "task": self.task.describe(), "epochs": self.epochs, "when": self.moment, "score": self.score,
-            "target": self.target, "curves": self.curves, "rounds": self.rounds,
+            "target": self.target, "processes": world(), "curves": self.curves, "rounds": self.rounds,
             **({"distances": distances} if distances else {}),
         }  # fmt: skip

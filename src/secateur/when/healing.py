@@ -14,6 +14,7 @@ from ..errors import RecipeError
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure.flops import effective_flops
+from ..recover.stored import Stored
 from ..structured.plan import inputs
 from ..tasks import Fitted, Live, Task, fit
 from ..tasks.checkpoint import own_generators, seed_generators
@@ -40,6 +41,7 @@ class Healing:
         early: weights of the dense run at the point that the recovery goes back to.
         leg: makes the next leg.
         rows: what was seen on the way, a row for each epoch.
+        stored: what a teacher said, where that was kept.
         earlier: seconds of training that was done before an interruption.
     """
 
@@ -54,6 +56,7 @@ class Healing:
     progress: Callable[[int, int], None] = lambda done, of: None
     rows: list[dict[str, Any]] = field(default_factory=list)
     untrained: float | None = None
+    stored: Stored | None = None
     earlier: float = 0.0
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,25 +13,30 @@ from torch import Tensor, nn
 
 from ..disk import refuse
 from ..errors import RecipeError
+from ..fuse import methods as decompositions
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
+from ..processes import rank
+from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
+from ..runtime import is_runtime
 from ..stream.storage import layout
 from ..tasks import find
 from ..tasks.base import Split
 from ..tasks.checkpoint import own_generators
 from ..tasks.loop import OFTEN
 from .course import Course, Progress, early, settled, trains
+from .dynamic import TrainedDynamic, train_dynamic
 from .healing import NO_WAY_BACK, fitting, fresh_model
 from .result import Trained
 
 
 def train(
     task: Any,
-    method: str | Recipe | None = None,
+    method: str | Recipe | Several | None = None,
     *,
     epochs: float | None = None,
     out: str | Path | None = None,
@@ -50,17 +55,22 @@ def train(
     progress: Progress | None = None,
     command: str = "",
     **axes: Any,
-) -> Trained:
+) -> Any:
     """Train a task, and prune it as the method says.
 
     Without a method the training is dense. A method of before or during training keeps its masks through the whole
     run (`attach`). One of after training trains densely first; then each of its rounds (``steps``) prunes and recovers:
-    by fine-tuning, distillation, rewinding, or from scratch.
+    by fine-tuning, distillation, rewinding, or from scratch. A method of run time whose gates are learned (fbs) trains
+    densely, then with its gates, and gives a `TrainedDynamic`.
+
+    Under ``torchrun``, with a process group, the processes make one run: each takes its share of every training batch,
+    and the first one writes.
 
     Args:
         task: the name of a ready task (``secateur tasks``), ``FILE.py:NAME``, or an object with ``model`` and
             ``batches``; see `tasks.Task`.
-        method: a named method or a `Recipe`.
+        method: a named method, a `Recipe`, or a `Compound`, of which a `Compounded` is returned; so it is of a
+            decomposition.
         epochs: of a whole training run; the task's own by default.
         out: a directory to write. The run's checkpoints lie beside it (``OUT.run``) until it is there: the same call
             goes on where it was stopped, and ends with the same weights, bit by bit.
@@ -88,6 +98,27 @@ def train(
     >>> round(made.sparsity, 2)
     0.8
     """
+    runner = runner_of(method) if isinstance(method, str) else None
+    steps = method in decompositions() or not (method is None or isinstance(method, (str, Recipe)))
+    if storage is not None and (runner is not None or steps):
+        raise RecipeError(f"what '{method}' makes has a format of its own: leave storage out")
+    if runner is not None:
+        if masks is not None or when not in (None, "runtime"):
+            raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
+        made: Trained | TrainedDynamic = runner(
+            task, method, epochs=epochs, out=out, model=model, target=target, device=device, every=every, dense=dense,
+            score=score, options=options, progress=progress, command=command, **own_options(method, axes),
+        )  # fmt: skip
+        return made
+    if steps:
+        from ..compound.tasks import train_method
+
+        if masks is not None or when not in (None, "after"):
+            raise RecipeError("steps that change layers come after training, and with no masks of another run")
+        return train_method(
+            task, method, epochs=epochs, out=out, model=model, calibration=calibration, device=device, dense=dense,
+            target=target, score=score, options=options, progress=progress, command=command, **axes,
+        )  # fmt: skip
     found = find(task, **(options or {}))
     recipe, moment = recipe_and_moment(method, axes, masks, when)
     if score not in get_args(Split)[1:]:
@@ -105,7 +136,7 @@ def train(
     rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
     if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
         raise RecipeError(NO_WAY_BACK)
-    if folder is not None:
+    if folder is not None and rank() == 0:
         refuse(folder)
     with own_generators(), Peak() as peak:
         run = Course(
@@ -114,13 +145,40 @@ def train(
             progress=progress or (lambda *_: None), shared=None if dense is None else Path(dense), target=target,
             multiple=multiple, score=score,
         )  # fmt: skip
-        made = run.go()
-    record = run.record(made, peak.bytes, command)
-    result = Trained(made.eval(), recipe, Masks(run.masks), record)
-    if folder is not None:
+        net = run.go()
+    record = run.record(net, peak.bytes, command)
+    result = Trained(net.eval(), recipe, Masks(run.masks), record)
+    if folder is not None and rank() == 0:
         result.save(folder, storage)
         shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
     return result
+
+
+def runner_of(method: str) -> Callable[..., Any] | None:
+    """What trains a transform that has to be trained: its own function (the fact ``trains``), or that of all gates."""
+    part = parts("transform").get(method)
+    if part is None:
+        return None
+    own: Callable[..., Any] | None = part.facts.get("trains")
+    return own or (train_dynamic if is_runtime(method, trained=True) else None)
+
+
+def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of such a run: a seed and the method's own knobs, ``{"fbs": {...}}`` or plain; axes are refused.
+
+    Raises:
+        RecipeError: with the first that such a method does not have.
+    """
+    given = {k: v for k, v in axes.items() if v not in (None, [], ())}
+    if unused := sorted(set(given) - {"seed", "knobs", "length", "rate"}):
+        raise RecipeError(f"'{method}' has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE")
+    knobs = given.pop("knobs", {})
+    if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
+        raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
+    own, known = dict(knobs.get(method, knobs)), parts("transform")[method].knobs
+    for name in {"length", "rate"} & (own.keys() - known.keys()):  # of the run, also as --set METHOD.length
+        given[name] = own.pop(name)
+    return {**given, "knobs": own}
 
 
 def rounds_of(base: Recipe, recipe: Recipe) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..coupled import batches_of, load_module, vocabulary
-from ..disk import refuse
-from ..models import load_tokenizer, resolve
-from ..registry import get
-from .decompose import Decomposed, decompose
+from .coupled import batches_of, load_module, vocabulary
+from .disk import refuse
+from .fuse.decompose import Decomposed, decompose
+from .models import load_tokenizer, resolve
+from .registry import get
 
 
 def decompose_source(

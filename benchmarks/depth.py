@@ -1,0 +1,212 @@
+"""Depth at run time: what it brings on real inputs, and what it costs.
+
+Two parts, each with the dense model in turns: early exits of a residual network on Fashion-MNIST (single inputs), and
+generation by SmolLM2 with blocks left out (tokens a second, perplexity behind the prompt), static `shortgpt` at as many
+blocks beside it. Trained models and chosen settings are kept in ``--work``, so that the timing can be repeated alone.
+Settings are chosen on validation data and on the calibration text; all figures are of test data and the held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, environment, table, write_json
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("part", choices=["exits", "generation"])
+    parser.add_argument("stage", choices=["prepare", "measure"], help="prepare takes minutes; measure is to run alone")
+    parser.add_argument("--work", type=Path, default=Path("depth-work"))
+    parser.add_argument("--images", type=int, default=8000, help="of the training set")
+    parser.add_argument("--epochs", type=float, default=3, help="of the dense run; as long again with exits")
+    parser.add_argument("--drop", type=float, default=0.005, help="of the accuracy, on validation data")
+    parser.add_argument("--singles", type=int, default=300, help="test images that are timed one at a time")
+    parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
+    parser.add_argument("--targets", nargs="+", default=["flops 10%"], help="of exit-decoding by state")
+    parser.add_argument("--windows", type=int, default=6, help="of the held-out text")
+    parser.add_argument("--length", type=int, default=256, help="tokens in each; half is the prompt")
+    parser.add_argument("--steps", type=int, default=48, help="tokens of each of two windows that are timed")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "depth.json")
+    return parser.parse_args()
+
+
+def keep(args: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
+    """Beside what the other part has written."""
+    import json
+
+    whole = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("work", "out", "stage", "part")}
+    write_json(args.out, whole | {part: {"environment": environment(args.threads), "settings": settings, **found}})
+
+
+def prepare_exits(args: argparse.Namespace) -> None:
+    import secateur
+
+    made = secateur.train(
+        "fashion-resnet", "early-exit", epochs=args.epochs, length=1.0, rate=0.3, knobs={"drop": args.drop},
+        options={"images": args.images}, out=args.work / "exits",
+    )  # fmt: skip
+    print(made)
+
+
+def measure_exits(args: argparse.Namespace) -> None:
+    import json
+
+    import secateur
+    from secateur.runtime import measured as single
+    from secateur.tasks import find
+    from secateur.tasks.nets import resnet
+
+    task = find("fashion-resnet", images=args.images)
+    gates: Any = secateur.load(args.work / "exits", resnet(16, 3))
+    run = json.loads((args.work / "exits" / "run.json").read_text(encoding="utf-8"))
+    accuracy = {
+        "dense alone": run["before"]["metric"]["value"], "last exit": task.measure(gates.model, "test"),
+        "early exits": task.measure(gates, "test"),
+    }  # fmt: skip
+    single.SINGLES = args.singles
+    found = single.measured(gates, task.batches("test", 0, 0), repeats=3)
+    print(single.table(gates, found))
+    print(accuracy)
+    keep(args, "exits", {"record": gates.record, "accuracy": accuracy, "measured": found})
+
+
+def texts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, calibration windows and held-out windows."""
+    from secateur.data import CALIBRATION, EVALUATION, windows
+    from secateur.models import load_model, load_tokenizer, resolve
+
+    path = resolve("demo")
+    tokenizer = load_tokenizer(path)
+    import torch
+
+    cut = partial(windows, tokenizer=tokenizer, length=args.length)
+    return (
+        load_model(path, torch.float32), cut(CALIBRATION, count=4).ids.split(1),
+        cut(EVALUATION, count=args.windows).ids.split(1),
+    )  # fmt: skip
+
+
+def least_influence(model: Any, ids: list[Any], count: int) -> list[int]:
+    """The blocks that shortgpt takes out: those of the least influence on the calibration text."""
+    import torch
+    from torch.nn.functional import cosine_similarity
+
+    from secateur.registry import get
+    from secateur.select import select
+
+    cosine = torch.zeros(len(model.model.layers), dtype=torch.float64)
+
+    def look(k: int) -> Any:
+        def hook(_: Any, given: Any, out: Any) -> None:
+            cosine[k] += float(cosine_similarity(given[0].float(), out.float(), dim=-1).mean()) / len(ids)
+
+        return hook
+
+    handles = [layer.register_forward_hook(look(k)) for k, layer in enumerate(model.model.layers)]
+    with torch.no_grad():
+        for window in ids:
+            model(input_ids=window, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    score = get("criterion", "block-influence")({"block_cosine": cosine})
+    stays = select(score[None].float(), len(cosine) - count)[0]
+    return (~stays).nonzero().flatten().tolist()
+
+
+def prepare_generation(args: argparse.Namespace) -> None:
+    import json
+
+    from secateur.runtime import made
+
+    model, calibration, _ = texts(args)
+    chosen: list[dict[str, Any]] = [
+        {"name": f"shortgpt, {n} blocks", "static": least_influence(model, calibration, n)} for n in args.skip
+    ]
+    for method, knobs in [
+        *(("skip-decoding", {"skip": n}) for n in args.skip),
+        *(("exit-decoding", {"target": t}) for t in args.targets),
+        ("exit-decoding", {"measure": "softmax", "drop": 0.1, "at": (24,)}),
+    ]:
+        gates = made(model, method, calibration[0], calibration, **knobs)
+        print(gates.told(), flush=True)
+        name = f"{method}, {', '.join(f'{k} {v}' for k, v in knobs.items())}"
+        chosen.append({"name": name, "record": gates.record, "saved": gates.saved()})
+        args.work.mkdir(parents=True, exist_ok=True)
+        (args.work / "generation.json").write_text(json.dumps(chosen), encoding="utf-8")
+
+
+def measure_generation(args: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from secateur.registry import get
+    from secateur.runtime.lm_pass import step
+    from secateur.surgery.depth import BLOCKS
+
+    model, _, held = texts(args)
+    chosen = json.loads((args.work / "generation.json").read_text(encoding="utf-8"))
+    models: dict[str, Any] = {"dense": model}
+    for one in chosen:
+        if "static" in one:
+            models[one["name"]] = BLOCKS.without(model, {"model.layers": one["static"]}).eval()
+        else:
+            restore = get("transform", one["record"]["method"]).facts["restore"]
+            models[one["name"]] = restore(model, one, {}).eval()
+    half, took = args.length // 2, {name: [] for name in models}
+    with torch.inference_mode():
+        for turn, ids in enumerate(held[:2]):
+            for name in models if turn % 2 == 0 else reversed(models):
+                took[name].append(timed(models[name], ids[:, :half], args.steps, step))
+        quality = {name: held_out(net, model, held) for name, net in models.items()}
+    rows, results = [], {}
+    for name in models:
+        seconds = sorted(x for one in took[name] for x in one)
+        speed = {
+            "tokens_per_second": len(seconds) / sum(seconds), "p50_ms": 1e3 * seconds[len(seconds) // 2],
+            "p99_ms": 1e3 * seconds[int(0.99 * (len(seconds) - 1))],
+        }  # fmt: skip
+        results[name] = {**speed, **quality[name]}
+        rows.append([name, *(f"{x:.2f}" for x in results[name].values())])
+    print(table(["model", "tokens/s", "p50 ms", "p99 ms", "perplexity", "same next token"], rows))
+    keep(args, "generation", {"chosen": chosen, "results": results})
+
+
+def timed(model: Any, prompt: Any, steps: int, step: Any) -> list[float]:
+    """Seconds of each token that is generated behind a prompt, greedily; the first two are not counted."""
+    from secateur.measure.latency import seconds
+
+    logits, cache = step(model, prompt)
+    found = []
+    for number in range(steps + 2):
+        took, (logits, cache) = seconds(partial(step, model, logits[:, -1:].argmax(-1), cache))
+        found += [took] if number > 1 else []
+    return found
+
+
+def held_out(model: Any, dense: Any, windows: Any) -> dict[str, float]:
+    """Perplexity behind the prompt, and how often the next token is the dense model's."""
+    import torch
+
+    from secateur.runtime.lm_pass import continued, loss_of
+
+    losses, same = [], []
+    for ids in windows:
+        found, known = continued(model, ids), continued(dense, ids)
+        losses.append(loss_of(found, ids))
+        same.append((found.argmax(-1) == known.argmax(-1)).flatten())
+    return {"perplexity": float(torch.cat(losses).mean().exp()), "agreement": float(torch.cat(same).double().mean())}
+
+
+if __name__ == "__main__":
+    given = arguments()
+    import torch
+
+    torch.set_num_threads(given.threads)
+    globals()[f"{given.stage}_{given.part}"](given)

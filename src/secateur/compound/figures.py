@@ -1,0 +1,74 @@
+"""What a model counts between two steps: parameters, those that are not zero, bytes as they are stored, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..formats import Grid
+from ..layers import find_layers
+from ..measure import count_parameters
+from ..measure.flops import flops
+from ..structured.plan import inputs
+from ..surgery.factors import AFTER, BEFORE
+
+
+def figures(model: nn.Module, grids: Mapping[str, Grid], example: Any, element: int | None = None) -> dict[str, Any]:
+    """Counts of a model as it is.
+
+    Args:
+        grids: of the layers that are stored as integers.
+        example: inputs of one forward pass; None where operations are not counted.
+        element: bytes that a float takes on disk, where that is not what it takes now.
+    """
+    parameters, nonzero = count_parameters(model)
+    args, kwargs = ((), {}) if example is None else inputs(example)
+    return {
+        "params": parameters,
+        "nonzero": nonzero,
+        "bytes": stored_bytes(model, grids, element),
+        "flops": None if example is None else int(flops(model, *args, **kwargs).total),
+    }
+
+
+def stored_bytes(model: nn.Module, grids: Mapping[str, Grid], element: int | None = None) -> int:
+    """Bytes of the tensors of a model on disk: integers packed, sparse terms as a bit for each and their values."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    width = {i: element if element and t.is_floating_point() else t.element_size() for i, t in tensors.items()}
+    total = sum(t.numel() * width[i] for i, t in tensors.items())
+    model = whole_model(model)
+    layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
+    for name, grid in grids.items():
+        layer = layers[name]
+        if isinstance(layer.module, nn.Linear):
+            (o, i), zeros = layer.shape, 0 if grid.zero is None else 1
+            words = 4 * o * -(-i * grid.bits // 32)
+            groups = grid.scale.shape[1]
+            packed = words + 2 * o * groups + zeros * 4 * groups * -(-o * grid.bits // 32)
+            total += packed + 16 - layer.numel * width[id(layer.module.weight)]
+    for name in sparse_terms(model):
+        weight = layers[name].stored
+        kept = int(weight.count_nonzero()) * width[id(getattr(layers[name].module, layers[name].parameter))]
+        full = weight.numel() * width[id(getattr(layers[name].module, layers[name].parameter))]
+        if name not in grids:
+            total += min(0, kept + -(-weight.numel() // 8) - full)
+    return total
+
+
+def sparse_terms(model: nn.Module) -> list[str]:
+    """Layers that a decomposition left with most of their weights zero."""
+    surgery = getattr(model, "secateur_surgery", None)
+    found = []
+    for key in (BEFORE, AFTER):
+        for path, facts in (surgery.get(key, {}) if isinstance(surgery, dict) else {}).items():
+            if facts["kind"] in ("low-rank+sparse", "sparse"):
+                found.append(f"{path}.sparse" if facts["kind"] == "low-rank+sparse" else path)
+    return found
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model that gates of run time are around; or itself."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(model, "structure") and isinstance(inner, nn.Module) else model

@@ -1,0 +1,63 @@
+"""Which order of steps can be: checked before any work, with the step that is wrong and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import RecipeError
+from ..granularity import parse
+from .steps import Step
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Refuse an order in which a step would undo, or could not follow, an earlier one.
+
+    Raises:
+        RecipeError: with both steps, and what to do.
+    """
+    if not steps:
+        raise RecipeError("a compound needs at least one step")
+    first: dict[str, str] = {}
+    for number, step in enumerate(steps, 1):
+        here, takes = f"step {number} ({step})", step.takes
+        if "tokens" in first:
+            raise RecipeError(f"{here} comes after {first['tokens']}, which wraps the model: let that be the last step")
+        if "integers" in first and "tokens" not in takes:
+            _after_integers(here, takes, first["integers"])
+        if "weights" in first:
+            _after_weights(here, step, first["weights"])
+        for what in takes:
+            first.setdefault(what, f"step {number} ({step})")
+
+
+def _after_integers(here: str, takes: frozenset[str], earlier: str) -> None:
+    if "integers" in takes:
+        raise RecipeError(f"{here} comes after {earlier}: weights are quantized once")
+    if takes == {"training"}:
+        raise RecipeError(
+            f"{here} comes after {earlier} and would train weights off their grid of integers: train before quantizing"
+        )
+    raise RecipeError(f"{here} comes after {earlier} and would move weights off their grid of integers: quantize last")
+
+
+def _after_weights(here: str, step: Step, earlier: str) -> None:
+    """What cannot keep the zeros of single weights."""
+    takes = step.takes
+    if "factors" in takes:
+        raise RecipeError(f"{here} comes after {earlier}: factors do not keep its zeros; decompose first")
+    if "units" in takes:
+        recipe = step.recipe()
+        if parse(recipe.granularity).whole:
+            raise RecipeError(
+                f"{here} comes after {earlier}: whole {recipe.granularity} go before single weights; change the order"
+            )
+        if recipe.recovery != "none":
+            raise RecipeError(
+                f"{here} comes after {earlier}, and its recovery '{recipe.recovery}' would fill the zeros of that: "
+                "give it recovery: none, or put it first"
+            )
+    if takes > {"training"}:
+        raise RecipeError(
+            f"{here} comes after {earlier}, and a method that trains knows of no earlier masks: put it first, or prune "
+            "by a method without training and add {recover: finetune}"
+        )

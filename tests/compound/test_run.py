@@ -1,0 +1,251 @@
+"""A compound is its steps, one after the other: the same as by hand, zeros held, and back from disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import secateur
+from secateur.compound import Compound
+from secateur.coupled import example_inputs
+from secateur.errors import ModelError, SecateurError
+from secateur.layers import find_layers
+from secateur.models import next_token_loss
+from tests import tiny
+from tests.runtime.models import images, vit
+
+
+def tokens() -> list[Tensor]:
+    return [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(k)) for k in range(4)]
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+STEPS: list[dict[str, Any]] = [
+    {"prune": {"method": "llm-pruner", "target": "params 15%", "multiple": 1}},
+    {"decompose": {"method": "low-rank", "target": "params 10%"}},
+    {"prune": {"method": "sparsegpt", "sparsity": 0.5}},
+    {"quantize": "int8"},
+]
+
+
+def test_it_is_the_same_as_by_hand(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    made = secateur.prune(copy.deepcopy(model), Compound.of(STEPS), data=tokens())
+
+    hand = copy.deepcopy(model)
+    plan = secateur.prune(
+        hand, "llm-pruner", target="params 15%", multiple=1, data=tokens(), loss=next_token_loss,
+        example=example_inputs(None, hand),
+    )  # fmt: skip
+    hand = plan.shrink()
+    secateur.decompose(hand, "low-rank", target="params 10%", data=tokens())
+    pruned = secateur.prune(hand, "sparsegpt", sparsity=0.5, data=tokens())
+    secateur.prune(hand, secateur.Recipe.of("gptq", sparsity=0.0).quantized("int8"), data=tokens(), masks=pruned.masks)
+
+    assert same(made.model, hand)
+    assert {n: int(m.sum()) for n, m in made.masks.items()} == {n: int(m.sum()) for n, m in pruned.masks.items()}
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    for name, mask in made.masks.items():
+        assert not bool((layers[name].weight() != 0)[~mask].any())
+    counts = [made.run["before"], *(s["after"] for s in made.run["steps"])]
+    assert counts[0]["params"] > counts[1]["params"] > counts[2]["params"] == counts[3]["params"]
+    assert counts[3]["nonzero"] < counts[2]["nonzero"] and counts[4]["bytes"] < counts[3]["bytes"]
+
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, made.model(ids).logits)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [s["title"] for s in run["steps"]] == [str(s) for s in made.compound.steps]
+    assert run["digest"] == Compound.load(tmp_path / "out" / "recipe.yaml").digest
+    size = sum(x.nbytes for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert size == counts[4]["bytes"] < counts[3]["bytes"]
+
+
+def test_a_stock_model_stays_one(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    made = secateur.prune(model, Compound.of([{"prune": {"method": "wanda", "sparsity": 0.5}}, {"quantize": "int8"}]), data=tokens())  # fmt: skip  # noqa: E501
+    made.save(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "surgery.json").exists()
+    again = secateur.load(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, made.model(ids).logits)
+    assert secateur.Masks.load(tmp_path / "out" / "masks.safetensors").sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+
+
+def batches() -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)) for _ in range(3)]  # fmt: skip  # noqa: E501
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_units_after_weights_keep_their_zeros(tmp_path: Path) -> None:
+    """The masks are cut where the units are."""
+    steps = [
+        {"prune": {"method": "magnitude", "sparsity": 0.6}},
+        {"prune": {"method": "l1-norm", "target": "params 30%", "recovery": "none", "multiple": 1}},
+        {"recover": {"method": "finetune", "epochs": 2}},
+        {"quantize": {"as": "int8", "method": "round"}},
+    ]
+    model = net()
+    first = secateur.prune(net(), "magnitude", sparsity=0.6)
+    made = secateur.prune(model, Compound.of(steps), data=batches(), loss=loss, example=batches()[0][0])
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    assert set(made.masks) == set(first.masks) == set(layers)
+    smaller = 0
+    for name, mask in made.masks.items():
+        weight = layers[name].weight()
+        assert mask.shape == weight.shape and not bool((weight != 0)[~mask].any())
+        smaller += mask.numel() < first.masks[name].numel()
+    assert smaller and 0.4 < made.sparsity < 0.8
+    assert made.run["curves"] and made.run["steps"][2]["after"]["nonzero"] <= made.run["steps"][1]["after"]["nonzero"]
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out", net())
+    x = batches()[0][0]
+    assert torch.equal(again(x), made.model(x))
+
+
+def test_zeros_stay_through_a_second_pruning_and_a_sweep() -> None:
+    """SparseGPT takes more of what wanda left, and brings nothing back, though it moves what stays."""
+    steps = [{"prune": {"method": "wanda", "sparsity": 0.3}}, {"prune": {"method": "sparsegpt", "sparsity": 0.6}}]
+    model = tiny.build("llama")
+    made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
+    first = secateur.prune(copy.deepcopy(model), "wanda", sparsity=0.3, data=tokens())
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    for name, mask in first.masks.items():
+        assert int(made.masks[name].sum()) == round(0.4 * mask.numel())
+        assert not bool((layers[name].weight() != 0)[~mask].any()) and not bool((made.masks[name] & ~mask).any())
+
+
+def test_sparse_terms_of_a_decomposition_hold() -> None:
+    steps = [
+        {"decompose": {"method": "low-rank+sparse", "sparsity": 0.4, "iterations": 2}},
+        {"prune": {"method": "magnitude", "sparsity": 0.7}},
+    ]
+    model = net()
+    made = secateur.prune(model, Compound.of(steps), data=batches(), example=batches()[0][0])
+    terms = [n for n in made.masks if n.endswith(".sparse")]
+    assert terms and all(float(made.masks[n].float().mean()) < 0.5 for n in terms)
+
+
+def test_distilled(tmp_path: Path) -> None:
+    """The dense model, as it was before the first step, teaches."""
+    model = tiny.build("llama")
+    steps = [{"prune": {"method": "magnitude", "sparsity": 0.5}}, {"recover": {"method": "distill", "epochs": 8, "rate": 2.0, "logits": 1.0}}]  # fmt: skip  # noqa: E501
+    ids = torch.cat(tokens())
+    with torch.no_grad():
+        target = model(ids).logits.softmax(-1)
+
+    def away(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(ids).logits.log_softmax(-1).exp() - target).abs().mean())
+
+    pruned = secateur.prune(copy.deepcopy(model), Compound.of(steps[:1]))
+    made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
+    assert away(made.model) < 0.8 * away(pruned.model)
+    assert made.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_tokens_leave_a_smaller_model(tmp_path: Path) -> None:
+    """Heads and neurons go, weights become integers, and then tokens leave at run time."""
+    steps = [
+        {"prune": {"method": "l1-norm", "target": "params 20%"}},
+        {"quantize": {"as": "int8", "method": "round"}},
+        {"runtime": {"method": "tome", "target": "flops 30%"}},
+    ]
+    made = secateur.prune(vit(), Compound.of(steps), example=images())
+    flops = [made.run["before"]["flops"], *(s["after"]["flops"] for s in made.run["steps"])]
+    assert flops[3] <= 0.7 * flops[2] and flops[1] < flops[0]
+    made.save(tmp_path / "out")
+    again = secateur.load(tmp_path / "out", vit())
+    with torch.no_grad():
+        torch.testing.assert_close(again(images()), made.model(images()))
+    assert any(n.endswith(".weight_packed") for n in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_plan_touches_nothing_and_counts_what_comes() -> None:
+    model = tiny.build("llama")
+    before = copy.deepcopy(model.state_dict())
+    plan = secateur.plan(model, Compound.of(STEPS))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    made = secateur.prune(copy.deepcopy(model), Compound.of(STEPS), data=tokens())
+    for told, done in zip(plan.steps, made.run["steps"], strict=True):
+        for count in ("params", "nonzero", "bytes"):
+            assert told["after"][count] == pytest.approx(done["after"][count], rel=0.03), (told["title"], count)
+    text = str(plan)
+    assert "ranks are shown for svd, until data are given" in text and "what goes is shown for magnitude" in text
+    assert [s["needs"] for s in plan.steps] == [["data", "example", "loss"], ["data"], ["data"], ["data"]]
+    real = secateur.plan(model, Compound.of(STEPS[:1]), data=tokens())
+    assert real.steps[0]["after"] == made.run["steps"][0]["after"] and real.steps[0]["stands"] == ""
+
+
+HALF: dict[str, Any] = {"prune": {"method": "magnitude", "sparsity": 0.5}}
+
+
+@pytest.mark.parametrize(
+    "steps, given, said",
+    [
+        ([{"prune": "wanda"}], {}, r"step 1 \(prune wanda\) needs data: pass data="),
+        ([{"prune": {"method": "l1-norm", "sparsity": 0.2}}], {}, "needs an example: pass example="),
+        ([{"recover": "finetune"}], {"data": batches()}, "needs a loss: pass loss="),
+        ([{"prune": {"method": "magnitude", "granularity": "2:4"}}], {"sparsity": 0.5}, "'sparsity' belongs to one"),
+        ([HALF, {"prune": {"method": "obc", "sparsity": 0.6}}], {"data": batches()}, "knows of no earlier ones"),
+        ([HALF, {"prune": {"method": "magnitude", "granularity": "row", "sparsity": 0.4}}], {}, "earlier steps left"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_before(steps: Any, given: Any, said: str) -> None:
+    model = net()
+    with pytest.raises(SecateurError, match=said):
+        secateur.prune(model, Compound.of(steps), **given)
+
+
+@pytest.mark.parametrize("middle", [[], [{"decompose": {"method": "svd", "sparsity": 0.2}}]], ids=["", "factors"])
+def test_cut_twice(middle: list[Any], tmp_path: Path) -> None:
+    """What a model went through is repeated on a fresh one, in its order."""
+    cuts = [{"prune": {"method": "l1-norm", "target": f"params {n}%", "multiple": 1}} for n in (20, 15)]
+    made = secateur.prune(net(), Compound.of([cuts[0], *middle, cuts[1]]), example=batches()[0][0])
+    counts = [s["after"]["params"] for s in made.run["steps"]]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+    made.save(tmp_path / "out")
+    x = batches()[0][0]
+    assert torch.equal(secateur.load(tmp_path / "out", net())(x), made.model(x))
+    other = net()
+    other[6] = nn.Linear(16, 31)
+    shapes = [p.shape for p in other.parameters()]
+    with pytest.raises(ModelError, match="expects"):
+        secateur.load(tmp_path / "out", other)
+    assert [p.shape for p in other.parameters()] == shapes
+
+
+def test_blocks_and_then_width(tmp_path: Path) -> None:
+    steps = [{"prune": {"method": "shortgpt", "target": "params 20%"}}, {"prune": {"method": "llm-pruner", "target": "params 10%", "multiple": 1}}]  # fmt: skip  # noqa: E501
+    model = tiny.build("llama")
+    made = secateur.prune(model, Compound.of(steps), data=tokens())
+    made.save(tmp_path / "out")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)

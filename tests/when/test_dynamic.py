@@ -1,0 +1,128 @@
+"""The door for methods of run time whose gates are trained: resumed runs, what is written, refusals, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import secateur
+from secateur.errors import ModelError, RecipeError
+from secateur.measure.flops import flops
+from secateur.tasks import Task, find
+from secateur.when.dynamic import TrainedDynamic
+
+SMALL: dict[str, Any] = {"options": {"images": 200, "width": 4}, "epochs": 0.5, "length": 1.0, "every": 0.0}
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(out: Path | None = None, method: str = "fbs", stop: tuple[str, int] | None = None, **more: Any) -> TrainedDynamic:  # fmt: skip  # noqa: E501
+    def progress(leg: str, done: int, of: int) -> None:
+        if stop == (leg, done):
+            raise Stopped
+
+    target = {} if "knobs" in more else {"target": "flops 50%"}
+    made = secateur.train("digits", method, out=out, progress=progress, **{**SMALL, **target, **more})
+    assert isinstance(made, TrainedDynamic)
+    return made
+
+
+def same(a: TrainedDynamic, b: TrainedDynamic) -> bool:
+    left, right = a.model.state_dict(), b.model.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in left.items())
+
+
+def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = run()
+    for stop in (("dense", 2), ("gates", 1), ("gates", 2)):
+        with pytest.raises(Stopped):
+            run(tmp_path / "out", stop=stop)
+    assert (tmp_path / "out.run").is_dir() and not (tmp_path / "out").exists()
+    again = run(tmp_path / "out")
+    assert same(whole, again) and again.metric == whole.metric
+    assert not (tmp_path / "out.run").exists()
+    task = find("digits", **SMALL["options"])
+    x = next(iter(task.batches("test", 0, 0)))[0][:3]
+    loaded = secateur.load(tmp_path / "out", task.model(7))
+    assert torch.equal(loaded(x), again.model(x))
+    assert flops(loaded, x[:1]).total <= 0.5 * flops(loaded.model, x[:1]).total
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["method"] == "fbs" and record["target"] == "flops 50%"
+    assert record["measured"]["gated"]["flops"]["mean"] <= 0.5 * record["measured"]["dense"]["flops"]["mean"]
+    assert "MFLOPs" in str(again)
+
+
+def test_a_run_that_was_over_is_gated_as_trained(tmp_path: Path) -> None:
+    """Stopped after the last step, before anything was written: the gates are then at their final density."""
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", stop=("gates", 4))
+    again = run(tmp_path / "out")
+    assert again.gates.record["density"] == again.model.gates[0].keep < 1  # type: ignore[union-attr, index]
+    assert same(again, run())
+
+
+def test_seeds_draw_other_gates() -> None:
+    one, two = run(seed=1, length=0.01), run(seed=2, length=0.01)
+    assert not torch.equal(one.gates.tensors()["0.predict.weight"], two.gates.tensors()["0.predict.weight"])
+
+
+def test_length_and_rate_are_knobs_too() -> None:
+    made = run(knobs={"fbs": {"density": 0.5, "length": 0.02, "rate": 1.0}}, length=None)
+    assert (made.run["length"], made.run["rate"]) == (0.02, 1.0)
+    assert [row["leg"] for row in made.run["curves"]].count("gates") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target": "flops 99.9%"}, "out of reach"), ({"target": "params 50%"}, "not in params"),
+        ({"target": None}, "one of them"), ({"sparsity": 0.5}, "has no sparsity"), ({"knobs": {"solver": {"x": 1}}}, "no part"),
+        ({"knobs": {"fbs": {"dens": 1}}}, "no knob 'dens'"), ({"when": "after"}, "leave out masks and when"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_said_before_any_training(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        run(stop=("dense", 1), **options)
+
+
+def test_a_model_with_no_place_for_a_gate_is_refused_before_any_training() -> None:
+    digits = find("digits", images=100)
+    flat = Task(lambda seed: nn.Sequential(nn.Flatten(), nn.Linear(144, 10)), digits.batches, name="flat")
+    with pytest.raises(ModelError, match="no convolution"):
+        secateur.train(flat, "fbs", target="flops 50%", epochs=0.1)
+
+
+def test_batches_of_one() -> None:
+    assert run(options={"images": 20, "width": 4, "batch": 1}, epochs=0.5).metric >= 0
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from secateur.cli import app
+
+    out = tmp_path / "out"
+    words = [
+        "train",
+        "digits",
+        "--method",
+        "fbs",
+        "--target",
+        "flops 50%",
+        "--epochs",
+        "0.2",
+        "--set",
+        "task.images=100",
+    ]
+    words += ["--set", "fbs.length=1", "--set", "fbs.lasso=0.001", "--out", str(out)]
+    made = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert made.exit_code == 0 and "fbs on task digits" in made.output and "fbs: " in made.output
+    assert json.loads((out / "run.json").read_text())["lasso"] == 0.001
+    with pytest.raises(RecipeError, match="has no sparsity"):
+        CliRunner().invoke(app, [*words[:-1], str(tmp_path / "b"), "--sparsity", "0.5"], catch_exceptions=False)
