@@ -98,11 +98,8 @@ def train(
     >>> round(made.sparsity, 2)
     0.8
     """
-    runner = runner_of(method) if isinstance(method, str) else None
-    steps = method in decompositions() or not (method is None or isinstance(method, (str, Recipe)))
-    if storage is not None and (runner is not None or steps):
-        raise RecipeError(f"what '{method}' makes has a format of its own: leave storage out")
-    if runner is not None:
+    if isinstance(method, str) and (runner := runner_of(method)) is not None:
+        _refuse_storage(storage)
         if masks is not None or when not in (None, "runtime"):
             raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
         made: Trained | TrainedDynamic = runner(
@@ -110,9 +107,10 @@ def train(
             score=score, options=options, progress=progress, command=command, **own_options(method, axes),
         )  # fmt: skip
         return made
-    if steps:
+    if method in decompositions() or not (method is None or isinstance(method, (str, Recipe))):
         from ..compound.tasks import train_method
 
+        _refuse_storage(storage)
         if masks is not None or when not in (None, "after"):
             raise RecipeError("steps that change layers come after training, and with no masks of another run")
         return train_method(
@@ -179,6 +177,11 @@ def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
     for name in {"length", "rate"} & (own.keys() - known.keys()):  # of the run, also as --set METHOD.length
         given[name] = own.pop(name)
     return {**given, "knobs": own}
+
+
+def _refuse_storage(storage: str | None) -> None:
+    if storage is not None:
+        raise RecipeError("a model with gates, or with layers of another kind, has its own format: leave storage out")
 
 
 def rounds_of(base: Recipe, recipe: Recipe) -> int:
