@@ -137,7 +137,7 @@ def prune(
             raise RecipeError("--quantize takes a model directory: write the trained model first, and quantize that")
         return cli_train.train_source(
             model, method or "magnitude", recipe_file, axes, knobs or [], out, force=force, as_json=as_json,
-            epochs=epochs, when="after", device=device, target=target, multiple=multiple,
+            epochs=epochs, when="after", device=device, target=target, multiple=multiple, storage=storage,
         )  # fmt: skip
     if method in decompositions():
         with interruptible(f"stopped: {out} was not written"):

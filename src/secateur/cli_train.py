@@ -36,6 +36,7 @@ from .options import (
     Solver,
     Sparsity,
     Steps,
+    Storage,
     axes_of,
     part_knobs,
     read_recipe,
@@ -77,6 +78,7 @@ def train(
     score: Annotated[
         str, typer.Option("--score", help="What the result is measured on: test, or valid to choose a setting by.")
     ] = "test",
+    storage: Storage = None,
     device: Device = "cpu",
     force: Force = False,
     as_json: Json = False,
@@ -90,7 +92,7 @@ def train(
     train_source(
         task, method, recipe_file, axes, knobs or [], out, force=force, as_json=as_json, epochs=epochs, when=when,
         masks=None if masks is None else Masks.load(masks), device=device, target=target, multiple=multiple,
-        score=score,
+        score=score, storage=storage,
     )  # fmt: skip
 
 

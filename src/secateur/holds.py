@@ -7,6 +7,7 @@ optimizer works on. Its other facts, in the decorator, say how the parameter is 
 training in between; ``dense``, the model reads the masked weight, and the session keeps the dense one for the
 optimizer, which is one more copy of each pruned parameter. ``state``: whether the optimizer's memory of what is gone
 is zero too. ``backward``: for which weights training needs gradients, which the count of operations asks.
+``rounds``: the model reads the nearest values of a grid with the hold's ``bits`` and ``group``.
 ``first``: masks change before the optimizer steps, with this step's gradients, and not after it. ``finish``: the
 criterion of the last mask. ``decays``: nothing works without the optimizer's weight decay, or this knob of the hold's.
 """
@@ -105,6 +106,31 @@ def dense(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     Source: Lin et al., Dynamic model pruning with feedback, arXiv 2006.07253, equation 3 and algorithm 1.
     """
     return weight, gradient
+
+
+@register("hold", weight="dense", state="zero", backward="sparse", rounds=True, paper="1712.05877", survey="D1")
+def integers(
+    weight: Tensor, gradient: Tensor, mask: Tensor, *, bits: int = 8, group: int = 0
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The model reads weights rounded to integers times a scale; its gradient moves the floats behind them.
+
+    :: q = mask s round(w / s),  s = max |w| of a group / (2^(bits-1) - 1/2);  g = mask grad L(q)
+
+    The straight-through estimator: rounding counts as the identity in the backward pass. Grids are found anew after
+    each step. ``group`` is the number of inputs that share a scale, 0 for all of an output's. At the end the model has
+    the rounded weights, and what is gone is zero.
+
+    Choose it to heal a pruned model that is to be stored as integers (recovery qat).
+
+    Beware: the session keeps the floats. Weights alone are rounded; activations stay floats.
+
+    >>> integers(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]))[1].tolist()
+    [[2.0, 0.0]]
+
+    Source: Jacob et al., Quantization and training, arXiv 1712.05877, section 3, from the paper's description, with the
+    straight-through gradient of Bengio et al., arXiv 1308.3432; symmetric, without biases, activations and batch norms.
+    """
+    return weight, gradient * mask
 
 
 @register("hold", weight="dense", state="free", backward="sparse", paper="2005.07683")

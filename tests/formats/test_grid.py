@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import ModelError, RecipeError
-from secateur.formats.grid import Grid, grid, parse_integers, short
+from secateur.formats.grid import Grid, grid, parse_integers, short, steps_of
 from secateur.formats.integers import described, pack_words, packed, unpack_words, unpacked
 
 
@@ -139,3 +141,26 @@ def test_names_that_are_not_understood(text: str) -> None:
 def test_an_empty_group_has_a_grid() -> None:
     found: Grid = grid(torch.zeros(2, 8), 4, 4)
     assert torch.equal(found.round(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**20), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_row_of_integers_is_known_again(rows: int, columns: int, seed: int, gone: float) -> None:
+    """The step found is the scale times the common factor of the codes, and gives every weight back exactly."""
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)
+    weight[torch.rand(rows, columns, generator=rng) < gone] = 0
+    made = grid(weight, 8, 0)
+    codes = made.codes(weight)
+    values = made.values(codes)
+    found = steps_of(values)
+    for row, scale, step, code in zip(values, made.scale[:, 0], found, codes, strict=True):
+        common = math.gcd(*code.tolist())
+        assert float(step) == (float(scale) * common if common else 1.0)
+        assert torch.equal((row / step).round() * step, row)
+
+
+def test_other_rows_have_no_step() -> None:
+    torch.manual_seed(0)
+    assert steps_of(torch.randn(3, 50)).tolist() == [0, 0, 0]
+    assert steps_of(torch.tensor([[1e-30, 1e30, 0.0]])).tolist() == [0]
+    assert steps_of(torch.tensor([[200.0, 1.0], [127.0, 1.0]])).tolist() == [0, 1]

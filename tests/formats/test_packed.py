@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import ModelError, RecipeError
-from secateur.formats import KINDS, Packed, pack, restore
+from secateur.formats import KINDS, Packed, grid, pack, restore
 from secateur.formats.packed import PADDING
+from secateur.kernels.quantized import quantize
 
 PANELS = (64, 128, 192, 256)
 
@@ -386,3 +387,15 @@ def test_strided_tensors_are_taken_as_they_read() -> None:
         assert torch.equal(again.dense(), packed.dense())
         held = (again.values, again.start, again.col, again.bits, again.scale)
         assert all(t.is_contiguous() for t in held if t is not None)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_weights_that_are_integers_already_do_not_move(kind: str) -> None:
+    """Pruned and quantized with one scale a row: packed with the same integers, whatever the largest of them is."""
+    weight = torch.randn(48, 80)
+    weight[torch.rand(48, 80) < 0.5] = 0
+    for bits in (8, 5):
+        values = grid(weight, bits, 0).round(weight)
+        assert torch.equal(pack(values, kind).dense(), values)
+        codes, scale = quantize(values)
+        assert torch.equal(codes.float() * scale[:, None], values)

@@ -77,6 +77,16 @@ def test_which_is_smallest() -> None:
     assert encode(torch.randn(4, 4))[1]["form"] == "dense"
 
 
+def test_integers_are_known_without_their_grid() -> None:
+    """A scale for each row, as training on rounded weights leaves it."""
+    for bits in (2, 4, 8):
+        weight, found = on_grid((16, 96), bits, 0, True, 0.1)
+        tensors, facts = encode(weight)
+        assert facts["form"].endswith("integers") and facts["bits"] <= bits
+        assert torch.equal(decode(tensors, facts), weight) and sizes(tensors) <= sizes(encode(weight, found)[0])
+    assert encode(torch.tensor([[float("inf"), 0.0, 0.0, 0.0] * 4]))[1]["form"] == "bitmask"
+
+
 def test_shared_values_and_other_shapes() -> None:
     kernel = torch.randn(6, 3, 3, 3)
     kernel[kernel.abs() < 0.8] = 0

@@ -14,6 +14,7 @@ from tests.conftest import Run
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.errors import RecipeError
 from secateur.formats.integers import is_packed
 from secateur.measure.size import bytes_on_disk
 from secateur.models import load_model
@@ -126,33 +127,33 @@ def test_smallest_from_the_command_line(model: Path, text: Path, tmp_path: Path,
 
 
 def test_what_is_stored_is_measured_and_pruned_again(model: Path, tmp_path: Path, run: Run) -> None:
-    first = tmp_path / "shared"
+    """Shared values, then integers, then floats: each directory is read as float layers, and nothing stale stays."""
     words = ("--method", "magnitude", "--sparsity", 0.6, "--quantize", "shared:5")
-    status, _, error = run("prune", model, *words, "--out", first)
+    status, _, error = run("prune", model, *words, "--out", tmp_path / "a")
     assert status == 0, error
-    weight = load_model(first).model.layers[0].mlp.down_proj.weight
+    weight = load_model(tmp_path / "a").model.layers[0].mlp.down_proj.weight
     assert len(weight.unique()) <= 33 and float((weight == 0).float().mean()) == pytest.approx(0.6, abs=0.01)
-    for source in (first, tmp_path / "again"):
-        words = ("--method", "magnitude", "--sparsity", 0.7, "--quantize", "int4:16", "--force")
-        status, _, error = run("prune", source, *words, "--out", tmp_path / "again2")
-        assert status == 0, error
-        assert is_packed(tmp_path / "again2") and not (tmp_path / "again2" / "stored.json").exists()
-        (tmp_path / "again2").rename(tmp_path / "again") if source == first else None
-    again = load_model(tmp_path / "again2").model.layers[0].mlp.down_proj.weight
-    assert bool(((weight == 0) <= (again == 0)).all())
-    status, _, error = run("prune", tmp_path / "again", "--method", "magnitude", "--out", tmp_path / "floats")
-    assert status == 0 and not is_packed(tmp_path / "floats"), error
-    found = secateur.measure(first, None)
-    assert found["bytes"] == sum(f.stat().st_size for f in first.glob("stored-*.safetensors"))
-    assert found["bytes"] == bytes_on_disk(first) < bytes_on_disk(model) / 1.5
-    status, _, error = run("prune", model, *words, "--quantize", "shared:9", "--out", tmp_path / "o")
-    assert status == 2 and "write shared:5" in error
-    status, _, error = run(
-        "prune", model, "--quantize", "shared", "--storage", "stock", "--method", "magnitude", "--out", tmp_path / "o"
-    )
-    assert status == 2 and "no stock tool reads shared values" in error
-    status, _, error = run("prune", model, "--method", "magnitude", "--storage", "zip", "--out", tmp_path / "o")
-    assert status == 2 and "storage is stock or smallest" in error
+    found = secateur.measure(tmp_path / "a", None)
+    assert found["bytes"] == sum(f.stat().st_size for f in (tmp_path / "a").glob("stored-*.safetensors"))
+    assert found["bytes"] == bytes_on_disk(tmp_path / "a") < bytes_on_disk(model) / 1.5
+    recipe = secateur.Recipe.of("magnitude", sparsity=0.7)
+    secateur.prune_directory(tmp_path / "a", recipe.quantized("int4:16"), tmp_path / "b")
+    assert is_packed(tmp_path / "b") and not (tmp_path / "b" / "stored.json").exists()
+    again = load_model(tmp_path / "b").model.layers[0].mlp.down_proj.weight
+    assert bool(((weight == 0) <= (again == 0)).all()) and not torch.equal(weight, again)
+    secateur.prune_directory(tmp_path / "b", recipe, tmp_path / "c")
+    assert not is_packed(tmp_path / "c")
+    assert torch.equal(load_model(tmp_path / "c").model.layers[0].mlp.down_proj.weight, again)
+
+
+def test_storages_that_cannot_be(model: Path, tmp_path: Path) -> None:
+    recipe = secateur.Recipe.of("magnitude")
+    with pytest.raises(RecipeError, match="write shared:5"):
+        recipe.quantized("shared:9")
+    with pytest.raises(RecipeError, match="no stock tool reads shared values"):
+        secateur.prune_directory(model, recipe.quantized("shared"), tmp_path / "o", storage="stock")
+    with pytest.raises(RecipeError, match="storage is stock or smallest"):
+        secateur.prune_directory(model, recipe, tmp_path / "o", storage="zip")
 
 
 def test_an_interrupted_run_keeps_its_forms(model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ..errors import RecipeError
 
 #: How the range of a grid is found: the largest weight, or the clipping with the least squared error.
 CLIPS = ("mse", "absmax")
+_FEW = 64  # columns that tell most rows of floats from rows of integers
 _FACTORS = [1 - k / 40 for k in range(21)]  # of the largest weight, that ``mse`` tries
 
 
@@ -21,7 +22,8 @@ class Grid:
     """Evenly spaced values, zero among them: ``w = scale * (code - zero)``.
 
     Attributes:
-        bits: of a code; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``.
+        bits: of a code; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``. Where 8 bits are symmetric -128 is left out:
+            kernels of int8 do without it.
         group: inputs that share a scale.
         scale: ``(o, groups)`` float32, positive, with no more digits than bfloat16 has: ``w`` is exact in float32.
         zero: ``(o, groups)`` float32, the code of the value zero; None where that is zero (symmetric).
@@ -95,15 +97,57 @@ def grid(
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for factor in _FACTORS if clip == "mse" else [1.0]:
-        step = short((high - low) * factor / (2**bits - 1))
+        step = short((high - low) * factor / (254 if symmetric and bits == 8 else 2**bits - 1))
         step = torch.where(step > 0, step, 1.0)
         code = torch.zeros_like(low) if symmetric else _code_of_zero(low * factor, step, bits)
-        moved = _rounded(w, step[..., None], code[..., None], bits) - w  # zero is on every grid: the mask costs nothing
+        moved = (
+            _rounded(w, step[..., None], None if symmetric else code[..., None], bits) - w
+        )  # zero is on every grid: the mask costs nothing
         error = moved.square_().sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, step, scale), torch.where(better, code, zero)
     return Grid(bits, group, scale, None if symmetric else zero)
+
+
+def steps_of(weight: Tensor, most: int = 127) -> Tensor:
+    """The largest step of which all weights of a row are whole multiples, exactly; 0 where they are more than ``most``.
+
+    It is how a model that was quantized with one scale for each output is known again: its codes, with their common
+    factor taken out.
+
+    Args:
+        weight: ``(o, i)`` of floats.
+
+    Returns:
+        ``(o,)`` float32; 1 for a row of zeros.
+
+    >>> steps_of(torch.tensor([[0.75, -1.5, 0.0], [1.0, 2.0, 1e-3]])).tolist()
+    [0.75, 0.0]
+    """
+    if weight.shape[1] > 2 * _FEW:  # most rows of floats are known by their first weights
+        found = steps_of(weight[:, :_FEW], most)
+        able = found > 0
+        if bool(able.any()):
+            found[able] = _steps_of(weight[able], most)
+        return found
+    return _steps_of(weight, most)
+
+
+def _steps_of(weight: Tensor, most: int) -> Tensor:
+    mantissa, exponent = torch.frexp(weight.detach().float())
+    there = mantissa != 0
+    lowest = exponent.masked_fill(~there, 1 << 20).amin(1, keepdim=True)
+    shift = (exponent - lowest).masked_fill(~there, 0)
+    numbers = (mantissa.abs() * 2**24).long() << shift.clamp_max(32)  # whole, in units of 2^(lowest - 24)
+    common = numbers
+    while common.shape[1] > 1:
+        common = torch.nn.functional.pad(common, (0, common.shape[1] % 2))
+        common = torch.gcd(common[:, 0::2], common[:, 1::2])
+    common = common.amax(1)
+    found = torch.ldexp(common.double(), lowest[:, 0] - 24)
+    fits = (shift <= 32).all(1) & (numbers.amax(1) <= most * common) & (found.float().double() == found)
+    return torch.where(~there.any(1), 1.0, torch.where(fits, found, 0.0)).float()
 
 
 def check_grid(
@@ -157,7 +201,8 @@ def _code_of_zero(low: Tensor, step: Tensor, bits: int) -> Tensor:
 
 def _codes(w: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
     half = 1 << (bits - 1)
-    return ((w / scale).round_() + zero).clamp_(-half, half - 1)
+    low = -127 if bits == 8 and not isinstance(zero, Tensor) else -half
+    return ((w / scale).round_() + zero).clamp_(low, half - 1)
 
 
 def _rounded(w: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:

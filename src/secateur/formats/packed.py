@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
+from .grid import steps_of
 
 #: Zeros kept behind the values: kernels load whole vectors and may read past the last one.
 PADDING = 256
@@ -181,7 +182,8 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
     Args:
         weight: ``(rows, cols)`` of floats. What is exactly zero goes.
         kind: of the values: ``float32``, ``bfloat16`` or ``float16`` (rounded to nearest; the latter for GPUs),
-            ``int8`` (one scale a row, symmetric; what rounds to zero stays stored) or ``int8-dynamic`` (the same, and
+            ``int8`` (one scale a row, symmetric: that of the integers where a row has been quantized, so that nothing
+            moves; what rounds to zero stays stored) or ``int8-dynamic`` (the same, and
             activations become int8 where bits or quads are read).
         group, panel: how it is cut, within the bounds of `Packed`; by its shape and density where not given.
 
@@ -211,7 +213,7 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
     scale = None
     found = runs[mask]
     if _DTYPES[kind] == torch.int8:
-        scale = dense.abs().amax(1).clamp(min=1e-30) / 127.0
+        scale = steps(dense)
         of_run = _order(rows, cols, group, panel) // panels
         found = (found / scale[of_run].repeat_interleave(mask.sum(1))).round().clamp(-127, 127)
     values = torch.zeros(count + PADDING, dtype=_DTYPES[kind])
@@ -222,6 +224,12 @@ def pack(weight: Tensor, kind: str = "float32", *, group: int | None = None, pan
     start[1:] = mask.sum(1).cumsum(0)
     dynamic = kind == "int8-dynamic"
     return Packed(rows, cols, group, panel, values, start, _columns(mask), _bits(mask), None, scale, dynamic)
+
+
+def steps(weight: Tensor) -> Tensor:
+    """A scale ``(rows,)`` for each row in int8: the step that its weights are multiples of, or 1/127 of the largest."""
+    exact = steps_of(weight)
+    return torch.where(exact > 0, exact, weight.abs().amax(1).float().clamp(min=1e-30) / 127.0)
 
 
 def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Packed:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
-from .grid import Grid, check_grid
+from .grid import Grid, check_grid, steps_of
 from .sharing import Codebook, restored, share
 
 #: What a solver says of weights that take few values.
@@ -91,7 +91,8 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
 
     Args:
         weight: of any shape; its first axis are the outputs.
-        grid: whose values it has, if it has any; a weight beside its grid is refused.
+        grid: whose values it has, if it has any; a weight beside its grid is refused. Where none is given, one with a
+            scale for each output is looked for.
         form: one of `FORMS` or ``shared``; the smallest that loses nothing where not given.
     """
     matrix = weight.detach().reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.detach().reshape(1, -1)
@@ -100,6 +101,7 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
         if matrix[matrix != 0].unique().numel() > 2**grid.bits:
             raise RecipeError("a weight has values beside those that it shared: it was changed after it was quantized")
         return share(matrix, grid.bits).stored(), {**facts, "form": "shared"}
+    grid = _found(matrix) if grid is None and form == "" else grid
     n = int(matrix.count_nonzero())
     size = (matrix.shape[0], matrix.shape[1])
     known: dict[str, Any] = {"nonzeros": n, "itemsize": weight.element_size()}
@@ -122,10 +124,20 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
     half = 1 << (grid.bits - 1)
     kept = codes[mask] if form == "bitmask+integers" else codes
     tensors["codes"] = pack_bits(kept.long() + half, grid.bits)
-    tensors["scale"] = grid.scale.to(torch.bfloat16)
+    short = grid.scale.to(torch.bfloat16)
+    tensors["scale"] = short if torch.equal(short.float(), grid.scale) else grid.scale
     if grid.zero is not None:
         tensors["zero"] = pack_bits(grid.zero.long() + half, grid.bits)
     return tensors, {**facts, "bits": grid.bits, "group": grid.group, "symmetric": grid.zero is None}
+
+
+def _found(matrix: Tensor) -> Grid | None:
+    """The grid of a matrix whose rows are integers times a scale, with as few bits as hold them."""
+    if not bool(matrix.isfinite().all()) or not bool(((scale := steps_of(matrix)) > 0).all()):
+        return None
+    codes = (matrix.float() / scale[:, None]).round()
+    low, high = int(codes.min()), int(codes.max())
+    return Grid(max(2, max(0, -low - 1).bit_length() + 1, high.bit_length() + 1), matrix.shape[1], scale[:, None])
 
 
 def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import SecateurError
+from ..formats.packed import steps
 from . import ops
 from .library import instructions
 
@@ -27,8 +28,11 @@ def available() -> bool:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``(rows, cols)`` of floats as int8 and ``(rows,)`` float32 scales: symmetric, rounded to nearest."""
-    scale = weight.abs().amax(1).float().clamp(min=1e-30) / 127.0
+    """``(rows, cols)`` of floats as int8 and ``(rows,)`` float32 scales: symmetric, rounded to nearest.
+
+    A row that has been quantized already keeps its integers.
+    """
+    scale = steps(weight)
     return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 

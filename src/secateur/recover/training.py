@@ -29,9 +29,14 @@ class Training(Protocol):
         """The task's."""
 
     def fit(
-        self, length: float, *, begin: float = 0.0, rate: float = 1.0, loss: Loss | None = None, masks: bool = True
-    ) -> None:
-        """Train for ``length`` times the task's epochs, from a share of the schedule on, at a factor of its rate."""
+        self, length: float, *, begin: float = 0.0, rate: float = 1.0, loss: Loss | None = None, masks: bool = True,
+        hold: str = "zero", **knobs: Any,
+    ) -> None:  # fmt: skip
+        """Train for ``length`` times the task's epochs, from a share of the schedule on, at a factor of its rate.
+
+        Args:
+            hold, knobs: what becomes of weights while the masks hold.
+        """
 
     def rewind(self, to: float) -> None:
         """Give what stays the weights that it had at that share of the dense run."""
@@ -64,6 +69,25 @@ def finetune(run: Training, *, length: float = 0.5, rate: float = 0.1) -> None:
     2105.03193, for the role of the rate.
     """
     run.fit(length, rate=rate)
+
+
+@register("recovery", paper="1712.05877", data="task", survey="D1")
+def qat(run: Training, *, bits: int = 8, group: int = 0, length: float = 0.5, rate: float = 0.1) -> None:
+    """Train on while the model reads weights rounded to integers; zeros stay zero (quantization-aware fine-tuning).
+
+    Each step sees rounded weights and moves the floats behind them (hold integers). At the end the weights of the
+    pruned layers, or of all layers of a smaller model, are integers of ``bits`` times a scale for each output, or for
+    each ``group`` of inputs.
+
+    Choose it to prune and quantize a small network together, above all at 4 bits and less, where rounding after
+    training costs most.
+
+    Beware: weights alone are rounded, in floats; ``--storage smallest`` and ``secateur compress`` make them small and
+    fast.
+
+    Source: Jacob et al., Quantization and training, arXiv 1712.05877, from the paper's description; see hold integers.
+    """
+    run.fit(length, rate=rate, hold="integers", bits=bits, group=group)
 
 
 @register("recovery", paper="1912.05671", data="task", keeps="to")

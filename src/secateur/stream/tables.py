@@ -51,7 +51,7 @@ def check_tables(model: nn.Module, recipe: Recipe, layers: Iterable[Layer]) -> N
 
 
 def rounded(table: Tensor, recipe: Recipe) -> tuple[Tensor, Grid]:
-    """A table on its grid, in its own type: rows of the nearest values, by the clipping of least squared error."""
+    """A table on its grid, in its own type, by the clipping with the least squared error."""
     bits, group = parse_integers(recipe.embeddings)
     found = grid(table.detach().float(), bits, group)
     return found.round(table.detach().float()).to(table.dtype), found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
@@ -67,19 +68,24 @@ class Healing:
 
     def fit(
         self, length: float, *, begin: float = 0.0, rate: float = 1.0,
-        loss: Callable[[nn.Module, Any], Tensor] | None = None, masks: bool = True,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None, masks: bool = True, hold: str = "zero", **knobs: Any,
     ) -> None:  # fmt: skip
-        """Train with the masks held; without ``masks`` whoever asks keeps the zeros."""
+        """Train with the masks held; without ``masks`` whoever asks keeps the zeros.
+
+        A hold that rounds works on all layers where there are no masks.
+        """
         self.untrained = self.task.measure(self.model)
+        kept = self.kept
+        if hold != "zero" and not kept:
+            kept = {x.name: torch.ones(x.shape, dtype=torch.bool) for x in find_layers(self.model)[0]}
 
         def held(optimizer: Any, steps: int) -> Live:
-            return attach(self.model, optimizer=optimizer, masks=self.kept, seed=self.seed)
+            axes = {"hold": hold, "knobs": {"hold": knobs}} if knobs else {"hold": hold}
+            return attach(self.model, optimizer=optimizer, masks=kept, seed=self.seed, **axes)
 
         leg = self.leg(length * self.epochs, begin=begin, rate=rate, loss=loss)
         begun = time.perf_counter()
-        made: Fitted = fit(
-            self.task, self.model, leg, attach=held if masks and self.kept else None, progress=self.progress
-        )
+        made: Fitted = fit(self.task, self.model, leg, attach=held if masks and kept else None, progress=self.progress)
         self.earlier += max(0.0, made.seconds - (time.perf_counter() - begun))
         self.rows += made.rows
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ModelError, RecipeError
+from ..formats import grid
+from ..formats.grid import check_grid
 from ..layers import Layer
 from ..recipe import Recipe
 from ..registry import get
@@ -50,6 +52,7 @@ class Holding:
         self.first = bool(part.facts.get("first"))
         self.backward: str = part.facts["backward"]
         self.finish: str | None = part.facts.get("finish")
+        self._rounds = bool(part.facts.get("rounds"))
         self.dense: dict[str, Tensor] = {}
         self.reach: dict[str, Tensor] = {}
         self._lifted = False
@@ -63,6 +66,8 @@ class Holding:
                 f"hold '{recipe.hold}' lets weights shrink by weight decay alone: give the optimizer a "
                 f"weight_decay, or set hold.{knob}"
             )
+        for layer in self._rounded():
+            check_grid(layer.shape, layer.name, bits=self._knobs["bits"], group=self._knobs["group"])
         if self.weight == "dense":
             self.dense = {p.name: p.stored.detach().clone() for p in self.places}
 
@@ -156,7 +161,14 @@ class Holding:
             place.stored.masked_fill_(gone, 0.0)
             if forget:
                 self._forget(place, gone)
+        for layer in self._rounded():
+            weight = layer.weight().float()
+            layer.write(grid(weight, self._knobs["bits"], self._knobs["group"], clip="absmax").round(weight))
         self._lifted = False
+
+    def _rounded(self) -> list[Layer]:
+        """The layers whose weights the model reads from a grid."""
+        return [p for p in self.places if isinstance(p, Layer)] if self._rounds else []
 
     def _forget(self, place: Place, gone: Tensor) -> None:
         assert self._optimizer is not None

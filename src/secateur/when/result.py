@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..disk import beside
-from ..errors import ModelError
+from ..errors import ModelError, RecipeError
 from ..layers import find_layers
 from ..masks import Masks
 from ..recipe import Recipe
 from ..report import write_run
 from ..solve import LayerRecord
 from ..store import save_module
+from ..stream.storage import Smallest, layout, seal_model
 from ..structured import save as save_smaller
 
 
@@ -47,18 +48,27 @@ class Trained:
         """The task's metric, on the test data unless the run was scored on the validation data."""
         return float(self.run["after"]["metric"]["value"])
 
-    def save(self, out: str | Path) -> Path:
+    def save(self, out: str | Path, storage: str | None = None) -> Path:
         """Write the model, its masks where it has some, ``recipe.yaml``, ``run.json`` and ``report.html``.
+
+        Args:
+            storage: ``stock``, or ``smallest``: each matrix in the fewest bytes, for `load` alone, without masks.
 
         Raises:
             OutputError: the directory exists and is not empty.
         """
+        form = layout(self.recipe, storage)
+        small = isinstance(form, Smallest)
+        if small and hasattr(self.model, "secateur_surgery"):
+            raise RecipeError("a smaller model has its own format: leave storage out")
         with beside(out) as part:
             if hasattr(self.model, "secateur_surgery"):
                 save_smaller(self.model, part)
             else:
                 save_module(self.model, part)
-            write_run(part, self.recipe, self.masks, self.run)
+            if small:
+                seal_model(part, {}, self.model, "")
+            write_run(part, self.recipe, Masks() if small else self.masks, self.run)
         return Path(out)
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
 from ..runtime import is_runtime
+from ..stream.storage import layout
 from ..tasks import find
 from ..tasks.base import Split
 from ..tasks.checkpoint import own_generators
@@ -49,6 +50,7 @@ def train(
     target: str | None = None,
     multiple: int = 8,
     score: Split = "test",
+    storage: str | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     command: str = "",
@@ -84,6 +86,7 @@ def train(
         multiple: for those, sizes that remain are multiples of it.
         score: the split that the figures before and after are measured on. With ``valid`` nothing looks at the test
             data: for runs that choose a setting.
+        storage: how ``out`` is written, see `Trained.save`.
         options: sizes of a ready task.
         progress: called with what is being done, the steps done and their number.
         axes: fields of the recipe: ``sparsity``, ``steps`` (rounds), ``recovery``, ``seed``, ``knobs``, ...
@@ -96,6 +99,7 @@ def train(
     0.8
     """
     if isinstance(method, str) and (runner := runner_of(method)) is not None:
+        _refuse_storage(storage)
         if masks is not None or when not in (None, "runtime"):
             raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
         made: Trained | TrainedDynamic = runner(
@@ -106,6 +110,7 @@ def train(
     if method in decompositions() or not (method is None or isinstance(method, (str, Recipe))):
         from ..compound.tasks import train_method
 
+        _refuse_storage(storage)
         if masks is not None or when not in (None, "after"):
             raise RecipeError("steps that change layers come after training, and with no masks of another run")
         return train_method(
@@ -124,6 +129,7 @@ def train(
             f"a target is for units of the whole model, and {why if method else 'no method is named that removes some'}"
         )
     folder = None if out is None else Path(out)
+    layout(recipe, storage)  # says what it does not know before the work
     length = float(found.epochs if epochs is None else epochs)
     rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
     if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
@@ -141,7 +147,7 @@ def train(
     record = run.record(net, peak.bytes, command)
     result = Trained(net.eval(), recipe, Masks(run.masks), record)
     if folder is not None and rank() == 0:
-        result.save(folder)
+        result.save(folder, storage)
         shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
     return result
 
@@ -171,6 +177,11 @@ def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
     for name in {"length", "rate"} & (own.keys() - known.keys()):  # of the run, also as --set METHOD.length
         given[name] = own.pop(name)
     return {**given, "knobs": own}
+
+
+def _refuse_storage(storage: str | None) -> None:
+    if storage is not None:
+        raise RecipeError("a model with gates, or with layers of another kind, has its own format: leave storage out")
 
 
 def rounds_of(base: Recipe, recipe: Recipe) -> int:
