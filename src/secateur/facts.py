@@ -107,6 +107,9 @@ FACTS: dict[str, Fact] = {
     "token_attention": Fact(
         "attention of the queries that count to each token, (..., heads, queries, tokens)", "tokens"
     ),
+    "token_position": Fact("where each token stands in its text, (..., tokens)", "tokens"),
+    "activation": Fact("what a token's features are as a layer reads them, (..., features)", "tokens"),
+    "expert_weight": Fact("routing weights of the experts that a token is sent to, (..., experts)", "tokens"),
     "momentum": Fact("the optimizer's momentum; of Adam over the root of its second moment, (o, i)", "training"),
     "movement": Fact("minus the sum over steps of weight times gradient, (o, i)", "training"),
     "sensitivity": Fact("exponential mean over steps of |weight times gradient|, (o, i)", "training"),

@@ -186,6 +186,9 @@ def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
         "token_key": torch.randn(units, 4, generator=generator),
         "token_free": torch.ones(units, dtype=torch.bool),
         "token_attention": torch.rand(2, 3, units, generator=generator),
+        "token_position": torch.randperm(units, generator=generator),
+        "activation": torch.randn(units, generator=generator),
+        "expert_weight": torch.rand(units, generator=generator),
         "count": 2,
     }
     for name, maker in makers.items():

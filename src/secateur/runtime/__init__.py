@@ -9,21 +9,36 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .contextual import cats, teal
+from .decoder import PrunedDecoder
 from .gates import Pace, TokenGates
+from .keys import h2o, snapkv, streaming
+from .routing import ExpertGates, expert_mass, expert_skipping
+from .sparse import SparseDecoder
 from .store import is_gated, load, save
 from .tokens import evit, tome
 
 __all__ = [
     "Dynamic",
+    "ExpertGates",
     "Learning",
     "Pace",
+    "PrunedDecoder",
+    "SparseDecoder",
     "TokenGates",
+    "cats",
     "evit",
+    "expert_mass",
+    "expert_skipping",
+    "h2o",
     "is_gated",
     "is_runtime",
     "load",
     "made",
     "save",
+    "snapkv",
+    "streaming",
+    "teal",
     "tome",
 ]
 
