@@ -132,8 +132,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             last = mask[:, :, -1]
             seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
             dead = None if bool(seen.all()) else ~seen.expand_as(self.position)
-            if dead is not None and not self.pruned:
-                self.first = (~dead[:, 0]).to(torch.int8).argmax(1)
+            # Padding leaves first, so that the first token of each text is there whenever any is.
+            at = self.position[:, 0].masked_fill(~seen[:, 0].expand_as(self.position[:, 0]), self.seen)
+            self.first = at.amin(1).long()
         score = self.held["score"][:, :, : self.length] if "score" in self.held else None
         stays = self.policy.chosen(self.position, self.first, self.seen, score, dead)
         left = self.gone

@@ -107,6 +107,21 @@ def scored(x: Tensor) -> Tensor:
     return found
 
 
+class Columns:
+    """A weight by columns, made when it is first read, and again after it has changed."""
+
+    def __init__(self) -> None:
+        self.made: Tensor | None = None
+        self.known: tuple[int, int] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight transposed, contiguous."""
+        now = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self.made is None or self.known != now:
+            self.made, self.known = weight.detach().T.contiguous(), now
+        return self.made
+
+
 @dataclass(eq=False)
 class Inputs:
     """A linear layer that leaves out small features of its input.
@@ -121,7 +136,7 @@ class Inputs:
     threshold: float = 0.0
     kept: int = 0
     seen: int = 0
-    columns: Tensor | None = field(default=None, repr=False)
+    columns: Columns = field(default_factory=Columns, repr=False)
 
     def score(self, x: Tensor) -> Tensor:
         return scored(x)
@@ -129,7 +144,7 @@ class Inputs:
     def run(self, x: Tensor, sparse: bool) -> Tensor:
         if not sparse:
             return linear(x * (self.score(x) > self.threshold), self.layer.weight, self.layer.bias)
-        self.columns = transposed(self.layer.weight, self.columns)
+        columns = self.columns.of(self.layer.weight)
         recent = self.recent
         if recent.get("x") is not x or recent["threshold"] != self.threshold:
             flat = x.flatten(0, -2)
@@ -137,7 +152,7 @@ class Inputs:
             recent.update(x=x, threshold=self.threshold, kept=kept, values=kept.of_rows(flat))
         kept = recent["kept"]
         self.kept, self.seen = self.kept + len(kept.at), self.seen + x.numel()
-        out = columns_product(recent["values"], kept, self.columns, self.layer.bias)
+        out = columns_product(recent["values"], kept, columns, self.layer.bias)
         return out.view(*x.shape[:-1], -1)
 
     def flops(self, fraction: float) -> int:
@@ -156,7 +171,7 @@ class Gated:
     threshold: float = 0.0
     kept: int = 0
     seen: int = 0
-    columns: Tensor | None = field(default=None, repr=False)
+    columns: Columns = field(default_factory=Columns, repr=False)
 
     def score(self, x: Tensor) -> Tensor:
         return scored(self.act(self.gate(x)))
@@ -167,30 +182,23 @@ class Gated:
         if not sparse:
             found: Tensor = self.down(opened * keep * self.up(x))
             return found
-        self.columns = transposed(self.down.weight, self.columns)
+        columns = self.columns.of(self.down.weight)
         kept = Kept.of(keep.flatten(0, -2))
         self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
         up = rows_product(x.flatten(0, -2), kept, self.up.weight, self.up.bias)
-        out = columns_product(kept.of_rows(opened.flatten(0, -2)) * up, kept, self.columns, self.down.bias)
+        out = columns_product(kept.of_rows(opened.flatten(0, -2)) * up, kept, columns, self.down.bias)
         return out.view(*x.shape[:-1], -1)
 
     def flops(self, fraction: float) -> int:
         return round(2 * (self.up.weight.numel() + self.down.weight.numel()) * fraction)
 
 
-def transposed(weight: Tensor, known: Tensor | None) -> Tensor:
-    """The weight by columns, made once, and anew where its dtype or device has changed."""
-    if known is not None and known.dtype == weight.dtype and known.device == weight.device:
-        return known
-    return weight.detach().T.contiguous()
-
-
 class SparseDecoder(nn.Module):
     """A decoder some of whose layers read only what counts for the token that is decoded.
 
-    Where one token of each text goes through, rows and columns of weights are really not read. A prompt, and any other
-    input of more than one token, is computed in full; with ``prompt`` the same features are set to zero there, which
-    takes as long as ever.
+    Where one token of each text goes through, rows and columns of weights are really not read (with gradients, they are
+    multiplied by zeros). A prompt, and any other input of more than one token, is computed in full; with ``prompt`` the
+    same features are set to zero there, which takes as long as ever.
 
     Attributes:
         model: the dense model, with its own weights.
@@ -232,11 +240,11 @@ class SparseDecoder(nn.Module):
         dense = self.model.get_submodule(site.path).forward
 
         def call(x: Tensor) -> Tensor:
-            sparse = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()
-            if not sparse and not self.prompt:
+            single = x.dim() == 3 and x.shape[1] == 1
+            if not single and not self.prompt:
                 found: Tensor = dense(x)
                 return found
-            return site.run(x, sparse)
+            return site.run(x, single and not torch.is_grad_enabled())
 
         return call
 
