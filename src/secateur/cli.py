@@ -123,7 +123,7 @@ def prune(
     if method is not None and is_runtime(method):
         return cli_runtime.prune_runtime(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
-            force=force, as_json=as_json,
+            length=length, force=force, as_json=as_json,
         )  # fmt: skip
     if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
         not names_a_task(model)

@@ -35,6 +35,7 @@ def prune_runtime(
     example: str | None,
     data: str | None,
     count: int,
+    length: int,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -56,10 +57,10 @@ def prune_runtime(
     refuse(out, force, way="choose another directory or --force")
     with interruptible(f"stopped: {out} was not written"):
         net = _model(source)
-        given = None if data == CALIBRATION else data
-        needs = "data" in get("transform", method).needs
-        given = data if needs or data != CALIBRATION else None
-        batches = batches_of(source, given, net, count, 128)[0] if given else []
+        part = get("transform", method)
+        decodes = bool(part.facts.get("decodes"))
+        given = data if "data" in part.needs or data != CALIBRATION or (decodes and example is None) else None
+        batches = batches_of(source, given, net, count, length if decodes else 128)[0] if given else []
         inputs = batches[0] if batches and example is None else example_inputs(example, net)
         if isinstance(inputs, (tuple, list)):
             inputs = inputs[0]

@@ -189,6 +189,9 @@ def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
         "exit_logits": torch.randn(units, 5, generator=generator),
         "state_before": torch.randn(units, 4, generator=generator),
         "state_after": torch.randn(units, 4, generator=generator),
+        "token_position": torch.randperm(units, generator=generator),
+        "activation": torch.randn(units, generator=generator),
+        "expert_weight": torch.rand(units, generator=generator),
         "count": 2,
     }
     for name, maker in makers.items():

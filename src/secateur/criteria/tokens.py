@@ -75,3 +75,58 @@ def attention_received(token_attention: Tensor, *, own: bool = True) -> Tensor:
     if not own:
         attention = attention - torch.diag_embed(attention.diagonal(dim1=-2, dim2=-1))
     return attention.mean((-3, -2))
+
+
+@register("criterion", name="token-recency", family="activation", paper="2309.17453", of="token", survey="A3.6")
+def token_recency(token_position: Tensor) -> Tensor:
+    """How late in its text a token stands.
+
+    :: s_i = i
+
+    Choose it for windows that move along with a text (streaming).
+
+    Beware: it looks at no content at all.
+
+    >>> token_recency(torch.tensor([0, 1, 5])).tolist()
+    [0.0, 1.0, 5.0]
+
+    Source: the window of Xiao et al., StreamingLLM, arXiv 2309.17453, section 3.2.
+    """
+    return token_position.float()
+
+
+@register("criterion", name="activation-size", family="activation", paper="2408.14690", of="token", survey="A3.1")
+def activation_size(activation: Tensor) -> Tensor:
+    """How far a feature of one token is from zero.
+
+    :: s_i = |x_i|
+
+    Choose it for leaving out, token by token, the columns of a weight that hardly count (teal, cats).
+
+    Beware: it does not see how large the column is.
+
+    >>> activation_size(torch.tensor([-2.0, 0.5])).tolist()
+    [2.0, 0.5]
+
+    Source: Liu et al., TEAL, arXiv 2408.14690, section 4.1.
+    """
+    return activation.abs().float()
+
+
+@register("criterion", name="routing-share", family="activation", paper="2402.14800", of="token", survey="A3.9")
+def routing_share(expert_weight: Tensor) -> Tensor:
+    """What an expert's routing weight is for one token, as a share of the largest that the token has.
+
+    :: s_j = w_j / max_k w_k
+
+    Choose it for skipping experts token by token (expert-skipping).
+
+    Beware: it trusts the router; what the expert would add is not looked at.
+
+    >>> routing_share(torch.tensor([0.5, 0.25])).tolist()
+    [1.0, 0.5]
+
+    Source: Lu et al., arXiv 2402.14800, section 3.3 (dynamic skipping), for any number of experts.
+    """
+    weight = expert_weight.float()
+    return weight / weight.amax(-1, keepdim=True)

@@ -10,14 +10,19 @@ from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
 from .channels import ChannelGates
+from .contextual import cats, teal
+from .decoder import PrunedDecoder
 from .exits import Exits, early_exit
 from .fbs import fbs
 from .ftwt import ftwt
 from .gates import Pace, TokenGates
+from .keys import h2o, snapkv, streaming
 from .lm_exit import ExitDecoding, exit_decoding
 from .lm_skip import SkipDecoding, skip_decoding
 from .predicted import DynamicViT, dynamicvit
+from .routing import ExpertGates, expert_mass, expert_skipping
 from .skips import Skips, skipnet
+from .sparse import SparseDecoder
 from .store import is_gated, load, save
 from .tokens import evit, power_bert, tome
 
@@ -27,17 +32,24 @@ __all__ = [
     "DynamicViT",
     "ExitDecoding",
     "Exits",
+    "ExpertGates",
     "Learning",
     "Pace",
+    "PrunedDecoder",
     "SkipDecoding",
     "Skips",
+    "SparseDecoder",
     "TokenGates",
+    "cats",
     "dynamicvit",
     "early_exit",
     "evit",
     "exit_decoding",
+    "expert_mass",
+    "expert_skipping",
     "fbs",
     "ftwt",
+    "h2o",
     "is_gated",
     "is_runtime",
     "load",
@@ -46,6 +58,9 @@ __all__ = [
     "save",
     "skip_decoding",
     "skipnet",
+    "snapkv",
+    "streaming",
+    "teal",
     "tome",
 ]
 

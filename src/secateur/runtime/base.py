@@ -17,7 +17,8 @@ class Dynamic(Protocol):
 
     A part of the registry makes it (kind ``transform``, ``when="runtime"``), and makes it again of what was saved: the
     part's fact ``restore`` is ``restore(model, saved, tensors)``. The fact ``alone`` says that inputs differ in how
-    much they leave out, so that they are measured one at a time.
+    much they leave out, so that they are measured one at a time; ``decodes``, that it saves work where a decoder
+    generates, so that it is measured token by token (`Decoding`).
 
     Attributes:
         model: the dense model, with weights of its own.
@@ -38,6 +39,16 @@ class Dynamic(Protocol):
 
     def told(self) -> str:
         """What was made, in one line."""
+
+
+class Decoding(Dynamic, Protocol):
+    """A decoder of transformers; called as it is, and with its ``generate``."""
+
+    def cache(self) -> Any:
+        """A fresh cache of transformers, for calls that go on where another one ended."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..layers import evaluating
 from ..measure.flops import flops
 from ..measure.latency import WARMUP, seconds
+from . import decoding
 from .base import Dynamic, part_of
 from .structure import Call
 
@@ -26,7 +27,8 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
     """FLOPs, seconds of a batch, and whether answers change, over a distribution of inputs.
 
     FLOPs are those that are executed. Where inputs differ in how much they leave out (the fact ``alone`` of the
-    method), each is measured by itself, up to `SINGLES` of them.
+    method), each is measured by itself, up to `SINGLES` of them. Decoders (the fact ``decodes``) are measured token by
+    token, see `decoding.decoded`.
 
     Args:
         batches: a dict is passed as keywords; of a pair of inputs and class indices, the second gives the accuracy.
@@ -40,6 +42,8 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
     Raises:
         DataError: there are no batches.
     """
+    if part_of(gates.record).facts.get("decodes"):
+        return decoding.decoded(gates, batches)
     models = {"dense": gates.model, "gated": cast("nn.Module", gates)}
     if part_of(gates.record).facts.get("alone"):
         batches = islice(_singles(batches), SINGLES)
@@ -112,6 +116,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def table(made: Dynamic, found: Mapping[str, Any]) -> str:
     """What was made, what was expected of it, and what was measured, as text."""
+    if "prompt" in found:
+        return decoding.table(made, found)
     lines = [made.told(), f"{'':20}{'dense':>14}{'gated':>14}"]
     if (expected := made.record.get("flops")) is not None:
         before, after = expected["before"] / 1e6, expected["after"] / 1e6

@@ -1,0 +1,345 @@
+"""A key-value cache that entries leave, and the attention that tells it which; imported where transformers is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import ModelError
+from .policy import Policy
+from .rotary import Rotation
+
+#: Under this name transformers knows the attention below.
+NAME = "secateur"
+#: Queries whose attention is computed at once.
+_ROWS = 256
+#: Entries by which a layer's memory grows.
+_STEP = 16
+
+#: What attention may be called with that changes its weights beyond the usual.
+_UNUSUAL = {"softcap": "a cap on its logits", "s_aux": "a sink of its own", "position_bias": "a bias by positions"}
+
+_updated: ContextVar[PrunedLayer | None] = ContextVar("_updated", default=None)
+
+
+class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The cache of one layer, in which as many entries stay as its policy says, for each input and head its own.
+
+    ``keys`` and ``values`` are what there is, ``(batch, heads, entries, width)``; entries are in no order, and
+    ``position`` says where each stands in its text. `get_seq_length` counts all tokens seen, those that left as well.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, policy: Policy, rotation: Rotation | None) -> None:
+        super().__init__()
+        self.policy, self.rotation = policy, rotation
+        self.reset()
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen = self.length = self.entered = self.settled = 0
+        self.pruned = False
+        self.held: dict[str, Tensor] = {}  # keys, values, position, score: with room for more entries
+        self.first = self.gone = torch.zeros(0, dtype=torch.long)
+        self.sink_keys: Tensor | None = None  # as they came, before they are turned
+        self.sink_slots: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, width = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.held = {
+            "keys": key_states.new_empty(batch, heads, 0, width),
+            "values": value_states.new_empty(batch, heads, 0, value_states.shape[-1]),
+            "position": torch.empty(batch, heads, 0, dtype=torch.int32, device=self.device),
+        }
+        if self.policy.attends:
+            self.held["score"] = torch.empty(batch, heads, 0, dtype=torch.float32, device=self.device)
+        self.first = self.gone = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        end = self.length + new
+        if end > self.held["keys"].shape[2]:
+            self._grow(end)
+        here = slice(self.length, end)
+        self.held["keys"][:, :, here] = key_states
+        self.held["values"][:, :, here] = value_states
+        self.held["position"][:, :, here] = torch.arange(
+            self.seen, self.seen + new, dtype=torch.int32, device=self.device
+        )
+        if "score" in self.held:
+            self.held["score"][:, :, here] = 0
+        self.length, self.seen, self.entered = end, self.seen + new, new
+        self._show()
+        _updated.set(self)
+        return self.keys, self.values
+
+    def _grow(self, needed: int) -> None:
+        room = -(-needed // _STEP) * _STEP
+        for name, old in self.held.items():
+            more = old.new_empty(*old.shape[:2], room, *old.shape[3:])
+            more[:, :, : self.length] = old[:, :, : self.length]
+            self.held[name] = more
+
+    def _show(self) -> None:
+        self.keys, self.values = (self.held[name][:, :, : self.length] for name in ("keys", "values"))
+
+    @property
+    def position(self) -> Tensor:
+        """Where each entry stands in its text, padding included, ``(batch, heads, entries)``."""
+        return self.held["position"][:, :, : self.length]
+
+    def columns(self, mask: Tensor | None) -> Tensor | None:
+        """A mask over all tokens seen, ``(batch, 1, queries, tokens)``, as one over the entries that there are."""
+        if mask is None and (self.entered == 1 or not self.pruned):
+            return None
+        if mask is None:
+            query = torch.arange(self.seen - self.entered, self.seen, device=self.device)
+            return self.position[:, :, None] <= query[:, None]
+        if not self.pruned:
+            return mask
+        at = self.position[:, :, None].long()
+        heads = at.shape[1]
+        return mask.expand(-1, heads, -1, -1).gather(3, at.expand(-1, -1, mask.shape[2], -1))
+
+    def settle(self, received: Tensor | None, mask: Tensor | None) -> None:
+        """After the attention: count what entries received, and let those leave that are too many."""
+        self.settled = self.seen
+        if received is not None:
+            self.held["score"][:, :, : self.length] += received
+        count = self.policy.count(self.seen)
+        if self.length <= count or (self.policy.once and self.seen > self.entered):
+            return
+        dead = None
+        if mask is not None:  # padding is what the last query does not see
+            last = mask[:, :, -1]
+            seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+            dead = None if bool(seen.all()) else ~seen.expand_as(self.position)
+            # Padding leaves first, so that the first token of each text is there whenever any is.
+            at = self.position[:, 0].masked_fill(~seen[:, 0].expand_as(self.position[:, 0]), self.seen)
+            self.first = at.amin(1).long()
+        score = self.held["score"][:, :, : self.length] if "score" in self.held else None
+        stays = self.policy.chosen(self.position, self.first, self.seen, score, dead)
+        left = self.gone
+        if self.policy.shift:
+            lost = ~stays if dead is None else ~(stays | dead)
+            left = self.gone + lost[:, 0].sum(1)
+        self._leave(stays, count)
+        self.pruned = True
+        if self.policy.shift and self.policy.sinks and self.rotation is not None:
+            self._turn(left)
+        self.gone = left
+
+    def _leave(self, stays: Tensor, count: int) -> None:
+        if self.length - count == 1:  # the last one takes the place of the one that leaves
+            slot = (~stays).to(torch.int8).argmax(2, keepdim=True)
+            for held in self.held.values():
+                last = held[:, :, count : count + 1]
+                held.scatter_(2, _wide(slot, held), last.clone())
+        else:
+            at = stays.nonzero()[:, 2].view(*stays.shape[:2], count)
+            room = -(-(count + 1) // _STEP) * _STEP
+            for name, held in self.held.items():
+                kept = held.new_empty(*held.shape[:2], room, *held.shape[3:])
+                kept[:, :, :count] = held.gather(2, _wide(at, held))
+                self.held[name] = kept
+            self.sink_slots = None
+        self.length = count
+        self._show()
+
+    def _turn(self, left: Tensor) -> None:
+        """Turn the keys of the sinks to where they stand in the cache, right in front of what is left of the text."""
+        keys, fresh = self.held["keys"], self.gone == 0
+        if self.sink_slots is None or bool(fresh.any()):
+            offset = self.position - self.first[:, None, None]
+            order = torch.where((offset >= 0) & (offset < self.policy.sinks), -offset, -(2**30))
+            self.sink_slots = order.topk(min(self.policy.sinks, self.length), 2).indices
+            found = keys.gather(2, _wide(self.sink_slots, keys))
+            old = found if self.sink_keys is None else self.sink_keys
+            self.sink_keys = torch.where(fresh[:, None, None, None], found, old)
+        assert self.sink_keys is not None and self.rotation is not None
+        keys.scatter_(2, _wide(self.sink_slots, keys), self.rotation(self.sink_keys, left))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
+        held = [*self.held.values(), *(t for t in (self.sink_keys, self.sink_slots) if t is not None)]
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+    # -- what transformers asks ------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._batched(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._batched(lambda t: t.repeat_interleave(repeats, 0))
+
+    def _batched(self, change: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self.held = {name: change(t) for name, t in self.held.items()}
+        self.first, self.gone = change(self.first), change(self.gone)
+        self.sink_keys = None if self.sink_keys is None else change(self.sink_keys)
+        self.sink_slots = None if self.sink_slots is None else change(self.sink_slots)
+        self._show()
+
+
+def _wide(at: Tensor, held: Tensor) -> Tensor:
+    """Slots ``(batch, heads, some)`` as indices of what is held there."""
+    return at if held.dim() == 3 else at[..., None].expand(-1, -1, -1, held.shape[3])
+
+
+class PrunedCache(Cache):  # type: ignore[misc]
+    """A cache for `generate` and forward passes, whose layers with full attention entries leave."""
+
+    def __init__(self, config: Any, policy: Policy, rotations: Mapping[int, Rotation]) -> None:
+        layers = DynamicCache(config=config).layers
+        for number, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:  # what has a window or a state of its own stays as it is
+                layers[number] = PrunedLayer(policy, rotations.get(number))
+        super().__init__(layers=layers)
+
+    @property
+    def pruned(self) -> list[PrunedLayer]:
+        """The layers that entries leave."""
+        return [layer for layer in self.layers if isinstance(layer, PrunedLayer)]
+
+    @property
+    def entries(self) -> list[int]:
+        """How many entries each of those layers has, for each input and head."""
+        return [layer.length for layer in self.pruned]
+
+
+def nbytes(cache: Any) -> int:
+    """Bytes that a cache of transformers holds."""
+    own = sum(layer.nbytes for layer in cache.layers if isinstance(layer, PrunedLayer))
+    others = [layer for layer in cache.layers if not isinstance(layer, PrunedLayer)]
+    held = [t for layer in others for t in vars(layer).values() if isinstance(t, Tensor)]
+    return own + sum(t.untyped_storage().nbytes() for t in held)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the entries that there are, after which some leave."""
+    if unusual := [name for name in _UNUSUAL if kwargs.get(name) is not None]:
+        raise ModelError(
+            f"attention in {type(module).__name__} has {_UNUSUAL[unusual[0]]}, which entries cannot leave: "
+            "take another model"
+        )
+    layer = _updated.get()
+    _updated.set(None)
+    if layer is None or layer.keys is not key:
+        found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return found
+    mask = layer.columns(attention_mask)
+    window, new = layer.policy.window, query.shape[2]
+    watched = layer.policy.attends and not (layer.policy.once and layer.seen > layer.entered)
+    received, out = None, None
+    if watched:
+        start = 0 if window is None else max(0, new - window)
+        whole, received = _observed(query, key, value, mask, kwargs.get("scaling"), layer, start)
+        out = whole if start == 0 else None
+    if out is None:
+        wide = mask
+        if mask is not None and mask.shape[1] not in (1, query.shape[1]):
+            wide = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
+        out = sdpa_attention_forward(module, query, key, value, wide, **kwargs)[0]
+    layer.settle(received, mask)
+    return out, None
+
+
+def _observed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    layer: PrunedLayer,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """What the queries from ``start`` on find, ``(batch, queries, heads, width)``, and what entries receive of them."""
+    batch, heads, new, width = query.shape
+    kv = key.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+    grouped = query.view(batch, kv, heads // kv, new, width)
+    parts, received = [], torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+    for begin in range(start, new, _ROWS):
+        rows = slice(begin, min(new, begin + _ROWS))
+        q = grouped[:, :, :, rows] * scale
+        logits = (q.flatten(2, 3) @ key.mT).view(*q.shape[:4], key.shape[2]).float()
+        if new > 1 and mask is None:
+            at = torch.arange(layer.seen - new + rows.start, layer.seen - new + rows.stop, device=key.device)
+            logits = logits.masked_fill(layer.position[:, :, None, None] > at[:, None], -torch.inf)
+        sees = None
+        if mask is not None:
+            here = mask[:, :, None, rows]
+            if here.dtype == torch.bool:
+                logits = logits.masked_fill(~here, torch.finfo(logits.dtype).min)
+            else:
+                logits = logits + here
+            sees = _sees(mask, layer, rows)
+        attention = logits.softmax(-1)
+        if sees is not None:  # padding asks nothing
+            attention = attention * sees[:, :, None, :, None]
+        received += layer.policy.received(attention)
+        mixed = attention.to(value.dtype).flatten(2, 3) @ value
+        parts.append(mixed.view(*q.shape[:4], value.shape[3]))
+    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).contiguous(), received
+
+
+def _sees(mask: Tensor, layer: PrunedLayer, rows: slice) -> Tensor:
+    """Which queries see themselves, as all do that are no padding: ``(batch, 1 or heads, queries)``."""
+    old = layer.length - layer.entered
+    own = mask[:, :, rows, old + rows.start : old + rows.stop].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+@contextmanager
+def attending(model: nn.Module) -> Iterator[None]:
+    """The model attends as `_attend` does, inside."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    before = [(c, c._attn_implementation) for c in configs.values()]
+    for config, _ in before:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _updated.set(None)
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
