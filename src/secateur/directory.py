@@ -211,13 +211,9 @@ def prune_directory(
     run = run_record(
         recipe=recipe,
         model={"source": str(model), **described},
-        records=records,
-        skipped=skipped,
+        records=records, skipped=skipped,
         data=tokens.describe() if tokens else None,
-        timings=timings,
-        peak_memory=peak.bytes,
-        command=command,
-        before=before, after=after,
+        timings=timings, peak_memory=peak.bytes, command=command, before=before, after=after,
         notes=[
             *([] if stop is None else [f"only the first {stop} blocks were pruned, as asked"]),
             *notes(recipe, [r.name for r in records], form.coded(output)),

@@ -104,8 +104,9 @@ def prune(
     >>> prune(net, "magnitude", sparsity=0.5).sparsity
     0.5
     """
-    text = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
-    alone = {k: v for k, v in (("masks", masks), ("exported", exported or None)) if v is not None}  # of recipes
+    text: dict[str, Any] = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
+    of_recipes = (("masks", masks), ("exported", exported or None))
+    alone: dict[str, Any] = {k: v for k, v in of_recipes if v is not None}
     if not isinstance(method, (str, Recipe)):
         alone |= {} if target is None else {"target": target}
         return method.carry_out(model, data=data, loss=loss, example=example, memory=memory, **text, **alone, **axes)
