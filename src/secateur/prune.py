@@ -153,7 +153,8 @@ def prune(
     0.5
     """
     text = {"tokenizer": tokenizer, "windows_count": windows_count, "length": length}
-    alone = {k: v for k, v in (("masks", masks), ("exported", exported or None)) if v is not None}  # of recipes
+    alone: dict[str, Any] = {"masks": masks, "exported": exported or None}  # what recipes alone know
+    alone = {k: v for k, v in alone.items() if v is not None}
     if not isinstance(method, (str, Recipe)):
         alone |= {} if target is None else {"target": target}
         return method.carry_out(model, data=data, loss=loss, example=example, memory=memory, **text, **alone, **axes)
