@@ -235,8 +235,8 @@ _CONTRASTS = (
             "dynamic": [{"method": "fbs", "rate": 1.0}, {"method": "ftwt", "rate": 1.0}],
         },
         levels={"flops 50%": "half of the FLOPs", "flops 70%": "seven tenths of the FLOPs"},
-        note="FLOPs of a dynamic network are those executed, the mean over test inputs. All train as long: two thirds of "
-        "the epochs densely, then a third with filters gone, or with gates, on the same schedule anew.",
+        note="FLOPs of a dynamic network are those executed, the mean over test inputs. All train as long: two thirds "
+        "of the epochs densely, then a third with filters gone, or with gates, on the same schedule anew.",
     ),
     Contrast(
         "layerwise-vs-global",

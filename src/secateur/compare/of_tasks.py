@@ -98,7 +98,10 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
 def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`run_task` of a method that decides for each input: its operations are those executed, the mean over inputs."""
     options, budget = dict(spec["options"]), spec["budget"]
-    task, own = find(spec["source"], **options), {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")}
+    task, own = (
+        find(spec["source"], **options),
+        {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")},
+    )
     epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
     if budget["total_epochs"] is not None:
         epochs = float(budget["total_epochs"]) / (1.0 + float(own.get("length", LENGTH)))

@@ -75,7 +75,11 @@ def _of_recipe(row: Row) -> list[str]:
         own = row.recipe
         knobs = {**dict(own.get("knobs") or {}), **{k: own[k] for k in ("length", "rate") if k in own}}
         method = str(own.get("method"))
-        return ["--method", method, *(w for k, x in sorted(knobs.items()) for w in ("--set", f"{method}.{k}={_value(x)}"))]
+        return [
+            "--method",
+            method,
+            *(w for k, x in sorted(knobs.items()) for w in ("--set", f"{method}.{k}={_value(x)}")),
+        ]
     try:
         recipe = Recipe.from_dict({**row.recipe, "seed": row.seed})
         base = Recipe.of(recipe.method, seed=row.seed)

@@ -33,7 +33,9 @@ def predicted_saliency(channel_size: Tensor, gate_weight: Tensor, gate_bias: Ten
     return linear(channel_size.float(), gate_weight.float(), gate_bias.float()).relu()
 
 
-@register("criterion", name="channel-peak", family="activation", paper="2110.08232", of="channel", survey=("B4", "C1.3"))
+@register(
+    "criterion", name="channel-peak", family="activation", paper="2110.08232", of="channel", survey=("B4", "C1.3")
+)
 def channel_peak(channel_map: Tensor) -> Tensor:
     """How strongly a channel fires somewhere in the picture.
 

@@ -175,11 +175,12 @@ def ftwt(
     >>> gated.record["flops"]["after"] <= 0.5 * gated.record["flops"]["before"]
     True
 
-    Source: Elkerdawy et al., Fire together wire together, arXiv 2110.08232, sections 3.1 to 3.3 as in the official code
-    (decoupled training, masks by mass, in residual blocks before the sum). Theirs has an optimizer of its own for the
-    gates, at ten times the rate: here it is ``pace``. Theirs reads means through a softmax (``softmax=True``), which wants long training, and lets
-    through what has a logit above 0; ours has a threshold that follows training, so that a gate lets through as many as are wanted, on average, also while it knows little. A
-    target in FLOPs and raised thresholds are ours; so is that the strongest channel always counts.
+    Source: Elkerdawy et al., Fire together wire together, arXiv 2110.08232, the official code (decoupled training,
+    masks by mass, in residual blocks before the sum). Its gates have an optimizer of their own, at ten times the rate: here
+    that is ``pace``. It reads means through a softmax (``softmax=True``), which wants long training, and lets through
+    what has a logit above 0; ours has a threshold that follows training, so that a gate lets through as many as are
+    wanted, on average, also while it knows little. A target in FLOPs and raised thresholds are ours; so is that the
+    strongest channel always counts.
     """
     if (mass is None) == (target is None):
         raise RecipeError("ftwt: say which share of the firing stays by mass, or a target, one of them")

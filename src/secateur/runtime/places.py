@@ -19,10 +19,11 @@ from .structure import Call
 #: Convolutions, by the function that they call.
 CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_PRODUCTS = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear matmul __matmul__ mm bmm
-    addmm baddbmm einsum scaled_dot_product_attention multi_head_attention_forward""".split()
-)
+_PRODUCTS = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+    "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+))  # fmt: skip
 _RECTIFIERS = frozenset(("relu", "relu_", "relu6"))
 
 
@@ -72,7 +73,9 @@ class _Look(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {
-            id(p): name.rpartition(".")[0] for name, p in model.named_parameters() if name.rpartition(".")[2] == "weight"
+            id(p): name.rpartition(".")[0]
+            for name, p in model.named_parameters()
+            if name.rpartition(".")[2] == "weight"
         }
         self.seen: dict[str, _Seen] = {}
         self.made: Any = WeakIdKeyDictionary()  # result -> name of the convolution, and whether its norm is behind
