@@ -188,8 +188,11 @@ def test_what_is_known_of_zeros_is_true() -> None:
         "cat": lambda x: torch.cat([x, x + 1], 1),
         "below": lambda x: torch.cat([x, x], 0), "sigmoid": lambda x: x.sigmoid(),
         "in a view": lambda x: (x.view(-1).add_(1), x)[1],
-        "set": lambda x: (x.__setitem__((0, 1), 5.0), x)[1], "softmax": lambda x: x.softmax(1), "under": lambda x: torch.ones_like(x) / x.abs().add(1),
+        "set": lambda x: (x.__setitem__((0, 1), 5.0), x)[1], "softmax": lambda x: x.softmax(1),
+        "under": lambda x: torch.ones_like(x) / x.abs().add(1),
+
         "divided": lambda x: (x + 1) / x.clone(), "halved": lambda x: x / 2,
+
         "roll": lambda x: x.roll(1, 1),
         "pool": lambda x: F.max_pool2d(x, 2), "mean of all": lambda x: x.mean((0, 2, 3))[None],
     }  # fmt: skip

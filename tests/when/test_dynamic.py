@@ -141,7 +141,7 @@ def test_measured_with_the_dense_model_in_it_beside(tmp_path: Path) -> None:
     gated, dense = sources(str(tmp_path / "out"))
     assert (gated.kind, dense.kind, gated.example) == ("gated", "ungated", "1x1x12x12")
     x = torch.randn(1, 1, 12, 12)
-    assert torch.equal(gated.load()(x), made.model(x)) and torch.equal(dense.load()(x), made.model.model(x))  # type: ignore[union-attr, operator]  # noqa: E501
+    assert torch.equal(gated.load()(x), made.model(x)) and torch.equal(dense.load()(x), made.model.model(x))  # type: ignore[union-attr, operator]
     assert flops(gated.load(), x).total <= 0.5 * flops(dense.load(), x).total
     digits = find("digits", **SMALL["options"])
     own = Task(digits.model, digits.batches, name="mine", example=lambda: x)

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .cgnet import cgnet
 from .channels import ChannelGates
 from .fbs import fbs
 from .ftwt import ftwt
@@ -22,6 +23,7 @@ __all__ = [
     "Learning",
     "Pace",
     "TokenGates",
+    "cgnet",
     "evit",
     "fbs",
     "ftwt",
