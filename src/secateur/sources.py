@@ -19,7 +19,11 @@ from .formats.stored import is_stored
 from .measure.speed import STEPS, Forward, Generation, Workload, can_generate
 from .models import load_stored, resolve
 from .quality import dense_source
+from .registry import parts
+from .runtime import Dynamic, is_gated
+from .runtime import load as load_gated
 from .structured import load as load_smaller
+from .tasks import find
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Source:
     Attributes:
         name: as the user wrote it, or as a record says it.
         kind: ``plain`` (what `coupled.load_module` takes), or a directory that only secateur loads: ``structured``,
-            ``compressed`` or ``stored``.
+            ``compressed``, ``stored``, ``gated``, or ``ungated``, the dense model in a gated one.
         factory: of these, what makes a fresh model of the original; empty where none is needed.
         example: shape of an input of its own, where the directory tells.
         dtype: that a plain directory is loaded in; empty for the one that it is stored in.
@@ -53,13 +57,17 @@ class Source:
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ModelError("--device cuda: torch sees no GPU here")
-        fresh = load_module(self.factory, weights=False) if self.factory else None
+        task = _task(self.name) if self.kind.endswith("gated") and not self.factory else None
+        fresh = load_module(self.factory, weights=False) if self.factory else task and task.model(0)
         if self.kind == "structured":
             model = load_smaller(self.name, fresh)
         elif self.kind == "compressed":
             model = load_compressed(self.name, fresh)
         elif self.kind == "stored":
             model = load_stored(Path(self.name), fresh)
+        elif self.kind.endswith("gated"):
+            model = load_gated(self.name, fresh)
+            model = model.model if self.kind == "ungated" and isinstance(model, Dynamic) else model
         else:
             model = load_module(self.name, self.weights, getattr(torch, self.dtype) if self.dtype else None)
         return model.eval() if self.device == "cpu" else model.to(self.device).eval()
@@ -80,6 +88,8 @@ def sources(model: str, against: str | None = None, alone: bool = False, device:
     Raises:
         ModelError: the original is needed and not known.
     """
+    if is_gated(model):
+        return [replace(source, device=device) for source in _gated(model, against, alone)]
     kind, record = _recorded(model)
     made_of = _origin(record) if kind != "plain" else dense_source(model) or ""
     baseline = against or made_of
@@ -97,6 +107,32 @@ def sources(model: str, against: str | None = None, alone: bool = False, device:
         if device == "cpu" and _for_gpus(source.name) and torch.cuda.is_available():
             raise ModelError(f"{source.name} was compressed for GPUs: measure it with --device cuda")
     return [replace(source, device=device) for source in found]
+
+
+def _gated(model: str, against: str | None, alone: bool) -> list[Source]:
+    """A gated model, and the dense one in it."""
+    folder = Path(model)
+    task = _task(model)
+    stock = (folder / "config.json").is_file()
+    if not (task or stock or against):
+        made_of = _json(folder / "run.json").get("task") or _json(folder / "run.json").get("source")
+        named = made_of.get("name") if isinstance(made_of, dict) else made_of
+        raise ModelError(
+            f"{model} decides while it runs, and was made of {named or 'a module in memory'}: name what makes a fresh "
+            "model of it with --against FILE.py:NAME"
+        )
+    factory = "" if stock or against is None else against
+    shape = None if task is None else "x".join(str(n) for n in task.example_input().shape)
+    found = [Source(model, kind, factory, shape) for kind in ("gated", "ungated")]
+    return found[:1] if alone else found
+
+
+def _task(path: str) -> Any:
+    """The ready task that a gated model was trained on; None where a file, or nobody, knows it."""
+    named = _json(Path(path) / "run.json").get("task")
+    if not isinstance(named, dict) or named.get("name") not in parts("task"):
+        return None
+    return find(named["name"], **named.get("options", {}))
 
 
 def _dtype(record: dict[str, Any]) -> str:

@@ -180,12 +180,20 @@ def test_what_is_known_of_zeros_is_true() -> None:
     F = nn.functional
     steps: dict[str, Callable[[Tensor], Tensor]] = {
         "relu_": lambda x: x.relu_(), "hardtanh": lambda x: F.hardtanh(x, 0.5, 1.0), "relu6": F.relu6,
-        "add number": lambda x: x + 1, "sum": lambda x: x + x, "scale": lambda x: x * 2, "pad": lambda x: F.pad(x, (1, 1)),
+        "add number": lambda x: x + 1, "sum": lambda x: x + x, "scale": lambda x: x * 2,
+        "pad": lambda x: F.pad(x, (1, 1)),
         "pad ones": lambda x: F.pad(x, (1, 1), value=1.0), "pad channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 1)),
         "flat": lambda x: x.flatten(1), "view": lambda x: x.view(2, -1), "turned": lambda x: x.transpose(1, 2),
-        "mean": lambda x: x.mean((2, 3)), "means": lambda x: x.mean(1, keepdim=True), "cat": lambda x: torch.cat([x, x + 1], 1),
-        "below": lambda x: torch.cat([x, x], 0), "sigmoid": lambda x: x.sigmoid(), "in a view": lambda x: (x.view(-1).add_(1), x)[1],
-        "set": lambda x: (x.__setitem__((0, 1), 5.0), x)[1], "softmax": lambda x: x.softmax(1), "roll": lambda x: x.roll(1, 1),
+        "mean": lambda x: x.mean((2, 3)), "means": lambda x: x.mean(1, keepdim=True),
+        "cat": lambda x: torch.cat([x, x + 1], 1),
+        "below": lambda x: torch.cat([x, x], 0), "sigmoid": lambda x: x.sigmoid(),
+        "in a view": lambda x: (x.view(-1).add_(1), x)[1],
+        "set": lambda x: (x.__setitem__((0, 1), 5.0), x)[1], "softmax": lambda x: x.softmax(1),
+        "under": lambda x: torch.ones_like(x) / x.abs().add(1),
+
+        "divided": lambda x: (x + 1) / x.clone(), "halved": lambda x: x / 2,
+
+        "roll": lambda x: x.roll(1, 1),
         "pool": lambda x: F.max_pool2d(x, 2), "mean of all": lambda x: x.mean((0, 2, 3))[None],
     }  # fmt: skip
     known = set()
@@ -207,7 +215,7 @@ def test_what_is_known_of_zeros_is_true() -> None:
                 known |= {name} if t is out else set()
                 assert found.shape == t.shape[:2], name
                 assert not bool((t.flatten(2).abs().amax(2) if t.dim() > 2 else t.abs())[~found].any()), name
-    assert known == {"relu_", "relu6", "sum", "scale", "pad", "flat", "view", "mean", "cat", "pool"}
+    assert known == {"halved", "relu_", "relu6", "sum", "scale", "pad", "flat", "view", "mean", "cat", "pool"}
 
 
 def test_dtypes() -> None:

@@ -12,8 +12,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 import secateur
-from secateur.errors import ModelError, RecipeError
+from secateur.compare import compare
+from secateur.compare.contrasts import study_of
+from secateur.compare.page_again import commands
+from secateur.compare.plan import left_out
+from secateur.compare.study import Study
+from secateur.errors import ModelError, RecipeError, SecateurError
 from secateur.measure.flops import flops
+from secateur.sources import sources
 from secateur.tasks import Task, find
 from secateur.when.dynamic import TrainedDynamic
 
@@ -84,7 +90,8 @@ def test_length_and_rate_are_knobs_too() -> None:
     ("options", "match"),
     [
         ({"target": "flops 99.9%"}, "out of reach"), ({"target": "params 50%"}, "not in params"),
-        ({"target": None}, "one of them"), ({"sparsity": 0.5}, "has no sparsity"), ({"knobs": {"solver": {"x": 1}}}, "no part"),
+        ({"target": None}, "one of them"), ({"sparsity": 0.5}, "has no sparsity"),
+        ({"knobs": {"solver": {"x": 1}}}, "no part"),
         ({"knobs": {"fbs": {"dens": 1}}}, "no knob 'dens'"), ({"when": "after"}, "leave out masks and when"),
     ],
 )  # fmt: skip
@@ -126,3 +133,54 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["lasso"] == 0.001
     with pytest.raises(RecipeError, match="has no sparsity"):
         CliRunner().invoke(app, [*words[:-1], str(tmp_path / "b"), "--sparsity", "0.5"], catch_exceptions=False)
+
+
+def test_measured_with_the_dense_model_in_it_beside(tmp_path: Path) -> None:
+    """What ``secateur measure OUT`` asks for; a task of one's own is named."""
+    made = run(tmp_path / "out", length=0.02)
+    gated, dense = sources(str(tmp_path / "out"))
+    assert (gated.kind, dense.kind, gated.example) == ("gated", "ungated", "1x1x12x12")
+    x = torch.randn(1, 1, 12, 12)
+    assert torch.equal(gated.load()(x), made.model(x)) and torch.equal(dense.load()(x), made.model.model(x))  # type: ignore[union-attr, operator]
+    assert flops(gated.load(), x).total <= 0.5 * flops(dense.load(), x).total
+    digits = find("digits", **SMALL["options"])
+    own = Task(digits.model, digits.batches, name="mine", example=lambda: x)
+    secateur.train(own, "fbs", target="flops 50%", epochs=0.1, length=0.1, out=tmp_path / "mine")
+    with pytest.raises(ModelError, match="made of mine.*--against"):
+        sources(str(tmp_path / "mine"))
+
+
+def test_a_contender_in_a_study(tmp_path: Path) -> None:
+    asked = study_of(
+        "static-vs-dynamic", "task", "digits", options={"images": 100, "width": 8}, epochs=0.6, seeds=1,
+        targets=["flops 50%"],
+    )  # fmt: skip
+    made = compare(asked, tmp_path / "study", workers=1)
+    rows = {row.label: row for row in made.rows}
+    assert all(row.done for row in made.rows), [row.reason for row in made.rows]
+    dense = rows["dense"].figure("flops")
+    for label in ("l1-norm (static)", "fbs (dynamic)", "ftwt (dynamic)"):
+        assert dense is not None and (rows[label].figure("flops") or dense) < 0.6 * dense
+        assert rows[label].figure("cost", "epochs") == rows["dense"].figure("cost", "epochs")
+    assert rows["fbs (dynamic)"].recipe == {"method": "fbs", "when": "runtime", "seed": 0, "rate": 0.3, "knobs": {}}
+    words = commands(asked.to_dict(), made.rows)[made.rows.index(rows["fbs (dynamic)"])]
+    assert "--method fbs --set fbs.rate=0.3 --target 'flops 50%'" in words
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ({"method": "fbs", "knobs": {"solver": {"a": 1}}}, "no part"), ({"method": "fbs", "steps": 2}, "has no steps"),
+        ({"method": "fbs", "when": "after"}, "leave out tune, masks and when"),
+    ],
+)  # fmt: skip
+def test_bad_contenders(method: dict[str, Any], match: str) -> None:
+    with pytest.raises(SecateurError, match=match):
+        Study.of({"tasks": ["digits"], "methods": [method], "targets": ["flops 50%"]})
+
+
+def test_a_contender_that_makes_no_sense_is_left_out() -> None:
+    asked = Study.of({"tasks": ["digits"], "models": ["demo"], "methods": ["fbs"], "targets": ["flops 50%", "0.5"]})
+    reasons = {(left.subject, left.target): left.reason for left in left_out(asked)}
+    assert reasons["digits", "0.5"] == "it takes a target in operations, and 0.5 is for weights"
+    assert reasons["demo", "flops 50%"] == "its gates are trained on a task, and this is a model"

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..registry import get
 from .base import Dynamic, Learning, is_runtime
+from .cgnet import cgnet
 from .channels import ChannelGates
 from .contextual import cats, teal
 from .decoder import PrunedDecoder
@@ -41,6 +42,7 @@ __all__ = [
     "SparseDecoder",
     "TokenGates",
     "cats",
+    "cgnet",
     "dynamicvit",
     "early_exit",
     "evit",

@@ -12,52 +12,18 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 #: Functions by name that make zero of a channel of zeros, and read no other channel.
-_KEEP = frozenset(
-    [
-        "relu",
-        "relu_",
-        "relu6",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "tanh",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "feature_dropout",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "interpolate",
-        "contiguous",
-        "clone",
-        "detach",
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "squeeze",
-    ]
-)
+_KEEP = frozenset((
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "mish",
+    "hardswish", "tanh", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool1d",
+    "max_pool2d", "max_pool3d", "interpolate", "contiguous", "clone", "detach", "to", "float", "double", "half",
+    "bfloat16", "squeeze",
+))  # fmt: skip
 #: Functions that are known by themselves, for their names say nothing.
 _POOLS = frozenset((max_pool1d, max_pool2d, max_pool3d))
 _ADD = frozenset(("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__"))
 _MUL = frozenset(("mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__"))
+_DIV = frozenset(("div", "div_", "__truediv__"))
 _FLAT = frozenset(("flatten", "view", "reshape"))
 
 
@@ -112,7 +78,8 @@ class Alive:
             return self._cat(x, kwargs.get("dim", args[1] if len(args) > 1 else 0), out)
         mask = self.of(x)
         if name in _ADD or name in _MUL:
-            return self._two(name in _ADD, x, args[1] if len(args) > 1 else None, out)
+            other = args[1] if len(args) > 1 and name not in _DIV else None  # what is divided by says nothing
+            return self._two(name in _ADD, x, other, out)
         if mask is None:
             return None
         if name in _FLAT and out.dim() == 2 and out.shape[0] == x.shape[0] and out.shape[1] % x.shape[1] == 0:

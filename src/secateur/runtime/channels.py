@@ -17,7 +17,7 @@ from ..measure.flops import flops
 from ..structured import Target
 from .alive import Alive, smaller
 from .places import CONVOLUTIONS, Place, convolution_arguments
-from .structure import Call
+from .structure import Call, call_of
 
 #: Densities are multiples of one by so many.
 FINE = 1000
@@ -162,6 +162,9 @@ class Pass(TorchFunctionMode):
             return func(x, weight, bias, **rest)
 
         number = self.sites.get(id(weight))
+        own = None if number is None else getattr(self.gates.gates[number], "convolve", None)
+        if own is not None:  # a gate that decides in the middle of the convolution
+            return own(product, x, weight, bias, self.executes)  # type: ignore[no-any-return]
         decision: Decision | None = None if number is None else self.gates.gates[number](x)
         reads = self.alive.of(x) if self.executes and given["groups"] == 1 and x.dim() == weight.dim() else None
         makes = None if decision is None or not self.executes else decision.mask
@@ -191,6 +194,13 @@ class Pass(TorchFunctionMode):
         if self.executes:
             self.alive.set(out, decision.mask)
         return out
+
+
+def inputs_of(batch: Any) -> Call:
+    """The inputs of a batch of pairs, or of a dictionary with labels."""
+    if isinstance(batch, Mapping):
+        return (), {k: v for k, v in batch.items() if k != "labels"}
+    return call_of(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def sizes_of(x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from ..layers import evaluating
 from ..measure.flops import flops
 from ..registry import get, register
 from ..structured import Target
-from .channels import FINE, ChannelGates, Decision, reaching, restored
+from .channels import ChannelGates, Decision, inputs_of, reaching, restored
 from .places import Place, find
-from .structure import Call, call_of
+from .structure import call_of
 
 #: Batches that peaks are measured on, and inputs that thresholds are settled with.
 _BATCHES, _INPUTS = 2, 32
@@ -103,13 +103,13 @@ class FiringGates(ChannelGates):
         batch = next(iter(batches), None)
         if target is None or batch is None:
             return
-        call = _call(tree_map(lambda x: x[:_INPUTS] if isinstance(x, Tensor) else x, batch))
+        call = inputs_of(tree_map(lambda x: x[:_INPUTS] if isinstance(x, Tensor) else x, batch))
         count = len(next(x for x in (*call[0], *call[1].values()) if isinstance(x, Tensor)))
         limit = Target.parse(target).remaining(self.record["flops"]["before"]) * count
-        own = [gate.threshold.clone() for gate in self._foretold()]
+        own = [gate.threshold.clone() for gate in self.foretold()]
 
         def within(raised: float) -> bool:
-            for gate, threshold in zip(self._foretold(), own, strict=True):
+            for gate, threshold in zip(self.foretold(), own, strict=True):
                 gate.threshold.copy_(threshold + raised)
             return flops(self, *call[0], **call[1]).total <= limit
 
@@ -124,15 +124,9 @@ class FiringGates(ChannelGates):
         self.executes = was
         self.record["raised"] = high
 
-    def _foretold(self) -> list[Foretold]:
+    def foretold(self) -> list[Foretold]:
+        """The gates."""
         return [gate for gate in self.gates if isinstance(gate, Foretold)]
-
-
-def _call(batch: Any) -> Call:
-    """The inputs of a batch of pairs, or of a dictionary with labels."""
-    if isinstance(batch, Mapping):
-        return (), {k: v for k, v in batch.items() if k != "labels"}
-    return call_of(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _restored(model: nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FiringGates:
@@ -175,11 +169,12 @@ def ftwt(
     >>> gated.record["flops"]["after"] <= 0.5 * gated.record["flops"]["before"]
     True
 
-    Source: Elkerdawy et al., Fire together wire together, arXiv 2110.08232, sections 3.1 to 3.3 as in the official code
-    (decoupled training, masks by mass, in residual blocks before the sum). Theirs has an optimizer of its own for the
-    gates, at ten times the rate: here it is ``pace``. Theirs reads means through a softmax (``softmax=True``), which wants long training, and lets
-    through what has a logit above 0; ours has a threshold that follows training, so that a gate lets through as many as are wanted, on average, also while it knows little. A
-    target in FLOPs and raised thresholds are ours; so is that the strongest channel always counts.
+    Source: Elkerdawy et al., Fire together wire together, arXiv 2110.08232, the official code (decoupled training,
+    masks by mass, in residual blocks before the sum). Its gates have an optimizer of their own, at ten times the rate:
+    here that is ``pace``. It reads means through a softmax (``softmax=True``), which wants long training, and lets
+    through what has a logit above 0; ours has a threshold that follows training, so that a gate lets through as many
+    as are wanted, on average, also while it knows little. A target in FLOPs and raised thresholds are ours; so is that
+    the strongest channel always counts.
     """
     if (mass is None) == (target is None):
         raise RecipeError("ftwt: say which share of the firing stays by mass, or a target, one of them")
@@ -219,13 +214,13 @@ def _peaks(made: FiringGates, data: Any) -> list[Tensor]:
         fired = z.relu() if made.places[number].rectified else z
         found[number].append(get("criterion", "channel-peak")({"channel_map": fired}))
 
-    for gate in made.gates:
-        gate.fixed = FINE * FINE  # type: ignore[assignment]  # all channels
+    for gate in made.foretold():
+        gate.fixed = gate.predict.out_features  # all
     made.see, made.executes = see, False
     try:
         with evaluating(made), torch.no_grad():
             for batch in islice(iter(data), _BATCHES):
-                call = _call(batch)
+                call = inputs_of(batch)
                 device = next(made.parameters()).device
                 args, kwargs = tree_map(lambda x, d=device: x.to(d) if isinstance(x, Tensor) else x, call)
                 made(*args, **kwargs)

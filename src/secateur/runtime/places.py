@@ -19,27 +19,11 @@ from .structure import Call
 #: Convolutions, by the function that they call.
 CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_PRODUCTS = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "linear",
-        "bilinear",
-        "matmul",
-        "__matmul__",
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "einsum",
-        "scaled_dot_product_attention",
-        "multi_head_attention_forward",
-    ]
-)
+_PRODUCTS = frozenset((
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+    "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+))  # fmt: skip
 _RECTIFIERS = frozenset(("relu", "relu_", "relu6"))
 
 
