@@ -1,6 +1,6 @@
 """Depth at run time: what it brings on real inputs, and what it costs.
 
-Two parts, each with the dense model in turns: early exits of a residual network on Fashion-MNIST (single inputs), and
+Two parts, each with the dense model in turns: early exits of a vision transformer on Fashion-MNIST (single inputs), and
 generation by SmolLM2 with blocks left out (tokens a second, perplexity behind the prompt), static `shortgpt` at as many
 blocks beside it. Trained models and chosen settings are kept in ``--work``, so that the timing can be repeated alone.
 Settings are chosen on validation data and on the calibration text; all figures are of test data and the held-out text.
@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("stage", choices=["prepare", "measure"], help="prepare takes minutes; measure is to run alone")
     parser.add_argument("--work", type=Path, default=Path("depth-work"))
     parser.add_argument("--images", type=int, default=8000, help="of the training set")
-    parser.add_argument("--epochs", type=float, default=3, help="of the dense run; as long again with exits")
+    parser.add_argument("--epochs", type=float, default=4, help="of the dense run; half as long again with exits")
     parser.add_argument("--drop", type=float, default=0.005, help="of the accuracy, on validation data")
     parser.add_argument("--singles", type=int, default=300, help="test images that are timed one at a time")
     parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
@@ -48,7 +48,7 @@ def prepare_exits(args: argparse.Namespace) -> None:
     import secateur
 
     made = secateur.train(
-        "fashion-resnet", "early-exit", epochs=args.epochs, length=1.0, rate=0.3, knobs={"drop": args.drop},
+        "fashion-vit", "early-exit", epochs=args.epochs, length=0.5, rate=0.5, knobs={"drop": args.drop},
         options={"images": args.images}, out=args.work / "exits",
     )  # fmt: skip
     print(made)
@@ -60,10 +60,10 @@ def measure_exits(args: argparse.Namespace) -> None:
     import secateur
     from secateur.runtime import measured as single
     from secateur.tasks import find
-    from secateur.tasks.nets import resnet
+    from secateur.tasks.nets import VisionTransformer
 
-    task = find("fashion-resnet", images=args.images)
-    gates: Any = secateur.load(args.work / "exits", resnet(16, 3))
+    task = find("fashion-vit", images=args.images)
+    gates: Any = secateur.load(args.work / "exits", VisionTransformer())
     run = json.loads((args.work / "exits" / "run.json").read_text(encoding="utf-8"))
     accuracy = {
         "dense alone": run["before"]["metric"]["value"], "last exit": task.measure(gates.model, "test"),

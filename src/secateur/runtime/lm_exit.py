@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, RecipeError
+from ..errors import RecipeError
 from ..layers import evaluating
 from ..registry import get, register
 from ..structured import Target
@@ -23,8 +23,8 @@ from .lm_pass import (
     measured_tokens,
     quality_of,
     share_of,
-    step,
     step_flops,
+    tail_of,
     windows_of,
 )
 from .places import hidden, inputs_in, rows_of
@@ -256,7 +256,7 @@ def exit_decoding(
     blocks, _ = blocks_of(model, example)
     places = _places(len(blocks), measure, at)
     windows, ids = windows_of(data), ids_of(example)
-    tail = _tail(model, blocks, ids) if measure == "softmax" else ()
+    tail = tail_of(model, blocks, ids) if measure == "softmax" else ()
     made = ExitDecoding(
         model, blocks, {"method": "exit-decoding", "measure": measure, "target": target, "drop": share, "notes": []},
         places, measure, tail,
@@ -299,36 +299,6 @@ def _limit(target: str, before: float) -> float:
     if wanted.quantity != "flops":
         raise RecipeError(f"exit-decoding takes a target in FLOPs, such as 'flops 20%', not in {wanted.quantity}")
     return wanted.remaining(before)
-
-
-def _tail(model: nn.Module, blocks: Sequence[str], ids: Tensor) -> tuple[str, ...]:
-    """Paths of the modules behind the last block that make logits of a hidden state, one after the other.
-
-    Raises:
-        ModelError: they do not.
-    """
-    ran: list[str] = []
-    state: list[Tensor] = []
-    last = model.get_submodule(blocks[-1])
-    handles = [last.register_forward_hook(lambda _m, _a, out: state.append(out) or ran.clear())]
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-            handles.append(module.register_forward_hook(lambda *_, n=name: ran.append(n)))
-    try:
-        with evaluating(model), torch.no_grad():
-            logits = step(model, ids)[0]
-            x = state[0]
-            for name in (tail := tuple(ran)):
-                x = model.get_submodule(name)(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not tail or x.shape != logits.shape or not torch.allclose(x, logits, rtol=1e-3, atol=1e-4):
-        raise ModelError(
-            f"the modules of {type(model).__name__} behind its last block do not make its logits one after the other: "
-            "use measure='state'"
-        )
-    return tail
 
 
 def _cost(made: ExitDecoding, ids: Tensor, place: int) -> int:
