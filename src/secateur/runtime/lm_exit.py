@@ -222,8 +222,8 @@ def exit_decoding(
 
     The prompt is read with all blocks. Of a token that has left, later blocks compute keys and values from the state
     that it left with, so that the tokens to come find it. ``measure="state"`` costs nothing; ``"softmax"`` runs the
-    output layer at each exit, and takes what it said if the token leaves. Exits are behind every block of the second
-    half but the last (``state``) or behind the block at two thirds (``softmax``), or ``at`` the blocks with these
+    output layer at each exit, and takes what it said if the token leaves. Exits are behind every block of the last
+    quarter but the last (``state``) or behind the block at two thirds (``softmax``), or ``at`` the blocks with these
     numbers. The threshold is found on ``data``, tried with what leaves really gone: the least for a ``target`` such as
     ``"flops 20%"`` of a token behind the prompt; or the highest with which the next token stays the dense model's for
     all but the share ``drop`` (0.1) of the tokens; or it is given.
@@ -285,7 +285,7 @@ def exit_decoding(
 
 def _places(blocks: int, measure: str, at: tuple[int, ...] | None) -> tuple[int, ...]:
     if at is None:
-        chosen = range(blocks // 2 - 1, blocks - 1) if measure == "state" else [2 * blocks // 3 - 1]
+        chosen = range(3 * blocks // 4 - 1, blocks - 1) if measure == "state" else [2 * blocks // 3 - 1]
         return tuple(k for k in chosen if 0 <= k < blocks - 1) or (0,)
     if wrong := [k for k in at if not 0 <= k < blocks - 1]:
         raise RecipeError(f"at names block {wrong[0]}: a token can leave behind blocks 0 to {blocks - 2} of this model")
@@ -351,7 +351,8 @@ def _tried(
     made: ExitDecoding, windows: Sequence[Tensor], dense: Sequence[Tensor], costs: Sequence[float]
 ) -> tuple[dict[str, float], float, list[float]]:
     """What is lost, the mean cost of a token, and how many leave where."""
-    made.left = seen = []
+    seen: list[Tensor] = []
+    made.left = seen
     try:
         quality = quality_of(made, windows, dense)
     finally:
