@@ -1,6 +1,6 @@
 """Depth at run time: what it brings on real inputs, and what it costs.
 
-Two parts, each with the dense model in turns: early exits of a residual network on Fashion-MNIST (single inputs), and
+Two parts, each with the dense model in turns: early exits of a vision transformer on Fashion-MNIST (single inputs), and
 generation by SmolLM2 with blocks left out (tokens a second, perplexity behind the prompt), static `shortgpt` at as many
 blocks beside it. Trained models and chosen settings are kept in ``--work``, so that the timing can be repeated alone.
 Settings are chosen on validation data and on the calibration text; all figures are of test data and the held-out text.
@@ -21,15 +21,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("part", choices=["exits", "generation"])
     parser.add_argument("stage", choices=["prepare", "measure"], help="prepare takes minutes; measure is to run alone")
     parser.add_argument("--work", type=Path, default=Path("depth-work"))
-    parser.add_argument("--images", type=int, default=8000, help="of the training set")
-    parser.add_argument("--epochs", type=float, default=3, help="of the dense run; as long again with exits")
+    parser.add_argument("--images", type=int, default=5000, help="of the training set")
+    parser.add_argument("--epochs", type=float, default=3, help="of the dense run; half as long again with exits")
     parser.add_argument("--drop", type=float, default=0.005, help="of the accuracy, on validation data")
     parser.add_argument("--singles", type=int, default=300, help="test images that are timed one at a time")
     parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
     parser.add_argument("--targets", nargs="+", default=["flops 10%"], help="of exit-decoding by state")
-    parser.add_argument("--windows", type=int, default=6, help="of the held-out text")
+    parser.add_argument("--windows", type=int, default=4, help="of the held-out text")
     parser.add_argument("--length", type=int, default=256, help="tokens in each; half is the prompt")
-    parser.add_argument("--steps", type=int, default=48, help="tokens of each of two windows that are timed")
+    parser.add_argument("--steps", type=int, default=32, help="tokens of each of two windows that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "depth.json")
     return parser.parse_args()
@@ -48,7 +48,7 @@ def prepare_exits(args: argparse.Namespace) -> None:
     import secateur
 
     made = secateur.train(
-        "fashion-resnet", "early-exit", epochs=args.epochs, length=1.0, rate=0.3, knobs={"drop": args.drop},
+        "fashion-vit", "early-exit", epochs=args.epochs, length=0.5, rate=0.5, knobs={"drop": args.drop},
         options={"images": args.images}, out=args.work / "exits",
     )  # fmt: skip
     print(made)
@@ -60,10 +60,10 @@ def measure_exits(args: argparse.Namespace) -> None:
     import secateur
     from secateur.runtime import measured as single
     from secateur.tasks import find
-    from secateur.tasks.nets import resnet
+    from secateur.tasks.nets import VisionTransformer
 
-    task = find("fashion-resnet", images=args.images)
-    gates: Any = secateur.load(args.work / "exits", resnet(16, 3))
+    task = find("fashion-vit", images=args.images)
+    gates: Any = secateur.load(args.work / "exits", VisionTransformer())
     run = json.loads((args.work / "exits" / "run.json").read_text(encoding="utf-8"))
     accuracy = {
         "dense alone": run["before"]["metric"]["value"], "last exit": task.measure(gates.model, "test"),
@@ -125,20 +125,27 @@ def prepare_generation(args: argparse.Namespace) -> None:
     from secateur.runtime import made
 
     model, calibration, _ = texts(args)
-    chosen: list[dict[str, Any]] = [
-        {"name": f"shortgpt, {n} blocks", "static": least_influence(model, calibration, n)} for n in args.skip
+    file = args.work / "generation.json"
+    chosen: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    known = {one["name"] for one in chosen}
+    chosen += [
+        {"name": name, "static": least_influence(model, calibration, n)}
+        for n in args.skip
+        if (name := f"shortgpt, {n} blocks") not in known
     ]
     for method, knobs in [
         *(("skip-decoding", {"skip": n}) for n in args.skip),
         *(("exit-decoding", {"target": t}) for t in args.targets),
         ("exit-decoding", {"measure": "softmax", "drop": 0.1, "at": (24,)}),
     ]:
+        name = f"{method}, {', '.join(f'{k} {v}' for k, v in knobs.items())}"
+        if name in known:
+            continue
         gates = made(model, method, calibration[0], calibration, **knobs)
         print(gates.told(), flush=True)
-        name = f"{method}, {', '.join(f'{k} {v}' for k, v in knobs.items())}"
         chosen.append({"name": name, "record": gates.record, "saved": gates.saved()})
         args.work.mkdir(parents=True, exist_ok=True)
-        (args.work / "generation.json").write_text(json.dumps(chosen), encoding="utf-8")
+        file.write_text(json.dumps(chosen), encoding="utf-8")
 
 
 def measure_generation(args: argparse.Namespace) -> None:
@@ -147,7 +154,7 @@ def measure_generation(args: argparse.Namespace) -> None:
     import torch
 
     from secateur.registry import get
-    from secateur.runtime.lm_pass import step
+    from secateur.runtime.lm_pass import continued, step
     from secateur.surgery.depth import BLOCKS
 
     model, _, held = texts(args)
@@ -164,7 +171,8 @@ def measure_generation(args: argparse.Namespace) -> None:
         for turn, ids in enumerate(held[:2]):
             for name in models if turn % 2 == 0 else reversed(models):
                 took[name].append(timed(models[name], ids[:, :half], args.steps, step))
-        quality = {name: held_out(net, model, held) for name, net in models.items()}
+        known = [continued(model, ids).argmax(-1) for ids in held]
+        quality = {name: held_out(net, known, held) for name, net in models.items()}
     rows, results = [], {}
     for name in models:
         seconds = sorted(x for one in took[name] for x in one)
@@ -190,17 +198,17 @@ def timed(model: Any, prompt: Any, steps: int, step: Any) -> list[float]:
     return found
 
 
-def held_out(model: Any, dense: Any, windows: Any) -> dict[str, float]:
+def held_out(model: Any, known: Any, windows: Any) -> dict[str, float]:
     """Perplexity behind the prompt, and how often the next token is the dense model's."""
     import torch
 
     from secateur.runtime.lm_pass import continued, loss_of
 
     losses, same = [], []
-    for ids in windows:
-        found, known = continued(model, ids), continued(dense, ids)
+    for ids, one in zip(windows, known, strict=True):
+        found = continued(model, ids)
         losses.append(loss_of(found, ids))
-        same.append((found.argmax(-1) == known.argmax(-1)).flatten())
+        same.append((found.argmax(-1) == one).flatten())
     return {"perplexity": float(torch.cat(losses).mean().exp()), "agreement": float(torch.cat(same).double().mean())}
 
 

@@ -62,8 +62,9 @@ def rows_of(values: Any, count: int, rows: Tensor) -> Any:
     if isinstance(values, Tensor):
         return values[rows] if values.dim() > 1 and len(values) == count else values
     if isinstance(values, Mapping):
+        kind: Any = type(values)
         taken = {name: rows_of(x, count, rows) for name, x in values.items()}
-        return taken if type(values) is dict else type(values)(**taken)
+        return taken if kind is dict else kind(**taken)
     if isinstance(values, (tuple, list)):
         return type(values)(rows_of(x, count, rows) for x in values)
     return values

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, RecipeError
+from ..errors import RecipeError
 from ..layers import evaluating
 from ..registry import get, register
 from ..structured import Target
@@ -24,8 +24,8 @@ from .lm_pass import (
     measured_tokens,
     quality_of,
     share_of,
-    step,
     step_flops,
+    tail_of,
     windows_of,
 )
 from .threshold import Point, sweep
@@ -222,8 +222,8 @@ def exit_decoding(
 
     The prompt is read with all blocks. Of a token that has left, later blocks compute keys and values from the state
     that it left with, so that the tokens to come find it. ``measure="state"`` costs nothing; ``"softmax"`` runs the
-    output layer at each exit, and takes what it said if the token leaves. Exits are behind every block of the second
-    half but the last (``state``) or behind the block at two thirds (``softmax``), or ``at`` the blocks with these
+    output layer at each exit, and takes what it said if the token leaves. Exits are behind every block of the last
+    quarter but the last (``state``) or behind the block at two thirds (``softmax``), or ``at`` the blocks with these
     numbers. The threshold is found on ``data``, tried with what leaves really gone: the least for a ``target`` such as
     ``"flops 20%"`` of a token behind the prompt; or the highest with which the next token stays the dense model's for
     all but the share ``drop`` (0.1) of the tokens; or it is given.
@@ -256,7 +256,7 @@ def exit_decoding(
     blocks, _ = blocks_of(model, example)
     places = _places(len(blocks), measure, at)
     windows, ids = windows_of(data), ids_of(example)
-    tail = _tail(model, blocks, ids) if measure == "softmax" else ()
+    tail = tail_of(model, blocks, ids) if measure == "softmax" else ()
     made = ExitDecoding(
         model, blocks, {"method": "exit-decoding", "measure": measure, "target": target, "drop": share, "notes": []},
         places, measure, tail,
@@ -285,7 +285,7 @@ def exit_decoding(
 
 def _places(blocks: int, measure: str, at: tuple[int, ...] | None) -> tuple[int, ...]:
     if at is None:
-        chosen = range(blocks // 2 - 1, blocks - 1) if measure == "state" else [2 * blocks // 3 - 1]
+        chosen = range(3 * blocks // 4 - 1, blocks - 1) if measure == "state" else [2 * blocks // 3 - 1]
         return tuple(k for k in chosen if 0 <= k < blocks - 1) or (0,)
     if wrong := [k for k in at if not 0 <= k < blocks - 1]:
         raise RecipeError(f"at names block {wrong[0]}: a token can leave behind blocks 0 to {blocks - 2} of this model")
@@ -299,36 +299,6 @@ def _limit(target: str, before: float) -> float:
     if wanted.quantity != "flops":
         raise RecipeError(f"exit-decoding takes a target in FLOPs, such as 'flops 20%', not in {wanted.quantity}")
     return wanted.remaining(before)
-
-
-def _tail(model: nn.Module, blocks: Sequence[str], ids: Tensor) -> tuple[str, ...]:
-    """Paths of the modules behind the last block that make logits of a hidden state, one after the other.
-
-    Raises:
-        ModelError: they do not.
-    """
-    ran: list[str] = []
-    state: list[Tensor] = []
-    last = model.get_submodule(blocks[-1])
-    handles = [last.register_forward_hook(lambda _m, _a, out: state.append(out) or ran.clear())]
-    for name, module in model.named_modules():
-        if next(module.children(), None) is None:
-            handles.append(module.register_forward_hook(lambda *_, n=name: ran.append(n)))
-    try:
-        with evaluating(model), torch.no_grad():
-            logits = step(model, ids)[0]
-            x = state[0]
-            for name in (tail := tuple(ran)):
-                x = model.get_submodule(name)(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not tail or x.shape != logits.shape or not torch.allclose(x, logits, rtol=1e-3, atol=1e-4):
-        raise ModelError(
-            f"the modules of {type(model).__name__} behind its last block do not make its logits one after the other: "
-            "use measure='state'"
-        )
-    return tail
 
 
 def _cost(made: ExitDecoding, ids: Tensor, place: int) -> int:
@@ -381,7 +351,8 @@ def _tried(
     made: ExitDecoding, windows: Sequence[Tensor], dense: Sequence[Tensor], costs: Sequence[float]
 ) -> tuple[dict[str, float], float, list[float]]:
     """What is lost, the mean cost of a token, and how many leave where."""
-    made.left = seen = []
+    seen: list[Tensor] = []
+    made.left = seen
     try:
         quality = quality_of(made, windows, dense)
     finally:

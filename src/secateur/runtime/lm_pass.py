@@ -168,6 +168,40 @@ def blocks_of(model: nn.Module, example: Any) -> tuple[tuple[str, ...], Call]:
     return places.paths, call
 
 
+def tail_of(model: nn.Module, blocks: Sequence[str], ids: Tensor) -> tuple[str, ...]:
+    """Paths of the modules behind the last block that make logits of a hidden state, one after the other.
+
+    Raises:
+        ModelError: they do not.
+    """
+    ran: list[str] = []
+    state: list[Tensor] = []
+
+    def begin(module: nn.Module, args: Any, out: Tensor) -> None:
+        state.append(out)
+        ran.clear()
+
+    handles = [model.get_submodule(blocks[-1]).register_forward_hook(begin)]
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+            handles.append(module.register_forward_hook(lambda *_, n=name: ran.append(n)))
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = step(model, ids)[0]
+            x = state[0]
+            for name in (tail := tuple(ran)):
+                x = model.get_submodule(name)(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not tail or x.shape != logits.shape or not torch.allclose(x, logits, rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"the modules of {type(model).__name__} behind its last block do not make its logits one after the other: "
+            "use measure='state'"
+        )
+    return tail
+
+
 def continued(model: nn.Module, ids: Tensor, one_at_a_time: bool = False) -> Tensor:
     """Logits behind the prompt, which is the first half of a window: of all the rest, ``(sequences, rest, words)``."""
     half = ids.shape[1] // 2
