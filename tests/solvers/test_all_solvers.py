@@ -33,6 +33,7 @@ def facts(weight: Tensor, x: Tensor, keep: float, granularity: str) -> dict[str,
         "input_var": x.var(0, correction=0),
         "input_norm": gram.diagonal().sqrt(),
         "tokens": x.shape[0],
+        "mask": torch.ones(weight.shape, dtype=torch.bool),
     }
 
 
