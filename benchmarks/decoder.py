@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -91,85 +92,79 @@ def wide(hidden: int, layers: int) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=RESULTS / "decoder.json")
-    parser.add_argument("--length", type=int, default=1024, help="of the long texts")
-    parser.add_argument("--texts", type=int, default=1)
-    parser.add_argument("--budgets", type=int, nargs="*", default=[64, 128, 256, 512])
-    parser.add_argument(
-        "--chunk", type=int, default=16, help="tokens at once where perplexity under a budget is measured"
-    )
-    parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
-    parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for teal and cats")
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--part", choices=("quality", "speed", "all"), default="all")
-    args = parser.parse_args()
-
-    found: dict[str, Any] = {}
-    if args.out.exists():
-        found = json.loads(args.out.read_text())
-    rows: dict[str, Any] = found.setdefault("rows", {})
-    net = load_module("demo").eval()
+def cache_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Iterator[None]:
+    """Budgets of the cache, behind a long prompt; then the perplexity of the whole text under each."""
     long = text(EVALUATION, args.texts, args.length)
-    example, data = long[:, :64], text(CALIBRATION, args.calibration, 512)
     models: dict[str, Any] = {"dense": net}
     for budget in args.budgets:
         for method in ("streaming", "h2o"):
-            models[f"{method} {budget}"] = secateur.prune(net, method, example=example, budget=budget)
-    sparse: dict[str, Any] = {}
+            models[f"{method} {budget}"] = secateur.prune(net, method, example=long[:, :64], budget=budget)
+    for name, row in speed(models, long[:1], args.steps).items():
+        rows.setdefault(name, {}).update(row)
+    yield
+    for name, model in models.items():
+        rows[name]["perplexity"] = under_budget(model, long, None if name == "dense" else args.chunk)
+        yield
+
+
+def weight_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Iterator[None]:
+    """Features that are not read: the time of a token, and the perplexity of the second half of a text."""
+    long = text(EVALUATION, args.texts, args.length)
+    data = list(text(CALIBRATION, args.calibration, 512).split(1))
+    models: dict[str, Any] = {"dense": net}
     for method in ("teal", "cats"):
-        begun = time.perf_counter()
-        sparse[f"{method} 0.5"] = secateur.prune(net, method, example=example, data=list(data.split(1)), sparsity=0.5)
-        found.setdefault("calibration", {})[method] = time.perf_counter() - begun
-    if args.part != "speed":
-        rows.setdefault("dense", {})["perplexity"] = under_budget(net, long)
-        print("dense", rows["dense"], flush=True)
-        for name, model in models.items():
-            if name != "dense":
-                rows.setdefault(name, {})["perplexity"] = under_budget(model, long, args.chunk)
-                print(name, rows[name], flush=True)
-        for name, model in {"dense": net, **sparse}.items():
-            rows.setdefault(name, {})["perplexity_second_half"] = second_half(model, long)
-            print(name, rows[name], flush=True)
-    if args.part != "quality":
-        for name, row in speed(models, long[:1], args.steps).items():
-            rows.setdefault(name, {}).update(row)
-            print(name, rows[name], flush=True)
-        beside = speed({"dense": net, **sparse}, long[:1, : 128 + args.steps], args.steps)
-        found["sparse"] = {"prompt": 128, **beside}
-        print(found["sparse"], flush=True)
-        large = wide(args.hidden, args.layers)
-        ids = torch.randint(0, 1024, (2, 64 + args.steps), generator=torch.Generator().manual_seed(1))
-        made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=0.5) for m in ("teal", "cats")}
-        found["wide"] = {
-            "hidden": args.hidden,
-            "layers": args.layers,
-            **speed({"dense": large, **made}, ids[:1], args.steps),
-        }
-        print(found["wide"], flush=True)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "part")}
-    found |= {"settings": settings, "environment": environment()}
-    write_json(args.out, found)
+        models[method] = secateur.prune(net, method, example=long[:, :64], data=data, sparsity=args.sparsity)
+    rows |= speed(models, long[:1, : 128 + args.steps], args.steps)
+    for name, model in models.items():
+        rows[name] |= {"left_out": getattr(model, "left_out", 0.0), "perplexity": second_half(model, long)}
+    yield
+
+
+def wide_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Iterator[None]:
+    """The same on a wider model, of random weights."""
+    large = wide(args.hidden, args.layers)
+    ids = torch.randint(0, 1024, (2, 64 + args.steps), generator=torch.Generator().manual_seed(1))
+    made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=args.sparsity) for m in ("teal", "cats")}
+    rows |= speed({"dense": large, **made}, ids[:1], args.steps)
+    yield
+
+
+PARTS = {"cache": cache_rows, "weights": weight_rows, "wide": wide_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "decoder.json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--length", type=int, default=1024, help="of the texts")
+    parser.add_argument("--texts", type=int, default=1)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--chunk", type=int, default=16, help="tokens at once, under a budget")
+    parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of teal and cats")
+    parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for teal and cats")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=2)
+    args = parser.parse_args()
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    net = load_module("demo").eval()
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "parts")}
+    for part in args.parts:
+        rows: dict[str, Any] = {}
+        for _ in PARTS[part](net, args, rows):
+            found[part] = {"settings": settings, "environment": environment(), "rows": rows}
+            write_json(args.out, found)  # what is there, should it be stopped
     print(text_of(found))
 
 
 def text_of(found: dict[str, Any]) -> str:
-    head = ("model", "perplexity", "second half", "tokens/s", "MiB of the cache")
-    rows = []
-    for name, row in found["rows"].items():
-        numbers = (row.get("perplexity"), row.get("perplexity_second_half"), row.get("tokens_per_second"))
-        held = row.get("bytes")
-        cells = ["" if x is None else f"{x:.2f}" for x in (*numbers, None if held is None else held / 2**20)]
-        rows.append((name, *cells))
-    for part in ("sparse", "wide"):
-        for name, row in found.get(part, {}).items():
-            if isinstance(row, dict):
-                rows.append(
-                    (f"{part}: {name}", "", "", f"{row['tokens_per_second']:.2f}", f"{row['bytes'] / 2**20:.2f}")
-                )
-    return table(head, rows)
+    lines = []
+    for part, content in found.items():
+        for name, row in content["rows"].items():
+            held = f"{row['bytes'] / 2**20:.2f}"
+            perplexity = f"{row['perplexity']:.2f}" if "perplexity" in row else ""
+            lines.append((f"{part}: {name}", f"{row['tokens_per_second']:.2f}", held, perplexity))
+    return table(("model", "tokens/s", "MiB of the cache", "perplexity"), lines)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def test_saved_and_loaded(method: str, tmp_path: Path) -> None:
     secateur.save(fast, tmp_path / "out")
     again = secateur.load(tmp_path / "out")
     assert again.record == fast.record and again.told() == fast.told()
-    assert torch.equal(decoded(again, ids, again.cache()), decoded(fast, ids, fast.cache()))
+    one, other = decoded(again, ids, again.cache()), decoded(fast, ids, fast.cache())
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_that_change_are_read_anew() -> None:

@@ -188,7 +188,7 @@ def test_a_batch_is_its_texts_one_at_a_time(method: str, chunk: int | None) -> N
 
 
 def test_bytes_do_not_grow_with_the_text() -> None:
-    net, ids = tiny.build(), tiny.ids(2, 30)
+    net, ids = tiny.build(num_hidden_layers=1), tiny.ids(2, 30)
     dense = net(ids, use_cache=True).cache
     for method, most in (("streaming", 0.7), ("h2o", 0.7)):
         fast = secateur.prune(net, method, example=ids, budget=15, chunk=1)
@@ -240,7 +240,7 @@ def test_half_precision_and_a_window_alone() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    net, ids = tiny.build(), tiny.ids(2, 20)
+    net, ids = tiny.build(num_hidden_layers=2), tiny.ids(2, 20)
     for method, knobs in KNOBS.items():
         fast = secateur.prune(net, method, example=ids, **knobs)
         secateur.save(fast, tmp_path / method)
@@ -274,7 +274,7 @@ def test_refused() -> None:
     prune = secateur.prune
     with pytest.raises(ModelError, match="has no key-value cache that can be pruned"):
         prune(nn.Sequential(nn.Conv2d(1, 2, 3)), "h2o", example=torch.zeros(1, 1, 8, 8), budget=4)
-    with pytest.raises(ModelError, match="keeps no keys and values from token to token|has no key-value cache"):
+    with pytest.raises(ModelError, match="see those behind them"):
         prune(bert, "h2o", example=ids % 40, budget=4)
     with pytest.raises(ModelError, match="there is nothing to prune in its cache"):
         prune(tiny.build("mistral"), "h2o", example=ids, budget=4)

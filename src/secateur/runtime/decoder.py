@@ -192,6 +192,12 @@ def pruned_decoder(model: nn.Module, example: Any, policy: Policy, chunk: int | 
     whole = replace(policy, budget=tokens + policy.least, keep=None, shift=False)
     with evaluating(model), torch.no_grad():
         dense = _answer(model(input_ids=ids, use_cache=True))
+        alone = _answer(model(input_ids=ids[:, :-1]))
+        if not _same(alone, dense[:, :-1]):
+            raise ModelError(
+                f"tokens of {type(model).__name__} see those behind them, so that it keeps no key-value cache while it runs: give a "
+                "decoder of transformers, such as AutoModelForCausalLM makes"
+            )
         free = PrunedDecoder(model, whole)
         cache = free.cache()
         kind = type(model).__name__

@@ -176,7 +176,7 @@ class Mass:
 
     def __call__(self, weight: Tensor, number: int) -> Tensor:
         share = get("criterion", "routing-share")({"expert_weight": weight})
-        order = share.sort(-1, descending=True, stable=True)
+        order = share.sort(dim=-1, descending=True, stable=True)
         before = order.values.cumsum(-1) - order.values
         # Rounding: what is missing by less than a millionth is not missing.
         runs = before < (self.mass - 1e-6) * order.values.sum(-1, keepdim=True)
