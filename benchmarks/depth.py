@@ -21,12 +21,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("part", choices=["exits", "generation"])
     parser.add_argument("stage", choices=["prepare", "measure"], help="prepare takes minutes; measure is to run alone")
     parser.add_argument("--work", type=Path, default=Path("depth-work"))
-    parser.add_argument("--images", type=int, default=5000, help="of the training set")
+    parser.add_argument("--images", type=int, default=4000, help="of the training set")
     parser.add_argument("--epochs", type=float, default=3, help="of the dense run; half as long again with exits")
     parser.add_argument("--drop", type=float, default=0.005, help="of the accuracy, on validation data")
-    parser.add_argument("--singles", type=int, default=300, help="test images that are timed one at a time")
     parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
-    parser.add_argument("--targets", nargs="+", default=["flops 10%"], help="of exit-decoding by state")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.016], help="of exit-decoding by state")
     parser.add_argument("--windows", type=int, default=4, help="of the held-out text")
     parser.add_argument("--length", type=int, default=256, help="tokens in each; half is the prompt")
     parser.add_argument("--steps", type=int, default=32, help="tokens of each of two windows that are timed")
@@ -55,25 +54,14 @@ def prepare_exits(args: argparse.Namespace) -> None:
 
 
 def measure_exits(args: argparse.Namespace) -> None:
+    """What the run has measured at its end: test images one at a time, in turns with the dense model."""
     import json
 
-    import secateur
-    from secateur.runtime import measured as single
-    from secateur.tasks import find
-    from secateur.tasks.nets import VisionTransformer
-
-    task = find("fashion-vit", images=args.images)
-    gates: Any = secateur.load(args.work / "exits", VisionTransformer())
     run = json.loads((args.work / "exits" / "run.json").read_text(encoding="utf-8"))
-    accuracy = {
-        "dense alone": run["before"]["metric"]["value"], "last exit": task.measure(gates.model, "test"),
-        "early exits": task.measure(gates, "test"),
-    }  # fmt: skip
-    single.SINGLES = args.singles
-    found = single.measured(gates, task.batches("test", 0, 0), repeats=3)
-    print(single.table(gates, found))
-    print(accuracy)
-    keep(args, "exits", {"record": gates.record, "accuracy": accuracy, "measured": found})
+    names = ("places", "chosen", "left", "accuracy", "flops", "before", "after", "measured", "task", "epochs", "seed")
+    found = {name: run[name] for name in names if name in run}
+    print(json.dumps(found["measured"], indent=1), found["before"], found["after"])
+    keep(args, "exits", found)
 
 
 def texts(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -135,7 +123,7 @@ def prepare_generation(args: argparse.Namespace) -> None:
     ]
     for method, knobs in [
         *(("skip-decoding", {"skip": n}) for n in args.skip),
-        *(("exit-decoding", {"target": t}) for t in args.targets),
+        *(("exit-decoding", {"threshold": t}) for t in args.thresholds),
         ("exit-decoding", {"measure": "softmax", "drop": 0.1, "at": (24,)}),
     ]:
         name = f"{method}, {', '.join(f'{k} {v}' for k, v in knobs.items())}"
