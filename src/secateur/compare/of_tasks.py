@@ -169,6 +169,7 @@ def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[st
     shutil.rmtree(out, ignore_errors=True)
     run, gates = made.run, made.gates
     executed = run["measured"]["gated"]["flops"]["mean"]
+    as_dense = {"epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget)}
     passed, given = _epochs(run["curves"]), tuple(sorted(options.items()))
     seen = round(sum(passed.values()) * _examples(spec["source"], given, "train"))
     with answering(gates):
@@ -178,8 +179,7 @@ def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[st
         "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,
         **sizes(made.model, {}, _layers(gates.model, {}), task.example_input()),
         "flops": executed, "effective_flops": executed,
-        "latency": _speed(spec, work, {"epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget)},
-                          made.model, False, task.example_input()) if spec["latency"] else None,
+        "latency": _speed(spec, work, as_dense, made.model, False, task.example_input()) if spec["latency"] else None,
         "cost": {
             "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
             "epochs": round(sum(passed.values()), 4),

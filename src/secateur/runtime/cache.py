@@ -87,9 +87,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         if "score" in self.held:
             self.held["score"][:, :, here] = 0
         self.length, self.seen, self.entered = end, self.seen + new, new
-        self._show()
+        shown = self._show()
         _updated.set(self)
-        return self.keys, self.values
+        return shown
 
     def _grow(self, needed: int) -> None:
         room = -(-needed // _STEP) * _STEP
@@ -98,8 +98,11 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             more[:, :, : self.length] = old[:, :, : self.length]
             self.held[name] = more
 
-    def _show(self) -> None:
-        self.keys, self.values = (self.held[name][:, :, : self.length] for name in ("keys", "values"))
+    def _show(self) -> tuple[Tensor, Tensor]:
+        found = self.held["keys"][:, :, : self.length], self.held["values"][:, :, : self.length]
+        shown: Any = self  # the class of transformers says None
+        shown.keys, shown.values = found
+        return found
 
     @property
     def position(self) -> Tensor:
@@ -256,7 +259,7 @@ def _attend(
             f"attention in {type(module).__name__} has {_UNUSUAL[unusual[0]]}, which entries cannot leave: "
             "take another model"
         )
-    layer = _updated.get()
+    layer: Any = _updated.get()
     _updated.set(None)
     if layer is None or layer.keys is not key:
         found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
@@ -329,7 +332,10 @@ def _sees(mask: Tensor, layer: PrunedLayer, rows: slice) -> Tensor:
 @contextmanager
 def attending(model: nn.Module) -> Iterator[None]:
     """The model attends as `_attend` does, inside."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation"):
+            configs[id(config)] = config
     before = [(c, c._attn_implementation) for c in configs.values()]
     for config, _ in before:
         config._attn_implementation_internal = NAME

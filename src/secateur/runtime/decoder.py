@@ -195,8 +195,8 @@ def pruned_decoder(model: nn.Module, example: Any, policy: Policy, chunk: int | 
         alone = _answer(model(input_ids=ids[:, :-1]))
         if not _same(alone, dense[:, :-1]):
             raise ModelError(
-                f"tokens of {type(model).__name__} see those behind them, so that it keeps no key-value cache while it runs: give a "
-                "decoder of transformers, such as AutoModelForCausalLM makes"
+                f"tokens of {type(model).__name__} see those behind them, so that it keeps no key-value cache while it "
+                "runs: give a decoder of transformers, such as AutoModelForCausalLM makes"
             )
         free = PrunedDecoder(model, whole)
         cache = free.cache()

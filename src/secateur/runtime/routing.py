@@ -104,7 +104,10 @@ class ExpertGates(nn.Module):
 def one_by_one(model: nn.Module) -> Iterator[None]:
     """Inside, experts run one after the other, those alone that have tokens."""
     name = "_experts_implementation"
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), name)}
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if hasattr(config := getattr(module, "config", None), name):
+            configs[id(config)] = config
     before = [(c, getattr(c, name)) for c in configs.values()]
     for config, _ in before:
         config._experts_implementation_internal = "eager"
@@ -275,7 +278,7 @@ def edge(values: Tensor, fraction: float) -> float:
     if count >= len(order):
         return float("inf")
     low, high = order[count - 1 : count + 1].double().tolist()
-    return (low + high) / 2
+    return float(low + high) / 2
 
 
 def _paths(model: nn.Module) -> dict[str, int]:
