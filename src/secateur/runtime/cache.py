@@ -42,6 +42,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+    keys: Any
+    values: Any
 
     def __init__(self, policy: Policy, rotation: Rotation | None) -> None:
         super().__init__()
@@ -269,7 +271,8 @@ def _attend(
     mask = layer.columns(attention_mask)
     window, new = layer.policy.window, query.shape[2]
     watched = layer.policy.attends and not (layer.policy.once and layer.seen > layer.entered)
-    received, out = None, None
+    received: Tensor | None = None
+    out: Tensor | None = None
     if watched:
         start = 0 if window is None else max(0, new - window)
         whole, received = _observed(query, key, value, mask, kwargs.get("scaling"), layer, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -118,7 +119,7 @@ def _watched(model: nn.Module, ids: Tensor) -> list[tuple[str, nn.Module, Tensor
     handles = []
     for path, module in model.named_modules():
         if path.startswith(f"{blocks.path}."):
-            handles.append(module.register_forward_hook(lambda m, a, o, path=path: hook(path, m, a, o)))
+            handles.append(module.register_forward_hook(partial(hook, path)))
     try:
         with evaluating(model), torch.no_grad():
             model(input_ids=ids)

@@ -191,16 +191,16 @@ def pruned_decoder(model: nn.Module, example: Any, policy: Policy, chunk: int | 
     tokens = ids.shape[1]
     whole = replace(policy, budget=tokens + policy.least, keep=None, shift=False)
     with evaluating(model), torch.no_grad():
+        kind = type(model).__name__
         dense = _answer(model(input_ids=ids, use_cache=True))
         alone = _answer(model(input_ids=ids[:, :-1]))
         if not _same(alone, dense[:, :-1]):
             raise ModelError(
-                f"tokens of {type(model).__name__} see those behind them, so that it keeps no key-value cache while it "
-                "runs: give a decoder of transformers, such as AutoModelForCausalLM makes"
+                f"tokens of {kind} see those behind them, so that it keeps no key-value cache while it runs: give a "
+                "decoder of transformers, such as AutoModelForCausalLM makes"
             )
         free = PrunedDecoder(model, whole)
         cache = free.cache()
-        kind = type(model).__name__
         if not cache.pruned:
             raise ModelError(f"no layer of {kind} keeps all of its keys: there is nothing to prune in its cache")
         parts = [_answer(free(input_ids=x, **{name: cache})) for x in (ids[:, :-1], ids[:, -1:])]

@@ -92,20 +92,19 @@ class Policy:
             dead: padding, bool, which leaves first.
         """
         count = self.count(seen)
-        if score is None:
-            score = get("criterion", self.criterion)({"token_position": position})
+        ranked: Tensor = get("criterion", self.criterion)({"token_position": position}) if score is None else score
         last = keep_count(self.recent, count) if self.window is None else self.window
         late = position >= seen - last
         if self.smooth > 1:
-            apart = score.masked_fill(late if dead is None else late | dead, 0.0)
-            score = avg_pool1d(apart, self.smooth, stride=1, padding=self.smooth // 2)
+            apart = ranked.masked_fill(late if dead is None else late | dead, 0.0)
+            ranked = avg_pool1d(apart, self.smooth, stride=1, padding=self.smooth // 2)
         stays = late
         if self.sinks:
             stays = stays | (position - first[:, None, None] < self.sinks)
-        score = score.masked_fill(stays, torch.inf)
+        ranked = ranked.masked_fill(stays, torch.inf)
         if dead is not None:
-            score = score.masked_fill(dead, -torch.inf)
-        return select(score.flatten(0, 1), count).view_as(score)
+            ranked = ranked.masked_fill(dead, -torch.inf)
+        return select(ranked.flatten(0, 1), count).view_as(ranked)
 
     def asdict(self) -> dict[str, Any]:
         """As plain data, from which ``Policy(**data)`` makes it again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,9 @@ def _looking(
 ) -> Iterator[None]:
     """Inside, each module of experts is called with weights and indices as ``change`` gives them."""
 
-    def hook(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(
+        number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         given = [*args, *kwargs.values()]
         pair = _routing(given)
         if pair is None:
@@ -137,9 +140,7 @@ def _looking(
         return tuple(swap[: len(args)]), dict(zip(kwargs, swap[len(args) :], strict=True))
 
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda m, args, kwargs, number=number: hook(number, args, kwargs), with_kwargs=True
-        )
+        model.get_submodule(path).register_forward_pre_hook(partial(hook, number), with_kwargs=True)
         for number, path in enumerate(paths)
     ]
     try:

@@ -42,7 +42,11 @@ def _greedy(
     block = model.get_submodule(path)
     known: list[tuple[Any, Any, Any]] = []
     inputs: dict[str, Tensor] = {}
-    handles = [block.register_forward_hook(lambda m, a, k, o: known.append((a, k, o)), with_kwargs=True)]
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        known.append((args, kwargs, out))
+
+    handles = [block.register_forward_hook(hook, with_kwargs=True)]
     for site in sites:
         handles.append(site.layer.register_forward_pre_hook(partial(_keep, inputs, site.path)))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -331,10 +332,11 @@ def _through(
     look: Callable[[Site, Tensor], None],
 ) -> None:
     """Run the dense model on the data, and look at what the sites are given."""
-    handles = [
-        model.get_submodule(site.path).register_forward_pre_hook(lambda m, args, site=site: look(site, args[0]))
-        for site in sites
-    ]
+
+    def hook(site: Site, module: nn.Module, args: tuple[Any, ...]) -> None:
+        look(site, args[0])
+
+    handles = [model.get_submodule(site.path).register_forward_pre_hook(partial(hook, site)) for site in sites]
     try:
         for batch in batches:
             run(model, batch)
