@@ -12,10 +12,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import secateur
-from secateur.compare import compare
 from secateur.compare.contrasts import study_of
+from secateur.compare.of_tasks import run_task
 from secateur.compare.page_again import commands
-from secateur.compare.plan import left_out
+from secateur.compare.plan import left_out, runs_of
 from secateur.compare.study import Study
 from secateur.errors import ModelError, RecipeError, SecateurError
 from secateur.measure.flops import flops
@@ -24,6 +24,12 @@ from secateur.tasks import Task, find
 from secateur.when.dynamic import TrainedDynamic
 
 SMALL: dict[str, Any] = {"options": {"images": 200, "width": 4}, "epochs": 0.5, "length": 1.0, "every": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few inputs are measured by themselves, to be quick."""
+    monkeypatch.setattr("secateur.runtime.measured.SINGLES", 4)
 
 
 class Stopped(Exception):
@@ -48,7 +54,7 @@ def same(a: TrainedDynamic, b: TrainedDynamic) -> bool:
 
 def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = run()
-    for stop in (("dense", 2), ("gates", 1), ("gates", 2)):
+    for stop in (("train", 2), ("gates", 1), ("gates", 2)):
         with pytest.raises(Stopped):
             run(tmp_path / "out", stop=stop)
     assert (tmp_path / "out.run").is_dir() and not (tmp_path / "out").exists()
@@ -66,10 +72,16 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> N
     assert "MFLOPs" in str(again)
 
 
-def test_a_run_that_was_over_is_gated_as_trained(tmp_path: Path) -> None:
-    """Stopped after the last step, before anything was written: the gates are then at their final density."""
-    with pytest.raises(Stopped):
-        run(tmp_path / "out", stop=("gates", 4))
+def test_a_run_that_was_over_is_gated_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after training, before anything was written: the gates are then at their final density."""
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.when.dynamic.measured", stopped)
+        with pytest.raises(Stopped):
+            run(tmp_path / "out")
     again = run(tmp_path / "out")
     assert again.gates.record["density"] == again.model.gates[0].keep < 1  # type: ignore[union-attr, index]
     assert same(again, run())
@@ -97,7 +109,7 @@ def test_length_and_rate_are_knobs_too() -> None:
 )  # fmt: skip
 def test_bad_input_is_said_before_any_training(options: dict[str, Any], match: str) -> None:
     with pytest.raises(RecipeError, match=match):
-        run(stop=("dense", 1), **options)
+        run(stop=("train", 1), **options)
 
 
 def test_a_model_with_no_place_for_a_gate_is_refused_before_any_training() -> None:
@@ -155,15 +167,14 @@ def test_a_contender_in_a_study(tmp_path: Path) -> None:
         "static-vs-dynamic", "task", "digits", options={"images": 100, "width": 8}, epochs=0.6, seeds=1,
         targets=["flops 50%"],
     )  # fmt: skip
-    made = compare(asked, tmp_path / "study", workers=1)
-    rows = {row.label: row for row in made.rows}
-    assert all(row.done for row in made.rows), [row.reason for row in made.rows]
+    made = [r.row("done", None, run_task(r.spec, tmp_path, r.digest)[0]) for r in runs_of(asked)]
+    rows = {row.label: row for row in made}
     dense = rows["dense"].figure("flops")
     for label in ("l1-norm (static)", "fbs (dynamic)", "ftwt (dynamic)"):
         assert dense is not None and (rows[label].figure("flops") or dense) < 0.6 * dense
-        assert rows[label].figure("cost", "epochs") == rows["dense"].figure("cost", "epochs")
+        assert rows[label].figure("cost", "epochs") == rows["taylor (static)"].figure("cost", "epochs")
     assert rows["fbs (dynamic)"].recipe == {"method": "fbs", "when": "runtime", "seed": 0, "rate": 0.3, "knobs": {}}
-    words = commands(asked.to_dict(), made.rows)[made.rows.index(rows["fbs (dynamic)"])]
+    words = commands(asked.to_dict(), made)[made.index(rows["fbs (dynamic)"])]
     assert "--method fbs --set fbs.rate=0.3 --target 'flops 50%'" in words
 
 
