@@ -162,9 +162,9 @@ def test_a_contender_in_a_study(tmp_path: Path) -> None:
     for label in ("l1-norm (static)", "fbs (dynamic)", "ftwt (dynamic)"):
         assert dense is not None and (rows[label].figure("flops") or dense) < 0.6 * dense
         assert rows[label].figure("cost", "epochs") == rows["dense"].figure("cost", "epochs")
-    assert rows["fbs (dynamic)"].recipe == {"method": "fbs", "when": "runtime", "seed": 0, "rate": 1.0, "knobs": {}}
+    assert rows["fbs (dynamic)"].recipe == {"method": "fbs", "when": "runtime", "seed": 0, "rate": 0.3, "knobs": {}}
     words = commands(asked.to_dict(), made.rows)[made.rows.index(rows["fbs (dynamic)"])]
-    assert "--method fbs --set fbs.rate=1.0 --target 'flops 50%'" in words
+    assert "--method fbs --set fbs.rate=0.3 --target 'flops 50%'" in words
 
 
 @pytest.mark.parametrize(
