@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,12 @@ def taught(gated: ChannelGates, seed: int = 2) -> ChannelGates:
     with torch.no_grad():
         for p in gated.gates.parameters():
             p.add_(0.5 * torch.randn(p.shape, generator=g))
+        first: Any = gated.gates[0].predict
+        edge = torch.linspace(
+            -1, 1, first.out_features
+        )  # the first channels for what is faint, the last for the bright
+        first.weight.copy_(edge[:, None].expand_as(first.weight))
+        first.bias.copy_(-0.5 * edge)
     return gated.eval()
 
 

@@ -115,6 +115,7 @@ def test_the_target_is_met_with_as_many_channels_as_possible() -> None:
 
 def test_places() -> None:
     assert [p.conv for p in find(plain(), call(pictures(1)))] == [n for n, m in plain().named_modules() if isinstance(m, nn.Conv2d)]  # fmt: skip  # noqa: E501
+    assert all(p.rectified for p in find(plain(), call(pictures(1))))  # in place
     found = {p.conv: p for p in find(residual(), call(pictures(1)))}
     assert found["0"].rectified and found["4.short.0"].norm and not found["4.short.0"].rectified
     # of the odd one: not what is grouped, shared, read by a group norm, or the answer

@@ -91,6 +91,9 @@ class _Look(TorchFunctionMode):
         results = [x for x in tree_iter(out) if isinstance(x, Tensor)]
         for _, conv, normed in known if results else ():  # not its shape
             (self.seen[conv].behind if normed else self.seen[conv].uses).append(name)
+        for x, _, _ in known:
+            if any(x is y for y in results):  # changed in place: what comes now is called with another one
+                self.made.pop(x, None)
         if func in CONVOLUTIONS and (conv := self._convolution(args, kwargs)) is not None:
             self.made[out], self.open[out] = (conv, False), frozenset((conv,))
             return out
