@@ -26,6 +26,12 @@ from secateur.when.dynamic import TrainedDynamic
 SMALL: dict[str, Any] = {"options": {"images": 200, "width": 4}, "epochs": 0.5, "length": 1.0, "every": 0.0}
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few inputs are measured by themselves, to be quick."""
+    monkeypatch.setattr("secateur.runtime.measured.SINGLES", 4)
+
+
 class Stopped(Exception):
     pass
 
@@ -48,7 +54,7 @@ def same(a: TrainedDynamic, b: TrainedDynamic) -> bool:
 
 def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = run()
-    for stop in (("dense", 2), ("gates", 1), ("gates", 2)):
+    for stop in (("train", 2), ("gates", 1), ("gates", 2)):
         with pytest.raises(Stopped):
             run(tmp_path / "out", stop=stop)
     assert (tmp_path / "out.run").is_dir() and not (tmp_path / "out").exists()
@@ -66,10 +72,16 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(tmp_path: Path) -> N
     assert "MFLOPs" in str(again)
 
 
-def test_a_run_that_was_over_is_gated_as_trained(tmp_path: Path) -> None:
-    """Stopped after the last step, before anything was written: the gates are then at their final density."""
-    with pytest.raises(Stopped):
-        run(tmp_path / "out", stop=("gates", 4))
+def test_a_run_that_was_over_is_gated_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after training, before anything was written: the gates are then at their final density."""
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.when.dynamic.measured", stopped)
+        with pytest.raises(Stopped):
+            run(tmp_path / "out")
     again = run(tmp_path / "out")
     assert again.gates.record["density"] == again.model.gates[0].keep < 1  # type: ignore[union-attr, index]
     assert same(again, run())
@@ -97,7 +109,7 @@ def test_length_and_rate_are_knobs_too() -> None:
 )  # fmt: skip
 def test_bad_input_is_said_before_any_training(options: dict[str, Any], match: str) -> None:
     with pytest.raises(RecipeError, match=match):
-        run(stop=("dense", 1), **options)
+        run(stop=("train", 1), **options)
 
 
 def test_a_model_with_no_place_for_a_gate_is_refused_before_any_training() -> None:
