@@ -166,6 +166,6 @@ def _one(x: Tensor, weight: Tensor, bias: Tensor | None, i: Tensor | None, o: Te
         found: Tensor = product(x, weight, bias)
         return found
     wanted = o if len(o) else o.new_zeros(1)  # nothing to make: one channel tells the shape
-    part = product(x, weight.index_select(0, wanted), None if bias is None else bias.index_select(0, wanted))
+    part: Tensor = product(x, weight.index_select(0, wanted), None if bias is None else bias.index_select(0, wanted))
     out = part.new_zeros(len(x), outputs, *part.shape[2:])
     return out.index_copy(1, o, part) if len(o) else out
