@@ -108,7 +108,7 @@ FACTS: dict[str, Fact] = {
         "attention of the queries that count to each token, (..., heads, queries, tokens)", "tokens"
     ),
     "channel_size": Fact("mean absolute value of each channel that a convolution reads, (batch, inputs)", "channels"),
-    "channel_map": Fact("what a convolution and its norm made, (batch, outputs, ...)", "channels"),
+    "channel_map": Fact("what a convolution and its norm made, (..., outputs, positions)", "channels"),
     "gate_weight": Fact("weight of what predicts channels, learned, (outputs, inputs)", "channels"),
     "gate_bias": Fact("bias of what predicts channels, learned, (outputs,)", "channels"),
     "momentum": Fact("the optimizer's momentum; of Adam over the root of its second moment, (o, i)", "training"),
