@@ -120,7 +120,7 @@ FACTS: dict[str, Fact] = {
         "attention of the queries that count to each token, (..., heads, queries, tokens)", "tokens"
     ),
     "channel_size": Fact("mean absolute value of each channel that a convolution reads, (batch, inputs)", "channels"),
-    "channel_map": Fact("what a convolution and its norm made, (batch, outputs, ...)", "channels"),
+    "channel_map": Fact("what a convolution and its norm made, (..., outputs, positions)", "channels"),
     "gate_weight": Fact("weight of what predicts channels, learned, (outputs, inputs)", "channels"),
     "gate_bias": Fact("bias of what predicts channels, learned, (outputs,)", "channels"),
     "exit_logits": Fact("logits of what an exit answers, (..., classes)", "exits"),

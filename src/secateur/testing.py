@@ -192,6 +192,10 @@ def _check_unit_criterion(part: Part, makers: Mapping[str, Maker]) -> None:
         "token_position": torch.randperm(units, generator=generator),
         "activation": torch.randn(units, generator=generator),
         "expert_weight": torch.rand(units, generator=generator),
+        "channel_size": torch.rand(4, generator=generator),
+        "channel_map": torch.randn(units, 9, generator=generator),
+        "gate_weight": torch.randn(units, 4, generator=generator),
+        "gate_bias": torch.randn(units, generator=generator),
         "count": 2,
     }
     for name, maker in makers.items():

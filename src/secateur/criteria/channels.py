@@ -41,16 +41,16 @@ def channel_peak(channel_map: Tensor) -> Tensor:
 
     :: s_c = max over positions of |a_c|
 
-    ``channel_map`` is ``(batch, channels, ...)``.
+    ``channel_map`` is ``(..., channels, positions)``.
 
     Choose it for what a channel was worth to an input, once it is computed: a gate learns to foretell it (ftwt).
 
     Beware: one bright point is enough.
 
     >>> import torch
-    >>> channel_peak(torch.tensor([[[[1.0, -4.0]], [[2.0, 2.0]]]])).tolist()
+    >>> channel_peak(torch.tensor([[[1.0, -4.0], [2.0, 2.0]]])).tolist()
     [[4.0, 2.0]]
 
     Source: Elkerdawy et al., Fire together wire together, arXiv 2110.08232, the official code's criterion of heatmaps.
     """
-    return channel_map.float().abs().flatten(2).amax(2)
+    return channel_map.float().abs().amax(-1)

@@ -78,7 +78,7 @@ class Foretold(nn.Module):
 
     def learn(self, decision: Decision, made: Tensor, rectified: bool) -> Tensor | None:
         fired = made.detach().relu() if rectified else made.detach()
-        wanted = mass_mask(get("criterion", "channel-peak")({"channel_map": fired}), self.mass)
+        wanted = mass_mask(get("criterion", "channel-peak")({"channel_map": fired.flatten(2)}), self.mass)
         ordered = decision.score.detach().flatten().sort(descending=True).values
         count = int(wanted.sum())  # as many pass, on average, as are wanted
         edge = ordered[count - 1 : count + 1].mean()
@@ -212,7 +212,7 @@ def _peaks(made: FiringGates, data: Any) -> list[Tensor]:
 
     def see(number: int, z: Tensor) -> None:
         fired = z.relu() if made.places[number].rectified else z
-        found[number].append(get("criterion", "channel-peak")({"channel_map": fired}))
+        found[number].append(get("criterion", "channel-peak")({"channel_map": fired.flatten(2)}))
 
     for gate in made.foretold():
         gate.fixed = gate.predict.out_features  # all
