@@ -68,6 +68,20 @@ method(
     allocation="global",
 )
 method(
+    "kernel-patterns",
+    "Every kernel of 3 x 3 keeps four weights, in one of the eight patterns that its layer has.",
+    choose="Choose it for 3 x 3 convolutions on processors whose compiler knows the patterns.",
+    beware="name the layers that have such kernels with only; nothing here is faster for it.",
+    source="Niu et al., PatDNN, arXiv 2001.00138, section 4.1, without its training and its removal of kernels.",
+    paper="2001.00138",
+    family="magnitude",
+    criterion="magnitude",
+    granularity="4:9",
+    granularities=("N:M",),
+    solver="kernel-patterns",
+    sparsity=5 / 9,
+)
+method(
     "lamp",
     "Magnitude with the layer-adaptive global allocation.",
     choose="Choose it for a data-free allocation over layers of different scale.",

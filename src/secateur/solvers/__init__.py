@@ -11,6 +11,7 @@ from .least_squares import least_squares, refit
 from .obc import obc
 from .obq import obq
 from .obs import obs
+from .patterns import kernel_patterns
 from .rank import rank
 from .shared import share
 from .sparsegpt import sparsegpt
@@ -21,6 +22,7 @@ __all__ = [
     "admm",
     "dsnot",
     "gptq",
+    "kernel_patterns",
     "least_squares",
     "obc",
     "obq",
