@@ -36,21 +36,23 @@ def check_card(part: Part) -> None:
 def check_gate(name: str) -> None:
     """A gate computes finite weights of the same shape, a score, and, where it has one, a density in [0, 1].
 
-    A granularity that the gate cannot do must be refused with `RecipeError`; at least one must be done.
+    A granularity that the gate cannot do must be refused with `RecipeError`; at least one must be done. One that
+    knows units of the whole model (the fact ``units``) is also shown a column of these, which compete.
     """
     part = get("gate", name)
     check_card(part)
     done = 0
-    for text in ("element", "row", "2:4", "block(2,4)"):
+    cases = [(text, (8, 16)) for text in ("element", "row", "2:4", "block(2,4)")]
+    for text, shape in [*cases, ("element", (8, 1))] if part.facts.get("units") else cases:
         granularity = parse(text)
         keep = 0.5 if granularity.keep is None else granularity.keep
         try:
-            made = _settled(part, granularity, keep)
+            made = _settled(part, granularity, keep, shape)
         except RecipeError:
             continue
         done += 1
         _check_gated(part, granularity, *made, f"at {text}")
-        again = _settled(part, granularity, keep)
+        again = _settled(part, granularity, keep, shape)
         for mine, other in zip(made[2:], again[2:], strict=True):
             same = all(torch.equal(mine[k], other[k]) for k in {*mine, *other})
             assert same, say(part, f"is not the same for the same generator at {text}")
@@ -58,13 +60,13 @@ def check_gate(name: str) -> None:
 
 
 def _settled(
-    part: Part, granularity: Granularity, keep: float
+    part: Part, granularity: Granularity, keep: float, shape: tuple[int, int]
 ) -> tuple[Gate, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """A gate with the weight before it, what it learns and what it fixed."""
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(8, 16, generator=generator)
+    weight = torch.randn(shape, generator=generator)
     facts = {"weight": weight, "granularity": granularity, "generator": generator}
-    facts["pool_shape"] = granularity.pool_shape(8, 16)[:2]
+    facts["pool_shape"] = granularity.pool_shape(*shape)[:2]
     before = weight.clone()
     gate = part({n: facts[n] for n in part.needs})
     assert isinstance(gate, Gate), say(part, f"returns {type(gate).__name__}, not Gate")
@@ -79,7 +81,8 @@ def _check_gated(
     fixed: dict[str, Tensor], where: str,
 ) -> None:  # fmt: skip
     assert (gate.weight is None) != (gate.factor is None), say(part, "has to have either a weight or a factor")
-    shape = (8, 16) if gate.factor is None else granularity.pool_shape(8, 16)[:2]
+    whole = (weight.shape[0], weight.shape[1])
+    shape = whole if gate.factor is None else granularity.pool_shape(*whole)[:2]
     for training in (True, False):
         x = weight.clone().requires_grad_()
         if gate.weight is not None:

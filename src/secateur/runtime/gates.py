@@ -280,6 +280,7 @@ _QKV = ("query", "key", "value")
 
 
 def masked() -> ModelError:
+    """Why tokens cannot leave where attention is limited."""
     return ModelError(
         "attention is masked or causal for this input: tokens can only leave where every token sees every other one, "
         "save padding, which is the same for all of them and in all blocks"
