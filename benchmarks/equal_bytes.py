@@ -3,6 +3,7 @@
     python benchmarks/equal_bytes.py                 # perplexity of every row and draw of calibration text
     python benchmarks/equal_bytes.py --speed         # then, on a quiet machine: tokens/s of each row beside dense
     python benchmarks/equal_bytes.py --table         # print what is there
+    python benchmarks/equal_bytes.py --evidence src/secateur/recommend/evidence/bytes.jsonl.gz   # for the recommender
 
 The budget is that of the linear layers of all blocks, in which 79 % of the model lies: 25, 40 or 50 % of what they
 take in bfloat16. Embeddings and norms are the same bfloat16 everywhere, so that equal layers are equal files. What a
@@ -175,11 +176,11 @@ ROWS = (
 
 
 def fits(row: Row, budget: float, seed: int) -> bool:
-    """Whether a row has something to leave out at a budget: int4 is below 40 % already, factors in int8 at 50.
+    """Whether a row has something to leave out at a budget: int4 is below 40 % already, int6 below 50.
 
     The alternation of low rank and a sparse term takes a quarter of an hour, and is made for one draw.
     """
-    limits = {"sparsegpt+int4": 0.3, "low-rank+int8": 0.45}
+    limits = {"sparsegpt+int4": 0.3, "sparsegpt+int6": 0.45, "low-rank+int8": 0.45}
     return budget < limits.get(row.name, 1.0) and (seed == 0 or row.name != "low-rank+sparse")
 
 
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--speed", action="store_true", help="measure tokens/s of the first draw instead")
     parser.add_argument("--table", action="store_true", help="print only")
+    parser.add_argument("--evidence", type=Path, help="write the rows that are recipes as evidence, and nothing else")
     parser.add_argument("--only", default="", help="rows by name, by commas")
     given = parser.parse_args()
     record: dict[str, Any] = {"rows": [], "speed": []}
@@ -204,6 +206,9 @@ def main() -> None:
         record |= json.loads(given.out.read_text(encoding="utf-8"))
     if given.table:
         print(table(record))
+        return
+    if given.evidence is not None:
+        export(record, given.evidence)
         return
     path = resolve("demo")
     tokenizer = load_tokenizer(path)
@@ -240,6 +245,56 @@ def main() -> None:
                     print(f"{row.name:16} {budget:4} {seed} {used:.4f} {value['value']:10.2f} {took:6.1f}", flush=True)
                 write_json(given.out, record)
     print(table(record))
+
+
+def recipe_of(row: Row, budget: float) -> Recipe | None:
+    """What the row did, where it is one recipe."""
+    if row.name == "sparsegpt":
+        return Recipe.of("sparsegpt", sparsity=1 - density(budget, 16, 0))
+    if row.name == "gptq":
+        return Recipe.of("gptq").quantized(f"int{ {0.25: 4, 0.4: 6, 0.5: 7}[budget] }:{GROUP}")
+    if not row.name.startswith("sparsegpt+int"):
+        return None
+    bits = int(row.name[-1])
+    name = f"int{bits}:{GROUP}" if bits < 8 else "int8"
+    return Recipe.of("sparsegpt", sparsity=1 - density(budget, bits, scale_bits(bits))).quantized(name)
+
+
+def export(record: dict[str, Any], target: Path) -> None:
+    """Rows as the recommender reads them; the target is what goes, of the bytes of the layers in bfloat16."""
+    import gzip
+    import hashlib
+
+    from secateur.compare import Row as Run
+    from secateur.recommend.evidence import FORMAT
+
+    machine = {k: record["environment"][k] for k in ("cpu", "instructions", "memory", "system")}
+    whole = 134515008  # parameters
+    subject = {"demo": {"kind": "decoder", "parameters": whole}}
+    lines = [json.dumps({"format": FORMAT, "study": "bytes", "subjects": subject})]
+    rows = {row.name: row for row in ROWS}
+
+    def line(label: str, recipe: Recipe | None, budget: float, seed: int, value: float, seconds: float) -> str:
+        target = "" if recipe is None else f"bytes {100 * (1 - budget):g}%"
+        name = hashlib.sha256(f"{label} {budget} {seed}".encode()).hexdigest()[:20]
+        result = {
+            "metric": "perplexity", "higher_is_better": False, "test": value, "parameters": whole,
+            "cost": {"seconds": seconds, "samples": record["windows"], "labels": 0, "epochs": 0.0},
+            "protocol": {"windows": record["windows"], "length": record["length"]},
+            "environment": {"machine": machine, "threads": 1},
+            "recipe_digest": None if recipe is None else recipe.digest,
+        }  # fmt: skip
+        plain = None if recipe is None else recipe.to_dict()
+        run = Run(name, "demo", "model", label, plain, target, seed, result=result)
+        return json.dumps(run.to_dict(), sort_keys=True)
+
+    seeds = sorted({r["seed"] for r in record["rows"]})
+    lines += [line("dense", None, 0.0, seed, record["dense"]["value"], 0.0) for seed in seeds]
+    for r in record["rows"]:
+        if (recipe := recipe_of(rows[r["row"]], r["budget"])) is not None:
+            lines.append(line(r["row"], recipe, r["budget"], r["seed"], r["perplexity"]["value"], r["seconds"]))
+    target.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    print(f"{len(lines) - 1} rows in {target}")
 
 
 def speed(model: nn.Module, dense: nn.Module, row: Row) -> dict[str, Any]:
