@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, RecipeError
 
-#: What is kept of one example: the largest logits, which they are, and the log of the sum over all at a temperature.
+#: What is kept of one example: the largest logits, which they are, and what all others come to together at a temperature:
+#: the log of the sum of their exponentials, which is minus infinity where there are none.
 Lesson = tuple[Tensor, Tensor, Tensor]
 
 
@@ -55,14 +56,14 @@ class Stored:
     def add(self, batch: Any, logits: Tensor) -> None:
         """Keep what a teacher said of a batch."""
         largest = logits.float().topk(min(self.top, logits.shape[-1]), dim=-1)
-        total = (logits.float() / self.temperature).logsumexp(-1)
+        rest = _others(logits.float() / self.temperature, largest.indices)
         names = rows_of(batch)
         if len(names) != len(logits):
             raise DataError(f"a batch has {len(names)} examples, and the teacher answered {len(logits)}")
         for k, name in enumerate(names):
             self._lessons[name] = (
                 largest.values[k].detach().cpu().clone(), largest.indices[k].to(torch.int32).cpu(),
-                total[k].detach().cpu().clone(),
+                rest[k].detach().cpu().clone(),
             )  # fmt: skip
 
     def look(self, batch: Any) -> Lesson | None:
@@ -71,28 +72,30 @@ class Stored:
         if not names or any(name not in self._lessons for name in names):
             return None
         found = [self._lessons[name] for name in names]
-        values, indices, total = (torch.stack([one[k] for one in found]) for k in range(3))
-        return values, indices, total
+        values, indices, rest = (torch.stack([one[k] for one in found]) for k in range(3))
+        return values, indices, rest
 
     def loss(self, student: Tensor, lesson: Lesson) -> Tensor:
         """``T^2 KL`` between what both say of the teacher's top classes, and of all others as one class.
 
         Equal to the divergence over all classes where all are kept, and never above it.
         """
-        values, indices, total = (x.to(student.device) for x in lesson)
-        own = (student.float() / self.temperature).log_softmax(-1).gather(-1, indices.long())
-        taught = values / self.temperature - total[..., None]
+        values, indices, rest = (x.to(student.device) for x in lesson)
+        scaled, which = student.float() / self.temperature, indices.long()
+        own, taught = scaled.log_softmax(-1).gather(-1, which), values / self.temperature
+        total = torch.logaddexp(taught.logsumexp(-1), rest)
+        taught = taught - total[..., None]
         whole = (taught.exp() * (taught - own)).sum(-1)
         if indices.shape[-1] < student.shape[-1]:
-            rest, other = _rest(taught), _rest(own)
-            whole = whole + rest.exp() * (rest - other)
+            left = rest - total
+            whole = whole + left.exp() * (left - _others(scaled, which) + scaled.logsumexp(-1))
         return self.temperature**2 * whole.mean()
 
     def save(self, file: Path) -> None:
         """Write a safetensors file."""
         state: dict[str, Tensor] = {}
-        for name, (values, indices, total) in self._lessons.items():
-            state |= {f"{name}.values": values, f"{name}.indices": indices, f"{name}.total": total}
+        for name, (values, indices, rest) in self._lessons.items():
+            state |= {f"{name}.values": values, f"{name}.indices": indices, f"{name}.rest": rest}
         meta = {"top": str(self.top), "temperature": repr(self.temperature)}
         part = file.with_name(f".{file.name}.tmp")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,16 +114,16 @@ class Stored:
                 meta = f.metadata() or {}
                 made = Stored(int(meta["top"]), float(meta["temperature"]))
                 for name in {key.rpartition(".")[0] for key in f.keys()}:  # noqa: SIM118
-                    values, indices, total = (f.get_tensor(f"{name}.{p}") for p in ("values", "indices", "total"))
-                    made._lessons[name] = (values, indices, total)
+                    values, indices, rest = (f.get_tensor(f"{name}.{p}") for p in ("values", "indices", "rest"))
+                    made._lessons[name] = (values, indices, rest)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"{file} is not a stored teacher: {error}") from None
         return made
 
 
-def _rest(log_p: Tensor) -> Tensor:
-    """The log of what probabilities leave to 1."""
-    return (-log_p.exp().sum(-1)).clamp_min(-1 + 1e-12).log1p().clamp_min(-27.0)
+def _others(logits: Tensor, indices: Tensor) -> Tensor:
+    """The log of the sum of the exponentials of all logits but these: no difference of two nearly equal sums."""
+    return logits.scatter(-1, indices, -torch.inf).logsumexp(-1)
 
 
 def rows_of(batch: Any) -> list[str]:
