@@ -65,7 +65,9 @@ def ablations(study: Mapping[str, Any], rows: Iterable[Row]) -> list[Ablation]:
     """Those of a study, as plain data, whose runs are there with and without each step."""
     rows = list(rows)
     found = []
-    asked = [m for m in study.get("methods") or () if isinstance(m, Mapping) and m.get("ablate")]
+    methods = study.get("methods")
+    methods = methods if isinstance(methods, (list, tuple)) else ()
+    asked = [m for m in methods if isinstance(m, Mapping) and m.get("ablate")]
     table = cells(rows) if asked else {}
     for entry in asked:
         whole, *variants = contenders(entry)

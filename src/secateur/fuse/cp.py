@@ -107,7 +107,7 @@ def cp(stored: Tensor, *, iterations: int = 25, ranks: int = 10, seed: int = 0) 
     whole = max(float(tensor.square().sum()), torch.finfo(tensor.dtype).tiny)
     step = float(sum(tensor.shape))
     most = max(1, int((tensor.numel() - 1) // step))
-    ladder = sorted({max(1, round(most * (k / ranks) ** 1.5)) for k in range(1, ranks + 1)})
+    ladder = sorted({1, *(max(1, round(most * (k / ranks) ** 1.5)) for k in range(1, ranks + 1))})
     generator = torch.Generator().manual_seed(seed)
     factors: Factors = [tensor.new_zeros(n, 0) for n in tensor.shape]
     found: list[Factors] = []

@@ -213,7 +213,10 @@ def expert_skipping(
     saves products then, not weights that are read. Experts run one by one.
 
     >>> import transformers
-    >>> config = transformers.MixtralConfig(64, 16, 32, 2, 2, 1, num_local_experts=4)
+    >>> config = transformers.MixtralConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    ...     num_key_value_heads=1, num_local_experts=4,
+    ... )
     >>> ids = torch.arange(20)[None]
     >>> expert_skipping(transformers.MixtralForCausalLM(config), ids, ids).told()
     'expert-skipping: 1.50 of 2 experts run for a token'
