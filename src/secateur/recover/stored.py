@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import DataError, RecipeError
 
-#: What is kept of one example: the largest logits, which they are, and what all others come to together at a temperature:
+#: What is kept of one example: the largest logits, which they are, and what all others come to at a temperature:
 #: the log of the sum of their exponentials, which is minus infinity where there are none.
 Lesson = tuple[Tensor, Tensor, Tensor]
 
