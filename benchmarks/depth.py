@@ -1,6 +1,6 @@
 """Depth at run time: what it brings on real inputs, and what it costs.
 
-Two parts, each with the dense model in turns: early exits of a vision transformer on Fashion-MNIST (single inputs), and
+Two parts, each with the dense model in turns: early exits of a VGG-like network on Fashion-MNIST (single inputs), and
 generation by SmolLM2 with blocks left out (tokens a second, perplexity behind the prompt), static `shortgpt` at as many
 blocks beside it. Trained models and chosen settings are kept in ``--work``, so that the timing can be repeated alone.
 Settings are chosen on validation data and on the calibration text; all figures are of test data and the held-out text.
@@ -21,9 +21,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("part", choices=["exits", "generation"])
     parser.add_argument("stage", choices=["prepare", "measure"], help="prepare takes minutes; measure is to run alone")
     parser.add_argument("--work", type=Path, default=Path("depth-work"))
-    parser.add_argument("--images", type=int, default=4000, help="of the training set")
-    parser.add_argument("--epochs", type=float, default=3, help="of the dense run; half as long again with exits")
-    parser.add_argument("--drop", type=float, default=0.005, help="of the accuracy, on validation data")
+    parser.add_argument("--images", type=int, default=8000, help="of the training set")
+    parser.add_argument("--epochs", type=float, default=4, help="of the dense run; half as long again with exits")
+    parser.add_argument("--drop", type=float, default=0.01, help="of the accuracy, on validation data")
     parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.016], help="of exit-decoding by state")
     parser.add_argument("--windows", type=int, default=4, help="of the held-out text")
@@ -47,8 +47,8 @@ def prepare_exits(args: argparse.Namespace) -> None:
     import secateur
 
     made = secateur.train(
-        "fashion-vit", "early-exit", epochs=args.epochs, length=0.5, rate=0.5, knobs={"drop": args.drop},
-        options={"images": args.images}, out=args.work / "exits",
+        "fashion-vgg", "early-exit", epochs=args.epochs, length=0.5, rate=0.5, knobs={"drop": args.drop},
+        options={"images": args.images, "width": 16}, out=args.work / "exits",
     )  # fmt: skip
     print(made)
 
