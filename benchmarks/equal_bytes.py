@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="measure tokens/s of the first draw instead")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--evidence", type=Path, help="write the rows that are recipes as evidence, and nothing else")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--only", default="", help="rows by name, by commas")
     given = parser.parse_args()
     record: dict[str, Any] = {"rows": [], "speed": []}
@@ -221,7 +222,7 @@ def main() -> None:
         print(f"dense {record['dense']['value']:.2f}", flush=True)
     chosen = [r for r in ROWS if not given.only or r.name in given.only.split(",")]
     for seed in range(given.seeds):
-        for budget in BUDGETS:
+        for budget in given.budgets:
             for row in chosen:
                 if not fits(row, budget, seed):
                     continue
@@ -301,7 +302,7 @@ def speed(model: nn.Module, dense: nn.Module, row: Row) -> dict[str, Any]:
     """Tokens a second of generation and of a prompt, by the fastest kernels there are for it, dense in turns."""
     ids = torch.arange(128)[None]
     loads = [{"input_ids": ids}, {"input_ids": ids[:, :1]}]
-    fast = secateur.compress(model, loads, kinds=row.values, cache=False)
+    fast = secateur.compress(model, loads, kinds=row.values)
     work = [Generation(ids, ids[:, :32]), Forward("prompt of 128", kwargs={"input_ids": ids}, count=128)]
     found = speeds({row.name: fast, "dense": dense}, work, repeats=7)
     return {
