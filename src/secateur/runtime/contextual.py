@@ -51,7 +51,9 @@ def teal(
     ``prompt`` its features are set to zero too, which saves nothing and shows what it would lose.
 
     >>> import transformers
-    >>> config = transformers.LlamaConfig(64, 16, 32, 2, 2)
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    ... )
     >>> ids = torch.arange(20)[None]
     >>> teal(transformers.LlamaForCausalLM(config), ids, ids, sparsity=0.5).told()
     'teal: 50 % of the features of 14 sites, prompts in full'
@@ -86,7 +88,9 @@ def cats(model: nn.Module, example: Any, data: Any, *, sparsity: float = 0.5, pr
     A prompt takes as long as ever; with ``prompt`` its neurons are set to zero too, which saves nothing.
 
     >>> import transformers
-    >>> config = transformers.LlamaConfig(64, 16, 32, 2, 2)
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    ... )
     >>> ids = torch.arange(20)[None]
     >>> cats(transformers.LlamaForCausalLM(config), ids, ids, sparsity=0.5).told()
     'cats: 50 % of the features of 2 sites, prompts in full'

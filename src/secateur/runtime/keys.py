@@ -38,7 +38,9 @@ def streaming(
     proven when it is made: rotary embeddings of a fixed base. Without them give ``sinks=0``, a plain window.
 
     >>> import torch, transformers
-    >>> config = transformers.LlamaConfig(64, 16, 32, 1, 2)
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
     >>> fast = streaming(transformers.LlamaForCausalLM(config), torch.arange(20)[None], budget=8)
     >>> _ = fast(torch.arange(20)[None])
     >>> fast.used.layers[0].position[0, 0].tolist()
@@ -76,7 +78,9 @@ def h2o(
     prompt takes longer. Early tokens have had more queries to be seen by.
 
     >>> import torch, transformers
-    >>> config = transformers.LlamaConfig(64, 16, 32, 1, 2)
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
     >>> fast = h2o(transformers.LlamaForCausalLM(config), torch.arange(20)[None], keep=0.4)
     >>> _ = fast(torch.arange(20)[None])
     >>> fast.used.entries, sorted(fast.used.layers[0].position[0, 0].tolist())[-4:]
@@ -111,7 +115,9 @@ def snapkv(
     Beware: the cache grows by all that is generated. A prompt whose end says not what will be asked for loses it.
 
     >>> import torch, transformers
-    >>> config = transformers.LlamaConfig(64, 16, 32, 1, 2)
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    ... )
     >>> fast = snapkv(transformers.LlamaForCausalLM(config), torch.arange(20)[None], budget=8, window=4)
     >>> fast.generate(torch.arange(20)[None], max_new_tokens=4, do_sample=False).shape, fast.used.entries
     (torch.Size([1, 24]), [11])
