@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .coupled import batches_of, example_inputs, load_module
 from .data import CALIBRATION
 from .disk import refuse
-from .errors import RecipeError
+from .errors import ModelError, RecipeError
+from .layers import evaluating
 from .measure import machine, versions
 from .prune import prune
 from .record import dumps
 from .registry import get
 from .runtime import Dynamic, save
-from .runtime.measured import measured, table
+from .runtime.measured import call_of_batch, measured, table
 from .runtime.store import stock
 from .tasks import names_a_task
 from .terminal import command, interruptible, out_console
@@ -62,8 +64,9 @@ def prune_runtime(
         given = data if "data" in part.needs or data != CALIBRATION or (decodes and example is None) else None
         batches = batches_of(source, given, net, count, length if decodes else 128)[0] if given else []
         inputs = batches[0] if batches and example is None else example_inputs(example, net)
-        if isinstance(inputs, (tuple, list)):
-            inputs = inputs[0]
+        args, kwargs = call_of_batch(inputs)[0]
+        inputs = kwargs or args[0]
+        _check(net, args, kwargs)
         gates: Dynamic = prune(
             net, method, example=inputs, data=batches or None, target=target, **knobs.get(method, {})
         )
@@ -83,3 +86,13 @@ def _model(source: str) -> nn.Module:
     """A model by name; a transformers directory as the class that its config names."""
     folder = Path(source)
     return stock(folder).eval() if (folder / "config.json").is_file() else load_module(source)
+
+
+def _check(net: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse an example that the model cannot be called with."""
+    try:
+        with evaluating(net), torch.no_grad():
+            net(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{type(net).__name__} does not run on the example or the data: {reason}") from None

@@ -82,3 +82,15 @@ def test_bad_input() -> None:
         ecoflap(Towers(), [torch.randn(2, 16)], loss, sparsity=0.5, most=0.4)
     with pytest.raises(RecipeError, match="eps is a step"):
         ecoflap(Towers(), [torch.randn(2, 16)], loss, eps=0.0)
+
+
+def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
+    model = nn.Linear(4, 2)
+    kept = model.weight.detach().clone()
+
+    def fails(net: nn.Module, batch: Tensor) -> Tensor:
+        raise ValueError("no loss")
+
+    with pytest.raises(ValueError, match="no loss"):
+        layer_scores(model, find_layers(model)[0], [torch.ones(1, 4)], fails, eps=0.1, draws=1, seed=0)
+    assert torch.equal(model.weight, kept)

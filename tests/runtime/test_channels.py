@@ -273,3 +273,18 @@ def test_models_without_a_place() -> None:
     with pytest.raises(RecipeError, match="secateur train"):
         secateur.prune(plain(), "fbs", example=pictures(1), target="flops 50%")
     assert is_runtime("fbs", trained=True)
+
+
+def test_a_linear_layer_over_positions_reads_all_of_them() -> None:
+    """Of what has more than two dimensions it reads the last one, which is not that of the channels."""
+    for positions in (6, 8):  # 8: as many as channels
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Linear(positions, 6), nn.Flatten(), nn.Linear(48, 5)
+        ).eval()
+        x = torch.randn(3, 1, positions)
+        gated = taught(fbs(net, x[:1], density=0.5)).eval()
+        with torch.no_grad():
+            found = gated(x)
+            gated.executes = False
+            torch.testing.assert_close(found, gated(x), rtol=1e-4, atol=1e-5)

@@ -294,3 +294,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         found, known = (continued(m, ids, one_at_a_time=True) for m in (again, gates))
     torch.testing.assert_close(found, known)
+
+
+def test_one_block_is_named_by_its_number() -> None:
+    """As --set exit-decoding.at=1 does."""
+    assert exiting(at=1).places == (1,)
+
+
+def test_a_mask_may_be_given_by_position() -> None:
+    gates, ids = skipping(), windows(1, rows=2, seed=3)[0]
+    padded, mask = nn.functional.pad(ids, (3, 0)), nn.functional.pad(torch.ones_like(ids), (3, 0))
+    with torch.no_grad():
+        caches = [gates(padded, mask).past_key_values, gates(input_ids=padded, attention_mask=mask).past_key_values]
+    assert torch.equal(*(torch.stack(gates.plans[c].doubts) for c in caches))
+
+
+def test_one_tensor_of_ids_is_one_batch() -> None:
+    ids = windows()[0]
+    assert skip_decoding(llama(), ids, ids, skip=1).record == skip_decoding(llama(), ids, [ids], skip=1).record

@@ -131,6 +131,7 @@ def test_an_encoder_with_padding() -> None:
     gates.threshold = float(torch.stack([torch.distributions.Categorical(logits=z).entropy() for z in said]).median())
     out, where = gates.run(input_ids=ids, attention_mask=mask)
     assert len(set(where.tolist())) > 1
+    assert torch.equal(gates.run(ids, mask)[1], where)  # by position
     for i, length in enumerate(mask.sum(1).tolist()):  # alone, and without its padding
         one, at = gates.run(input_ids=ids[i : i + 1, :length])
         assert int(at) == int(where[i])
@@ -271,3 +272,10 @@ def test_trained_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(again.record["left"]) == pytest.approx(1.0)
     assert again.record["accuracy"]["exits"] >= again.record["accuracy"]["last"] - 0.05
     assert again(x).shape == (20, 10)
+
+
+def test_one_block_is_named_by_its_number() -> None:
+    """As --set early-exit.at=1 does."""
+    assert made("resnet", at=1)[0].places == made("resnet", at=(1,))[0].places
+    with pytest.raises(RecipeError, match="numbers of blocks"):
+        made("resnet", at="0,1")

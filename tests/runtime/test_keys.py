@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.errors import ModelError, RecipeError
+from secateur.runtime.measured import measured
 from secateur.runtime.policy import Policy
 
 from .. import tiny
 
 transformers = pytest.importorskip("transformers")
-from secateur.runtime.cache import PrunedLayer, nbytes  # noqa: E402
+from secateur.runtime.cache import PrunedLayer, nbytes, others  # noqa: E402
 
 KNOBS: dict[str, dict[str, Any]] = {
     "streaming": {"budget": 8, "sinks": 3},
@@ -297,3 +298,22 @@ def test_refused() -> None:
     dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     with pytest.raises(ModelError, match="rotary embeddings of a fixed base"):
         prune(tiny.build(rope_parameters=dynamic), "streaming", example=ids, budget=8)
+
+
+def test_layers_with_a_state_of_their_own_stay_as_they_are() -> None:
+    config = transformers.Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"],
+    )  # fmt: skip
+    ids = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(0))
+    fast = secateur.prune(transformers.Lfm2ForCausalLM(config).eval(), "h2o", budget=4, example=ids)
+    fast.generate(ids, max_new_tokens=3, do_sample=False)
+    assert fast.used.entries == [4]
+    assert fast.record["bytes"]["after"] > 0 and others(fast.used)
+
+
+def test_a_model_without_logits_is_not_measured() -> None:
+    ids = torch.arange(12)[None]
+    fast = secateur.prune(model().model, "h2o", budget=4, example=ids)
+    with pytest.raises(ModelError, match="gives no logits"):
+        measured(fast, [ids])

@@ -119,6 +119,12 @@ def test_rules(tokens: int, k: int, level: float, seed: int) -> None:
     assert bool((kept >= (level - 1e-5) * weight.sum(1)).all())
 
 
+def test_the_first_expert_of_a_token_runs_always() -> None:
+    net, ids = tiny.build("mixtral"), tiny.ids(2, 9)
+    fast = secateur.prune(net, "expert-skipping", example=ids, data=ids, skip=1.0)
+    assert fast.record["ran"] == 1.0
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     net, ids = tiny.build("mixtral"), tiny.ids(2, 9)
     for method, knobs in (("expert-skipping", {"data": ids}), ("expert-mass", {"mass": 0.6})):

@@ -239,6 +239,9 @@ def vit():
 def images():
     g = torch.Generator().manual_seed(0)
     return [(torch.randn(2, 1, 28, 28, generator=g), torch.tensor([1, 2])) for _ in range(2)]
+
+def named():
+    return [{"x": x, "labels": y} for x, y in images()]
 """
 
 
@@ -256,6 +259,13 @@ def test_command(tmp_path: Path) -> None:
     for more, match in ((["--sparsity", "0.5"], "has no sparsity"), (["--set", "solver.damp=1"], "no part 'solver'")):
         with pytest.raises(RecipeError, match=match):
             CliRunner().invoke(app, [*words, "--out", str(tmp_path / "b"), *more], catch_exceptions=False)
+    words[-1] = f"{own}:named"  # labels are not an input
+    made = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "c")], catch_exceptions=False)
+    assert made.exit_code == 0
+    with pytest.raises(ModelError, match="does not run on the example"):
+        CliRunner().invoke(
+            app, [*words, "--out", str(tmp_path / "b"), "--example", "1x3x28x28"], catch_exceptions=False
+        )
     listed = CliRunner().invoke(app, ["methods", "--when", "runtime", "--json"], catch_exceptions=False)
     assert {row["name"] for row in json.loads(listed.output)} >= {"tome", "evit", "power-bert"}
     words[1] = "fashion-vit"

@@ -112,6 +112,11 @@ def test_bad_input_is_said_before_any_training(options: dict[str, Any], match: s
         run(stop=("train", 1), **options)
 
 
+def test_a_method_that_is_not_trained_says_so() -> None:
+    with pytest.raises(RecipeError, match="works at run time and is not trained"):
+        secateur.train(find("digits", images=100), "tome", target="flops 50%")
+
+
 def test_a_model_with_no_place_for_a_gate_is_refused_before_any_training() -> None:
     digits = find("digits", images=100)
     flat = Task(lambda seed: nn.Sequential(nn.Flatten(), nn.Linear(144, 10)), digits.batches, name="flat")

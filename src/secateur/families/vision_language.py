@@ -80,15 +80,17 @@ def layer_scores(
         for layer in layers:
             stored = layer.stored
             kept, total = stored.clone(), 0.0
-            for batch in data:
-                for _ in range(draws):
-                    z = torch.randn(stored.shape, generator=generator).to(stored)
-                    sides = []
-                    for sign in (1.0, -1.0):
-                        stored.copy_(kept + sign * eps * z)
-                        sides.append(float(loss(model, batch)))
-                    total += abs(sides[0] - sides[1]) / (2 * eps)
-            stored.copy_(kept)
+            try:
+                for batch in data:
+                    for _ in range(draws):
+                        z = torch.randn(stored.shape, generator=generator).to(stored)
+                        sides = []
+                        for sign in (1.0, -1.0):
+                            stored.copy_(kept + sign * eps * z)
+                            sides.append(float(loss(model, batch)))
+                        total += abs(sides[0] - sides[1]) / (2 * eps)
+            finally:  # the model stays as it was, also where the loss fails
+                stored.copy_(kept)
             found[layer.name] = total / (len(data) * draws)
     if bad := [n for n, v in found.items() if not v < float("inf")]:
         raise NumericalError(f"the loss is not finite near the weights of {bad[0]}")

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..errors import RecipeError
 from ..registry import Part, get, parts
 
 
@@ -104,3 +105,18 @@ def answering(made: Any) -> Iterator[None]:
     finally:
         if was is not None:
             made.executes = was
+
+
+def numbers(at: Any) -> tuple[int, ...]:
+    """The numbers of blocks that a knob names: one, or several.
+
+    Raises:
+        RecipeError: something else is given.
+
+    >>> numbers(2), numbers([0, 1])
+    ((2,), (0, 1))
+    """
+    found = tuple(at) if isinstance(at, (tuple, list)) else (at,)
+    if any(isinstance(k, bool) or not isinstance(k, int) for k in found):
+        raise RecipeError(f"at is {at!r}: it is numbers of blocks, such as at=(0, 1), or --set METHOD.at=[0,1]")
+    return found

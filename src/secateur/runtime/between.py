@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (tuple, list, Mapping)):
         for x in values.values() if isinstance(values, Mapping) else values:
             yield from _tensors(x)
+
+
+def mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask that a model is called with, ``(inputs, tokens)``, by name or by position."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        mask = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def rows_of(values: Any, count: int, rows: Tensor) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -247,9 +248,13 @@ class PrunedCache(Cache):  # type: ignore[misc]
 def nbytes(cache: Any) -> int:
     """Bytes that a cache of transformers holds."""
     own = sum(layer.nbytes for layer in cache.layers if isinstance(layer, PrunedLayer))
-    others = [layer for layer in cache.layers if not isinstance(layer, PrunedLayer)]
-    held = [t for layer in others for t in vars(layer).values() if isinstance(t, Tensor)]
-    return own + sum(t.untyped_storage().nbytes() for t in held)
+    return own + sum(t.untyped_storage().nbytes() for t in others(cache))
+
+
+def others(cache: Any) -> list[Tensor]:
+    """What layers hold that entries do not leave: windows, and states of their own."""
+    held = [vars(layer) for layer in cache.layers if not isinstance(layer, PrunedLayer)]
+    return [t for t in tree_leaves(held) if isinstance(t, Tensor)]
 
 
 def _attend(

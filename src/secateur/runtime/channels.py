@@ -144,7 +144,12 @@ class Pass(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             return self._convolve(func, convolution_arguments(args, kwargs))
-        if func is torch.nn.functional.linear and self.executes and (reads := self.alive.of(args[0])) is not None:
+        if (  # of two dimensions: else it does not read channels
+            func is torch.nn.functional.linear
+            and self.executes
+            and args[0].dim() == 2
+            and (reads := self.alive.of(args[0])) is not None
+        ):
             bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
             return smaller(args[0], args[1], bias, reads, None, func)
         out = func(*args, **kwargs)

@@ -232,8 +232,11 @@ def pruned_decoder(model: nn.Module, example: Any, policy: Policy, chunk: int | 
 
 
 def _tight(cache: PrunedCache) -> int:
-    """Bytes of the keys and values alone, which is what a dense cache holds."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    """Bytes of the keys and values alone, without room for more, which is what a dense cache holds."""
+    from .cache import others
+
+    own = [t for layer in cache.pruned for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in [*own, *others(cache)])
 
 
 def _answer(out: Any) -> Tensor:

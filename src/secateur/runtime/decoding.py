@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..layers import evaluating
 from ..measure.latency import seconds
 from .base import Decoding, Dynamic
@@ -39,6 +39,7 @@ def decoded(made: Dynamic, batches: Iterable[Any], steps: int = STEPS) -> dict[s
 
     Raises:
         DataError: there is no text of two tokens.
+        ModelError: the model gives no logits.
     """
     from .cache import nbytes
     from .decoder import cache_name, dense_cache
@@ -58,7 +59,7 @@ def decoded(made: Dynamic, batches: Iterable[Any], steps: int = STEPS) -> dict[s
             ahead: dict[str, Tensor] = {}
             for m, model in models.items():
                 if number == 0:  # the first pass allocates memory and chooses kernels
-                    model(ids[:, :prompt])
+                    _logits(model(ids[:, :prompt]), made.model)
                 call = partial(model, ids[:, :prompt], use_cache=True, **{name: caches[m]})
                 one, out = seconds(call)
                 prefill[m].append(one)
@@ -89,6 +90,15 @@ def decoded(made: Dynamic, batches: Iterable[Any], steps: int = STEPS) -> dict[s
         **result, "agreement": same / count, "inputs": texts, "prompt": prompt, "tokens": count,
         "ratio": middle["dense"] / middle["gated"],
     }  # fmt: skip
+
+
+def _logits(out: Any, model: nn.Module) -> None:
+    """Refuse a model that says nothing of the next token."""
+    if not isinstance(getattr(out, "logits", None), Tensor):
+        raise ModelError(
+            f"{type(model).__name__} gives no logits, by which a decoder is measured: give one such as "
+            "AutoModelForCausalLM makes"
+        )
 
 
 def _ids(batch: Any) -> Tensor:

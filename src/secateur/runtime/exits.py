@@ -14,6 +14,7 @@ from ..layers import evaluating
 from ..measure.flops import flops
 from ..registry import get, register
 from ..structured import Target
+from .base import numbers
 from .between import Places, find_places, some_of, varied
 from .leaving import Answer, Exit, Leaving, logits_of
 from .measured import call_of_batch
@@ -309,6 +310,7 @@ def _numbers(places: Places, exits: int, at: tuple[int, ...] | None) -> list[int
     """Behind which blocks exits stand; behind the last there is no point in one."""
     most = len(places.paths) - 1
     if at is not None:
+        at = numbers(at)
         if wrong := [k for k in at if not 0 <= k < most]:
             raise RecipeError(
                 f"at names block {wrong[0]}: an exit can stand behind blocks 0 to {most - 1} of this model"

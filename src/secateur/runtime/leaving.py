@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .between import hidden, inputs_in, rows_of
+from .between import hidden, inputs_in, mask_of, rows_of
 
 #: ``(number of the exit, its logits) -> which inputs go on``.
 Decide = Callable[[int, Tensor], Tensor]
@@ -76,8 +76,8 @@ class Leaving:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's answer for those that stay, else None."""
         self.count = inputs_in((args, kwargs))
-        mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == self.count else None
+        mask = mask_of(self.model, args, kwargs)
+        self.mask = mask if mask is not None and len(mask) == self.count else None
         self.alive: Tensor | None = None  # None while all are
         self.where = torch.full((self.count,), len(self.exits))
         self.left: list[tuple[Tensor, Tensor]] = []

@@ -13,6 +13,7 @@ from ..errors import RecipeError
 from ..layers import evaluating
 from ..registry import get, register
 from ..structured import Target
+from .base import numbers
 from .between import hidden, inputs_in, rows_of
 from .lm_pass import (
     Decoder,
@@ -287,6 +288,7 @@ def _places(blocks: int, measure: str, at: tuple[int, ...] | None) -> tuple[int,
     if at is None:
         chosen = range(3 * blocks // 4 - 1, blocks - 1) if measure == "state" else [2 * blocks // 3 - 1]
         return tuple(k for k in chosen if 0 <= k < blocks - 1) or (0,)
+    at = numbers(at)
     if wrong := [k for k in at if not 0 <= k < blocks - 1]:
         raise RecipeError(f"at names block {wrong[0]}: a token can leave behind blocks 0 to {blocks - 2} of this model")
     if not at:

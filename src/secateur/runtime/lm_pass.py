@@ -15,7 +15,7 @@ from ..errors import DataError, ModelError, RecipeError
 from ..layers import evaluating
 from ..measure.flops import Flops, flops
 from ..measure.latency import seconds
-from .between import find_places, hidden, in_place_of
+from .between import find_places, hidden, in_place_of, mask_of
 from .measured import spread
 from .structure import Call, call_of
 
@@ -83,8 +83,7 @@ class Decoder(nn.Module):
             begin.remove()
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask = mask_of(module, args, kwargs)
         self.start()
 
     def start(self) -> None:
@@ -122,7 +121,8 @@ def windows_of(data: Iterable[Any]) -> list[Tensor]:
     Raises:
         DataError: there are none, or they have fewer than four tokens: half is the prompt.
     """
-    found = [ids_of(batch) for _, batch in zip(range(WINDOWS), data, strict=False)]
+    given = [data] if isinstance(data, (Tensor, Mapping)) else data  # one batch
+    found = [ids_of(batch) for _, batch in zip(range(WINDOWS), given, strict=False)]
     if not found or min(x.shape[1] for x in found) < 4:
         raise DataError("there are no windows of at least four tokens: half of each is read as the prompt")
     return found

@@ -162,14 +162,15 @@ def _routing(given: Iterable[Any]) -> tuple[Tensor, Tensor] | None:
 
 
 class Share:
-    """Experts run whose routing weight is at least a share of the token's largest."""
+    """Experts run whose routing weight is at least a share of the token's largest; the first always runs."""
 
     def __init__(self, least: list[float]) -> None:
         self.least = least
 
     def __call__(self, weight: Tensor, number: int) -> Tensor:
-        found: Tensor = get("criterion", "routing-share")({"expert_weight": weight}) >= self.least[number]
-        return found
+        share: Tensor = get("criterion", "routing-share")({"expert_weight": weight})
+        first = torch.zeros_like(share, dtype=torch.bool).scatter_(-1, share.argmax(-1, keepdim=True), True)
+        return (share >= self.least[number]) | first
 
 
 class Mass:
@@ -214,7 +215,7 @@ def expert_skipping(
 
     >>> import transformers
     >>> config = transformers.MixtralConfig(
-    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    ...     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     ...     num_key_value_heads=1, num_local_experts=4,
     ... )
     >>> ids = torch.arange(20)[None]
@@ -237,7 +238,7 @@ def expert_skipping(
     with evaluating(model), torch.no_grad(), _looking(model, paths, look):
         for batch in batches_of(data):
             run_model(model, batch)
-    least = [edge(torch.cat(found), skip) for found in shares]
+    least = [min(2.0, edge(torch.cat(found), skip)) for found in shares]  # no share is above 1
     record = {"method": "expert-skipping", "skip": skip, "least": least, "renormalize": renormalize}
     return _made(model, call, ExpertGates(model, paths, Share(least), renormalize, record), batches_of(data))
 

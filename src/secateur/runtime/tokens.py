@@ -15,6 +15,7 @@ from ..measure.flops import flops
 from ..registry import register
 from ..structured import Target
 from .act import Act, Fuse, Merge
+from .base import numbers
 from .gates import Pace, TokenGates
 from .structure import Call, Structure, call_of, find
 
@@ -185,8 +186,7 @@ def power_bert(
 
 def places_in(at: Sequence[int], depth: int) -> tuple[int, ...]:
     """Numbers of attentions, checked."""
-    if isinstance(at, int):
-        at = (at,)
+    at = numbers(at)
     if wrong := [k for k in at if not 0 <= k < depth]:
         raise RecipeError(f"at names attention {wrong[0]}, and the model has {depth} of them, from 0 on")
     if not at:

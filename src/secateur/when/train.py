@@ -107,6 +107,11 @@ def train(
             score=score, options=options, progress=progress, command=command, **own_options(method, axes),
         )  # fmt: skip
         return made
+    if is_runtime(method, trained=False):
+        raise RecipeError(
+            f"'{method}' works at run time and is not trained: secateur.prune(model, '{method}', ...) puts it into a "
+            f"model that is (secateur prune FILE.py:NAME --method {method})"
+        )
     if method in decompositions() or not (method is None or isinstance(method, (str, Recipe))):
         from ..compound.tasks import train_method
 
