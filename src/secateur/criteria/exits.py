@@ -64,4 +64,4 @@ def state_saturation(state_before: Tensor, state_after: Tensor) -> Tensor:
     Source: Schuster et al., CALM, arXiv 2207.07061 (hidden-state saturation), from descriptions of the paper; He et
     al., AdaSkip, arXiv 2501.02336 (similarity of input and output), for the same measure as a reason to skip.
     """
-    return 1 - cosine_similarity(state_before.float(), state_after.float(), dim=-1)
+    return (1 - cosine_similarity(state_before.float(), state_after.float(), dim=-1)).clamp_min(0)
