@@ -194,10 +194,7 @@ def prune(
 
 def _refuse_storage(storage: str | None) -> None:
     if storage is not None:
-        raise RecipeError(
-            "--storage is for single weights that become zero or integers: leave it out here, and prune what is "
-            "written with --sparsity 0 --storage smallest"
-        )
+        raise RecipeError("--storage is for single weights that become zero or integers: leave it out here")
 
 
 def _prune_coupled(
