@@ -128,6 +128,7 @@ def prune(
     if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
         not names_a_task(model)
     ):
+        _refuse_storage(storage)
         return cli_compound.prune(
             model, compound, out, example=example, data=data, count=windows, length=length, force=force,
             as_json=as_json,
@@ -140,11 +141,13 @@ def prune(
             epochs=epochs, when="after", device=device, target=target, multiple=multiple, storage=storage,
         )  # fmt: skip
     if method in decompositions():
+        _refuse_storage(storage)
         with interruptible(f"stopped: {out} was not written"):
             return _decompose(model, method, out, axes, knobs, target, data, windows, length, force, as_json)
     free = {} if recipe_file else {"recovery": recovery}
     recipe = recipe_of(read_recipe(method, recipe_file, axes, knobs or [], quantize), free, target, example, exported)
     if parse(recipe.granularity).coupled:
+        _refuse_storage(storage)
         with interruptible(f"stopped: {out} was not written"):
             return _prune_coupled(
                 model, recipe, out, target, example, exported, multiple, data, windows, length, force, as_json
@@ -187,6 +190,11 @@ def prune(
     for note in run["notes"]:
         out_console.print(f"note: {escape(note)}")
     out_console.print(f"model   {escape(str(out))}\nreport  {escape(str(out / 'report.html'))}", soft_wrap=True)
+
+
+def _refuse_storage(storage: str | None) -> None:
+    if storage is not None:
+        raise RecipeError("--storage is for single weights that become zero or integers: leave it out here")
 
 
 def _prune_coupled(

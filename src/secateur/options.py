@@ -141,8 +141,11 @@ def read_recipe(
     method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str], quantize: str | None = None
 ) -> Recipe:
     """The recipe of a method or a file, with what the options override."""
-    recipe = _read_recipe(method, file, axes, knobs)
-    return recipe if quantize is None else recipe.quantized(quantize)
+    if quantize is None:
+        return _read_recipe(method, file, axes, knobs)
+    own = [x for x in knobs if x.startswith("solver.")]  # of the form of the solver that rounds
+    recipe = _read_recipe(method, file, axes, [x for x in knobs if x not in own])
+    return recipe.quantized(quantize, part_knobs(own).get("solver"))
 
 
 def _read_recipe(method: str | None, file: Path | None, axes: dict[str, Any], knobs: list[str]) -> Recipe:

@@ -165,24 +165,25 @@ class Recipe:
                 given["knobs"] = {a: k for a, k in given.get("knobs", base.knobs).items() if a != "criterion"}
         return dataclasses.replace(base, **given)
 
-    def quantized(self, integers: str) -> Recipe:
+    def quantized(self, integers: str, knobs: Mapping[str, Any] | None = None) -> Recipe:
         """This recipe with survivors rounded to integers, by the form of its solver that does so.
 
         Args:
             integers: ``int4``, ``int8``, or with a group of inputs ``int4:128``; or ``shared:5`` for ``2^5`` values
                 that the survivors of a layer share.
+            knobs: more of that form's, such as ``{"symmetric": False}``.
 
         >>> Recipe.of("sparsegpt").quantized("int4").solver
         'sparsegpt-gptq'
         """
         part = get("solver", self.solver)
-        knobs: dict[str, Any]
+        own: dict[str, Any]
         if integers.startswith("shared"):
-            name, knobs = part.facts.get("shares"), {"bits": parse_shared(integers)}
+            name, own = part.facts.get("shares"), {"bits": parse_shared(integers)}
             way = "choose rank, or prune first and then share what it wrote (--solver share --criterion magnitude)"
         else:
             bits, group = parse_integers(integers)
-            name, knobs = part.facts.get("integers"), {"bits": bits, "group": group}
+            name, own = part.facts.get("integers"), {"bits": bits, "group": group}
             way = (
                 "choose sparsegpt or rank, or prune first and then quantize what it wrote (--solver gptq --criterion "
                 "magnitude)"
@@ -191,7 +192,7 @@ class Recipe:
             raise RecipeError(f"solver '{self.solver}' has no form for '{integers}': {way}")
         known = get("solver", name).knobs
         held = {k: v for k, v in thawed(self.knobs.get("solver", {})).items() if k in known}
-        return self.override(solver=name, knobs={"solver": {**held, **knobs}})
+        return self.override(solver=name, knobs={"solver": {**held, **(knobs or {}), **own}})
 
     def parts(self) -> dict[str, Part]:
         """The registered part on each axis."""

@@ -127,3 +127,9 @@ def test_all_training_counts(tmp_path: Path) -> None:
     asked = study([{"compound": steps, "label": "c"}], [0.5], seeds=1, budget={"total_epochs": 1})
     with pytest.raises(StudyError, match="train 1 epochs of the 1 that all may take"):
         run_task(next(r for r in runs_of(asked) if r.label == "c").spec, tmp_path, "run")
+
+
+@pytest.mark.parametrize("method", ["svd", {"method": "cp", "ranks": 4, "label": "c"}, {"method": "tome", "r": 2}])
+def test_a_transform_is_written_as_it_was_read(method: Any) -> None:
+    asked = study([method], ["params 30%", "own"])
+    assert Study.load(asked.dump()) == asked

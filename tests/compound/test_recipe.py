@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from secateur import Recipe
 from secateur.compound import Compound, is_compound, read
@@ -105,3 +106,24 @@ def test_what_cannot_be_is_one_sentence(steps: Any, said: str) -> None:
     with pytest.raises(SecateurError) as error:
         Compound.of(steps)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_knobs_are_of_the_solver_that_rounds() -> None:
+    """Of a grid around no zero, as a plan counts it too."""
+    odd = {"solver": {"symmetric": False}}
+    made = Compound.of([{"prune": {"method": "sparsegpt", "sparsity": 0.5, "quantize": "int4:0", "knobs": odd}}])
+    assert made.steps[0].recipe().knobs_of("solver")["symmetric"] is False
+    assert made.steps[0].recipe().knobs_of("solver")["bits"] == 4
+    for method, more in (("round", {}), ("gptq", {"damp": 0.02})):
+        own = {"solver": {**odd["solver"], **more}}
+        only = Compound.of([{"quantize": {"as": "int4:0", "method": method, "knobs": own}}])
+        net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+        # 4 bits a weight, a scale and a zero for each row, and 16 bytes for the shape
+        layers = sum(o * 32 + 2 * o + 16 + 4 * (-(-o * 4 // 32)) for o in (64, 8))
+        assert only.preview(net).steps[0]["after"]["bytes"] == layers + 4 * (64 + 8)
+
+
+@pytest.mark.parametrize("options", [{"quantize": "shared:4"}, {"method": "deep-compression"}, {"embeddings": "int8"}])
+def test_what_has_no_form_on_disk_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="no form on disk"):
+        Compound.of([{"prune": {"method": "magnitude", "sparsity": 0.5, **options}}])

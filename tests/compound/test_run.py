@@ -260,3 +260,15 @@ def test_blocks_and_then_width(tmp_path: Path) -> None:
     ids = tokens()[0]
     with torch.no_grad():
         assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)
+
+
+def test_a_model_that_is_saved_again_has_its_weights_as_they_are(tmp_path: Path) -> None:
+    """The grid is of what the compound made: what moves afterwards is not rounded."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    made = secateur.prune(net, Compound.of([{"quantize": {"as": "int8", "method": "round"}}]))
+    made.save(tmp_path / "a")
+    with torch.no_grad():
+        made.model[0].weight.add_(1e-3)
+    secateur.save(made.model, tmp_path / "b")
+    again = secateur.load(tmp_path / "b", nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
+    assert same(made.model, again)

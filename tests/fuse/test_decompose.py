@@ -240,3 +240,16 @@ def test_command(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "surgery.json").is_file()
     bad = CliRunner().invoke(app, [*asked, "--solver", "obc", "--out", str(tmp_path / "no")])
     assert isinstance(bad.exception, RecipeError) and "it has no --solver" in str(bad.exception)
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("cp", {"ranks": 2.5}), ("cp", {"ranks": 0}), ("cp", {"iterations": 0}), ("svd", {"sparsity": "half"}),
+        ("low-rank+sparse", {"iterations": 0, "data": torch.randn(2, 3, 6, 6)}),
+    ],
+)  # fmt: skip
+def test_amounts_that_are_none_are_refused(method: str, given: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    with pytest.raises(RecipeError, match=r"at least 1|a fraction"):
+        secateur.decompose(net, method, **{"sparsity": 0.5, **given})

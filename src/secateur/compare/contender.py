@@ -123,6 +123,9 @@ def written(contender: Contender) -> Any:
     if c.compound is not None:
         rest = {"ablate": True} if c.ablate else {}
         targets = {} if c.targets is None else {"targets": list(c.targets)}
+        if c.method != "compound":  # a transform by name, which `_transform` made a compound of
+            label = {"label": c.label} if c.label != c.method else {}
+            return {**thawed(c.compound.steps[0].options), **targets, **label}
         return {"compound": c.compound.to_dict(), **rest, **targets, "label": c.label}
     more: dict[str, Any] = {
         **thawed(c.axes), **({"tune": {k: list(v) for k, v in c.tune.items()}} if c.tune else {}),

@@ -121,15 +121,17 @@ def _compound(
         shutil.rmtree(old, ignore_errors=True)
     given: dict[str, Any] = {
         "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
-        "calibration": budget["samples"], "score": "valid" if tuning else "test",
+        "calibration": budget["samples"], "score": "valid" if tuning else "test", "device": budget.get("device", "cpu"),
     }  # fmt: skip
     made = train(spec["source"], compound, **given)
-    run, masks, example = made.run, dict(made.masks), task.example_input()
+    valid, run, example = task.measure(made.model), made.run, task.example_input()
+    made.model.to("cpu")
+    masks = {n: m.cpu() for n, m in made.masks.items()}
     passed = {"dense": epochs, **_epochs(run["curves"])}
     seen = round(sum(passed.values()) * _examples(spec["source"], tuple(sorted(options.items())), "train"))
     seen += budget["samples"] * _batch(task) if "data" in compound.needs() else 0
     result = {
-        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": task.measure(made.model),
+        "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid,
         "test": None if tuning else run["metric"]["after"], "test_count": None if tuning else _count(task, "test"),
         "groups": None if tuning else _groups(task, made.model), "sparsity": made.sparsity,
         **sizes(made.model, masks, _layers(made.model, masks), example), **stored(made),
@@ -162,18 +164,22 @@ def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[st
     out = work / name
     for old in (out, out.with_name(out.name + ".partial")):
         shutil.rmtree(old, ignore_errors=True)
+    as_dense: dict[str, Any] = {
+        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "device": budget.get("device", "cpu"),
+    }  # fmt: skip
     made = train_dynamic(
-        spec["source"], spec["recipe"]["method"], epochs=epochs, out=out, options=options, target=spec["target"],
-        dense=_dense(work, spec["code"], budget), **own,
+        spec["source"], spec["recipe"]["method"], out=out, target=spec["target"], **as_dense, **own,
     )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     run, gates = made.run, made.gates
     executed = run["measured"]["gated"]["flops"]["mean"]
-    as_dense = {"epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget)}
     passed, given = _epochs(run["curves"]), tuple(sorted(options.items()))
     seen = round(sum(passed.values()) * _examples(spec["source"], given, "train"))
     with answering(gates):
-        valid, groups = task.measure(made.model), _groups(task, made.model)
+        valid = task.measure(made.model)
+        made.model.to("cpu")
+        groups = _groups(task, made.model)
     result = {
         "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
         "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,

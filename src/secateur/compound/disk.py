@@ -39,6 +39,7 @@ def write(made: Compounded, part: Path) -> None:
         save_smaller(net, part)
     else:
         save_module(net, part)
+    vars(net).pop("secateur_grids", None)  # a later save has weights of its own, which may have moved
     if made.grids and stock:
         integers.rewrite(part, made.grids, net)
         _enter(part / "config.json", part, made, net)

@@ -97,7 +97,9 @@ def _stand_in(step: Step, data: bool) -> tuple[Step | None, str]:
         kept = {k: v for k, v in step.options.items() if k in ("target", "sparsity", "only", "skip")}
         return Step("decompose", {**thawed(kept), "method": "svd"}), "ranks are shown for svd, until data are given"
     if step.kind == "quantize":
-        return Step("quantize", {**thawed(step.options), "method": "round"}), ""
+        options, known = thawed(step.options), get("solver", "round").knobs
+        own = {k: v for k, v in options.pop("knobs", {}).get("solver", {}).items() if k in known}
+        return Step("quantize", {**options, "method": "round", **({"knobs": {"solver": own}} if own else {})}), ""
     recipe = step.recipe()
     shown = _plain(recipe, data)
     options = {k: v for k, v in thawed(step.options).items() if k in ("target", "multiple")}

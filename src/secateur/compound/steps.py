@@ -17,6 +17,7 @@ from ..prune import recipe_of
 from ..recipe import Recipe
 from ..registry import get, parts
 from ..runtime import is_runtime
+from ..stream.storage import shares
 from ..structured import Target
 
 _FIELDS = {f.name for f in dataclasses.fields(Recipe)}
@@ -125,6 +126,10 @@ class Step:
             options.setdefault("seed", seed)
         method, target = options.pop("method"), options.pop("target", None)
         integers, _ = options.pop("as", options.pop("quantize", None)), options.pop("multiple", None)
+        own = None
+        if integers is not None and isinstance(options.get("knobs"), dict):
+            knobs = dict(options["knobs"])  # those of the solver are of its form that rounds
+            own, options["knobs"] = knobs.pop("solver", None), knobs
         if self.kind == "quantize":
             options["sparsity"] = 0.0
             if method == "round":
@@ -132,7 +137,7 @@ class Step:
         recipe = Recipe.of(method, **options)
         if recipe.driver == "once" and recipe.gate == "none":
             recipe = recipe_of(method, options, target, None)
-        return recipe if integers is None else recipe.quantized(integers)
+        return recipe if integers is None else recipe.quantized(integers, own)
 
     @property
     def takes(self) -> Takes:
@@ -197,6 +202,9 @@ def _check_prune(step: Step) -> None:
         raise RecipeError(f"'{step.method}' is no method of pruning: write {{{other}: {{method: {step.method}, ...}}}}")
     _known(step, {*_FIELDS, "target", "quantize", "multiple"})
     recipe = step.recipe()
+    if shares(recipe) or recipe.embeddings != "none":
+        what = "embeddings" if recipe.embeddings != "none" else "values that survivors share"
+        raise RecipeError(f"a compound has no form on disk for {what}: prune what it wrote, with --storage smallest")
     if step.options.get("quantize") is not None and parse(recipe.granularity).coupled:
         raise RecipeError(
             "quantize goes with single weights: after units of the whole model, make it a step of its own"

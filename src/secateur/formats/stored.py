@@ -232,7 +232,8 @@ def encode_all(
     facts: dict[str, Any] = {}
     away = set(turned)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.dim() < 2 or str(tensor.dtype)[6:] not in _FLOATS:
+        able = tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() > 0
+        if not able or str(tensor.dtype)[6:] not in _FLOATS:
             out[name] = tensor
             continue
         parts, told = encode(tensor.t() if name in away else tensor, grids.get(name))

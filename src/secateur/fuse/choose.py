@@ -162,8 +162,8 @@ def _budget(
         raise RecipeError("the layers have values of several types: convert the model to one")
     if target is None:
         assert sparsity is not None
-        if not 0 < sparsity < 1:
-            raise RecipeError(f"sparsity is a fraction of what goes, in (0, 1), not {sparsity:g}")
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
+            raise RecipeError(f"sparsity is a fraction of what goes, in (0, 1), not {sparsity!r}")
         return (1 - sparsity) * total, element, "params"
     wanted, counts = Target.parse(target), _counts(model)
     if wanted.quantity not in ("params", "bytes"):

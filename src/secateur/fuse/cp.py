@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import register
-from .lowrank import ROUNDING, Made, Options, principal, wide
+from .lowrank import ROUNDING, Made, Options, counted, principal, wide
 from .ranks import Curve
 from .tucker import along
 
@@ -103,6 +103,7 @@ def cp(stored: Tensor, *, iterations: int = 25, ranks: int = 10, seed: int = 0) 
     Kolda and Bader, Tensor decompositions and applications, SIAM Review 2009, figure 3.3, in place of its nonlinear
     least squares; the start from wider factors of a smaller rank, and how ranks are spread over layers, are our own.
     """
+    counted("cp", iterations=iterations, ranks=ranks)
     tensor = wide(stored)
     whole = max(float(tensor.square().sum()), torch.finfo(tensor.dtype).tiny)
     step = float(sum(tensor.shape))

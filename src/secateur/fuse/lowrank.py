@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from ..registry import register
 from .ranks import Curve
 
@@ -37,6 +38,13 @@ class Options:
 
     curve: Curve
     make: Callable[[int], Made]
+
+
+def counted(method: str, **numbers: int) -> None:
+    """Refuse knobs that are no whole numbers from 1."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RecipeError(f"{method}: {name} is a whole number, at least 1, not {value!r}")
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..select import select
-from .lowrank import Made, factors, principal, wide
+from .lowrank import Made, counted, factors, principal, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +113,7 @@ def low_rank_sparse(
     the best of all turns and of several splits is kept, either term alone among them. LoSparse (arXiv 2306.11222) has
     the same form, and trains.
     """
+    counted("low-rank+sparse", iterations=iterations)
     matrix, square = wide(weight), wide(gram)
     whole = max(lost(matrix, square), torch.finfo(matrix.dtype).tiny)
     best: tuple[Split, Tensor, Tensor, float] | None = None
