@@ -332,7 +332,7 @@ def table(record: dict[str, Any]) -> str:
             rate = f"{'':17}"
             if timed:
                 rate = f"{timed[0]['tokens_per_second'][row.name]:>10.1f}{timed[0]['ratio']['median']:>7.2f}"
-            spread, used = f"{mean - half:.2f} to {mean + half:.2f}", own[0]["used"]
+            spread, used = f"{mean - half:.2f} to {mean + half:.2f}" if n > 1 else "", own[0]["used"]
             lines.append(
                 f"{row.name:16}{budget:>8.0%}{used:>8.1%}{mean:>12.2f}{spread:>18}{n:>3}{rate}  {own[0]['what']}"
             )

@@ -74,7 +74,7 @@ def test_all_and_json_account_for_every_method(run: Run) -> None:
 
 def test_studies_ship() -> None:
     runs = evidence.shipped()
-    assert {r.study for r in runs} == {"fashion", "smollm2", "tasks"} and not any(r.own for r in runs)
+    assert {r.study for r in runs} == {"bytes", "fashion", "smollm2", "tasks"} and not any(r.own for r in runs)
     assert {r.subject.kind for r in runs} >= {"cnn", "vit", "encoder", "decoder"}
 
 
