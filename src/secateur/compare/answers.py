@@ -150,7 +150,11 @@ def differing(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -
 
     >>> differing({"criterion": "wanda", "seed": 1}, {"criterion": "magnitude", "knobs": {"criterion": {"p": 2}}})
     ('criterion', 'knobs.criterion')
+    >>> differing({"method": "fbs", "when": "runtime"}, {"criterion": "magnitude"})  # one of them has no recipe
+    ('moment',)
     """
+    if ((left or {}).get("when") == "runtime") != ((right or {}).get("when") == "runtime"):
+        return ("moment",)
     ours, theirs = _axes(left), _axes(right)
     return tuple(sorted(axis for axis in ours.keys() | theirs.keys() if ours.get(axis) != theirs.get(axis)))
 
