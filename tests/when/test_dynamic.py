@@ -200,3 +200,11 @@ def test_a_contender_that_makes_no_sense_is_left_out() -> None:
     reasons = {(left.subject, left.target): left.reason for left in left_out(asked)}
     assert reasons["digits", "0.5"] == "it takes a target in operations, and 0.5 is for weights"
     assert reasons["demo", "flops 50%"] == "its gates are trained on a task, and this is a model"
+
+
+@pytest.mark.parametrize("method", ["fbs", "supernet", "tucker"])
+def test_what_cannot_be_shared_is_no_process_of_torchrun(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ModelError, match="works in one process: start it without torchrun"):
+        secateur.train("digits", method, target="flops 50%", options={"images": 200})

@@ -80,7 +80,7 @@ def decoded(made: Dynamic, batches: Iterable[Any], steps: int = STEPS) -> dict[s
         raise DataError("there is no text of at least two tokens to decode")
     result: dict[str, Any] = {
         m: {
-            "seconds": _spread(took[m]), "prefill": _spread(prefill[m])["p50"], "perplexity": exp(loss[m] / count),
+            "seconds": spread(took[m]), "prefill": spread(prefill[m])["p50"], "perplexity": exp(loss[m] / count),
             "bytes": held[m],
         }
         for m in models
@@ -109,7 +109,8 @@ def _ids(batch: Any) -> Tensor:
     return ids
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile."""
     x = torch.tensor(values, dtype=torch.float64)
     low, high = x.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
     return {"mean": float(x.mean()), "p50": low, "p99": high}

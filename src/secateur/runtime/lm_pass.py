@@ -16,7 +16,7 @@ from ..layers import evaluating
 from ..measure.flops import Flops, flops
 from ..measure.latency import seconds
 from .between import find_places, hidden, in_place_of, mask_of
-from .measured import spread
+from .decoding import spread
 from .structure import Call, call_of
 
 #: Windows that a setting is chosen on, and that it is measured on, at most.

@@ -71,7 +71,7 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
             count += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
     if not count:
         raise DataError("there is no batch to measure on")
-    result: dict[str, Any] = {name: {k: spread(v) for k, v in facts.items()} for name, facts in found.items()}
+    result: dict[str, Any] = {name: {k: decoding.spread(v) for k, v in facts.items()} for name, facts in found.items()}
     if labelled and answered:
         for name in models:
             result[name]["accuracy"] = right[name] / answered
@@ -105,13 +105,6 @@ def _classes(out: Any) -> Tensor | None:
     """The largest class of each answer; None where answers are no classes."""
     logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     return logits.argmax(1) if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[1] > 1 else None
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, median and 99th percentile."""
-    x = torch.tensor(values, dtype=torch.float64)
-    low, high = x.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-    return {"mean": float(x.mean()), "p50": low, "p99": high}
 
 
 def table(made: Dynamic, found: Mapping[str, Any]) -> str:

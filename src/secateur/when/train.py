@@ -18,7 +18,7 @@ from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
-from ..processes import rank
+from ..processes import alone, rank
 from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
@@ -99,6 +99,7 @@ def train(
     0.8
     """
     if isinstance(method, str) and (runner := runner_of(method)) is not None:
+        alone(f"method '{method}'")
         _refuse_storage(storage)
         if masks is not None or when not in (None, "runtime"):
             raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
@@ -115,6 +116,7 @@ def train(
     if method in decompositions() or not (method is None or isinstance(method, (str, Recipe))):
         from ..compound.tasks import train_method
 
+        alone("a run of several steps, or of a decomposition,")
         _refuse_storage(storage)
         if masks is not None or when not in (None, "after"):
             raise RecipeError("steps that change layers come after training, and with no masks of another run")
