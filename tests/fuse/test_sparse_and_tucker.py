@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.errors import ModelError, RecipeError
-from secateur.fuse.lowrank import Made, low_rank
-from secateur.fuse.sparse import Split, alternate, chosen, low_rank_sparse, splits
+from secateur.fuse.lowrank import Made, low_rank, principal
+from secateur.fuse.sparse import Split, alternate, chosen, fitted, low_rank_sparse, splits, turned
 from secateur.fuse.tucker import along, expand, hooi, project, tucker
+from secateur.solvers.curvature import Curvature
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +66,7 @@ def test_both_together_find_what_was_planted() -> None:
     w = planted(16, 16, 0)
     own = int((drawn(16, 16, seed=5).abs() > 1.6).sum())
     gram = torch.eye(16, dtype=torch.float64)
-    made = low_rank_sparse(w, gram, 2 * 32 + own, 0.0, shares=(2.01 * 32 / (64 + own),), iterations=50)
+    made = low_rank_sparse(w, gram, 2 * 32 + own, 0.0, shares=(2.01 * 32 / (64 + own),), iterations=60)
     assert made.facts == {"kind": "low-rank+sparse", "ranks": [2], "nonzeros": own}
     assert made.error < 0.02
     alone = low_rank(w, gram)
@@ -76,8 +77,46 @@ def test_turns_lower_the_error_where_inputs_are_white() -> None:
     """Both steps are projections then, as in OATS's scale; with a Gram matrix the best turn is kept."""
     w = planted(10, 12, 4)
     gram = torch.diag(torch.logspace(0, 1, 12, dtype=torch.float64))
-    errors = [alternate(w, gram, Split(2, 20), n)[2] for n in (1, 2, 4, 8)]
+    basis = principal(w, gram)[0]
+    errors = [alternate(w, gram, Split(2, 20), n, basis).error for n in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.8 * errors[0]
+
+
+@settings(max_examples=12, deadline=None)
+@given(o=st.integers(4, 12), i=st.integers(4, 12), rank=st.integers(1, 3), seed=st.integers(0, 50))
+def test_a_step_of_orthogonal_iteration_holds_no_less(o: int, i: int, rank: int, seed: int) -> None:
+    """And many of them hold what the leading singular vectors hold."""
+    w, x = drawn(o, i, seed=seed), drawn(3 * i, i, seed=seed + 1)
+    gram = x.T @ x
+    held = [0.0]
+    basis = torch.linalg.qr(drawn(o, rank, seed=seed + 2))[0]
+    for _ in range(300):
+        basis = turned(w, gram, basis)
+        assert torch.allclose(basis.T @ basis, torch.eye(rank, dtype=w.dtype), atol=1e-10)
+        held.append(float(((basis.T @ w @ gram) * (basis.T @ w)).sum()))
+        assert held[-1] >= held[-2] * (1 - 1e-12)
+    best = float(torch.linalg.svdvals(x @ w.T)[:rank].square().sum())
+    assert held[-1] <= best * (1 + 1e-9) and held[-1] > 0.97 * best
+
+
+def test_values_are_fitted_beside_the_ranks() -> None:
+    """The sparse term's values are those of a least squares fit, row by row; and the error is never higher."""
+    w, x = planted(9, 12, 1), drawn(60, 12, seed=2) @ drawn(12, 12, seed=3)
+    gram, basis = x.T @ x, principal(w, x.T @ x)[0]
+    terms = alternate(w, gram, Split(2, 40), 6, basis)
+    better = fitted(w, Curvature(gram), terms, 200)
+    assert better.error < 0.9 * terms.error
+    assert torch.equal(better.sparse != 0, terms.sparse != 0)
+    for row in range(9):
+        held = better.sparse[row] != 0
+        goal = x @ (w - better.low)[row]
+        value = torch.linalg.lstsq(x[:, held], goal).solution
+        own = float((x[:, held] @ better.sparse[row, held] - goal).norm())
+        assert own <= 1.02 * float((x[:, held] @ value - goal).norm()) + 1e-9
+    plain = low_rank_sparse(w, gram, 60.0, 0.0, fit=0)
+    assert low_rank_sparse(w, gram, 60.0, 0.0).error < plain.error
+    with pytest.raises(RecipeError, match="fit is a whole number of iterations, or 0 for none, not -1"):
+        low_rank_sparse(w, gram, 60.0, 0.0, fit=-1)
 
 
 def test_exact_counts_on_a_constant_matrix() -> None:
