@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def low_rank(model: nn.Module, budget: float, text: Windows) -> str:
 
 
 def low_rank_sparse(model: nn.Module, budget: float, text: Windows) -> str:
-    secateur.decompose(model, "low-rank+sparse", sparsity=1 - budget + 1 / 16, data=text, iterations=2)
+    secateur.decompose(model, "low-rank+sparse", sparsity=1 - budget + 1 / 16, data=text)
     return "factors and a sparse term, bfloat16"
 
 
@@ -175,13 +176,10 @@ ROWS = (
 )
 
 
-def fits(row: Row, budget: float, seed: int) -> bool:
-    """Whether a row has something to leave out at a budget: int4 is below 40 % already, int6 below 50.
-
-    The alternation of low rank and a sparse term takes a quarter of an hour, and is made for one draw.
-    """
+def fits(row: Row, budget: float) -> bool:
+    """Whether a row has something to leave out at a budget: int4 is below 40 % already, int6 below 50."""
     limits = {"sparsegpt+int4": 0.3, "sparsegpt+int6": 0.45, "low-rank+int8": 0.45}
-    return budget < limits.get(row.name, 1.0) and (seed == 0 or row.name != "low-rank+sparse")
+    return budget < limits.get(row.name, 1.0)
 
 
 def draw(tokenizer: Any, given: argparse.Namespace, seed: int) -> Windows:
@@ -199,6 +197,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="measure tokens/s of the first draw instead")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--evidence", type=Path, help="write the rows that are recipes as evidence, and nothing else")
+    parser.add_argument("--models", type=Path, help="where models are kept as they are made, for the speed")
     parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--only", default="", help="rows by name, by commas")
     given = parser.parse_args()
@@ -224,7 +223,7 @@ def main() -> None:
     for seed in range(given.seeds):
         for budget in given.budgets:
             for row in chosen:
-                if not fits(row, budget, seed):
+                if not fits(row, budget):
                     continue
                 key = {"row": row.name, "kind": row.kind, "budget": budget, "seed": seed}
                 done = any({k: r[k] for k in key} == key for r in record["rows"])
@@ -233,7 +232,13 @@ def main() -> None:
                 if given.speed and any(r["row"] == row.name and r["budget"] == budget for r in record["speed"]):
                     continue
                 model, begun = copy.deepcopy(dense), time.perf_counter()
-                what = row.make(model, budget, draw(tokenizer, given, seed))
+                kept = None if given.models is None or seed else given.models / f"{row.name} {budget:g}"
+                if given.speed and kept is not None and kept.is_dir():
+                    model = secateur.load(kept)
+                else:
+                    what = row.make(model, budget, draw(tokenizer, given, seed))
+                    if kept is not None and not kept.is_dir():
+                        secateur.save(model, kept)
                 took = round(time.perf_counter() - begun, 1)
                 if given.speed:
                     record["speed"].append({**key, **speed(model, dense, row)})
@@ -315,10 +320,10 @@ def speed(model: nn.Module, dense: nn.Module, row: Row) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Perplexity by row and budget, with a t interval over draws, and tokens/s beside dense."""
+    """Perplexity by row and budget, with a t interval of its logarithm over draws, and tokens/s beside dense."""
     lines = [
         f"dense {record['dense']['value']:.2f}",
-        f"{'row':16}{'budget':>8}{'filled':>8}{'perplexity':>12}{'95 %':>18}{'n':>3}{'tokens/s':>10}{'ratio':>7}  what",
+        f"{'row':16}{'budget':>8}{'filled':>8}{'perplexity':>12}{'95 %':>26}{'n':>3}{'tokens/s':>10}{'ratio':>7}  what",
     ]
     for budget in BUDGETS:
         for row in ROWS:
@@ -326,15 +331,16 @@ def table(record: dict[str, Any]) -> str:
             if not own:
                 continue
             values = [r["perplexity"]["value"] for r in own]
-            mean, n = statistics.mean(values), len(values)
-            half = T_95[n] * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+            logs, n = [math.log(v) for v in values], len(values)
+            mean, half = statistics.mean(logs), T_95[n] * statistics.stdev(logs) / n**0.5 if n > 1 else 0.0
             timed = [s for s in record["speed"] if s["row"] == row.name and s["budget"] == budget]
             rate = f"{'':17}"
             if timed:
                 rate = f"{timed[0]['tokens_per_second'][row.name]:>10.1f}{timed[0]['ratio']['median']:>7.2f}"
-            spread, used = f"{mean - half:.2f} to {mean + half:.2f}" if n > 1 else "", own[0]["used"]
+            low, middle, high = (math.exp(x) for x in (mean - half, mean, mean + half))
+            spread, used = f"{low:.2f} to {high:.2f}" if n > 1 else "", own[0]["used"]
             lines.append(
-                f"{row.name:16}{budget:>8.0%}{used:>8.1%}{mean:>12.2f}{spread:>18}{n:>3}{rate}  {own[0]['what']}"
+                f"{row.name:16}{budget:>8.0%}{used:>8.1%}{middle:>12.2f}{spread:>26}{n:>3}{rate}  {own[0]['what']}"
             )
     return "\n".join(lines)
 

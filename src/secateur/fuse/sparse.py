@@ -129,7 +129,7 @@ def fitted(weight: Tensor, curvature: Curvature, terms: Terms, iterations: int, 
 
 def ordered(residual_oi: Tensor, gram: Tensor, basis_or: Tensor) -> Tensor:
     """The same directions, orthonormal up to rounding, by how much of the outputs lies in each, decreasing."""
-    basis = torch.linalg.qr(basis_or)[0]
+    basis: Tensor = torch.linalg.qr(basis_or)[0]
     inner = basis.mT @ residual_oi
     square = inner @ gram @ inner.mT
     turn: Tensor = torch.linalg.eigh((square + square.mT) / 2)[1].flip(1)
