@@ -1,14 +1,15 @@
 """A vision transformer trained here on Fashion-MNIST, then made cheaper: fewer tokens, fewer heads and neurons, both.
 
-The network has patches of 2 x 2 points, 196 tokens. It is trained once (coarse patches first: a quarter of the tokens),
-and stored; but for dynamicvit nothing is trained afterwards. Every setting is timed in turns with the dense model,
-batch by batch. What to keep is not chosen by the test set: all settings are shown.
+The network has patches of 2 x 2 points, 196 tokens. Each seed is trained once (coarse patches first: a quarter of the
+tokens), and stored; but for dynamicvit nothing is trained afterwards. Every setting is timed in turns with the dense
+model, batch by batch. What to keep is not chosen by the test set: all settings are shown. Intervals are over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +40,13 @@ SETTINGS: dict[str, tuple[str | None, str | None, dict[str, Any]]] = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--weights", type=Path, default=Path("tokens.safetensors"), help="trained and written if missing"
+        "--weights", type=Path, default=Path("tokens"), help="a directory: what is missing is trained and written"
     )
-    parser.add_argument("--coarse", type=int, default=45000, help="images with patches of 4 x 4")
-    parser.add_argument("--fine", type=int, default=10800, help="images with patches of 2 x 2")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--coarse", type=int, default=60000, help="images with patches of 4 x 4")
+    parser.add_argument("--fine", type=int, default=9600, help="images with patches of 2 x 2")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--dynamic", type=Path, help="a directory with dynamicvit; trained if missing, else left out")
     parser.add_argument("--dynamic-images", type=int, default=3000, help="that dynamicvit is trained on")
     parser.add_argument("--calibration", type=int, default=256, help="images for heads and neurons")
     parser.add_argument("--test", type=int, default=2000, help="images for the accuracy")
@@ -57,18 +58,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trained(args: argparse.Namespace, images: Any, labels: Any) -> Any:
+def trained(args: argparse.Namespace, images: Any, labels: Any, seed: int) -> Any:
     """The dense network, trained with coarse patches, then with fine ones; or what was stored of it."""
     import torch
     from safetensors.torch import load_file, save_file
 
     from secateur.tasks.nets import VisionTransformer
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    file = args.weights / f"dense-{seed}.safetensors"
     net = VisionTransformer(args.width, args.depth)
     fine = VisionTransformer(args.width, args.depth, patch=2)
-    if not args.weights.is_file():
-        fit(net, images, labels, args.coarse, 2e-3, 0)
+    if not file.is_file():
+        fit(net, images, labels, args.coarse, 2e-3, 2 * seed)
         state = net.state_dict()
         side = int(state["position"].shape[1] ** 0.5)
         grid = state["position"].view(1, side, side, -1).permute(0, 3, 1, 2)
@@ -76,9 +78,10 @@ def trained(args: argparse.Namespace, images: Any, labels: Any) -> Any:
         state["position"] = grid.flatten(2).transpose(1, 2).contiguous()
         state["patch.weight"] = 4 * torch.nn.functional.avg_pool2d(state["patch.weight"], 2)  # of a patch drawn larger
         fine.load_state_dict(state)
-        fit(fine, images, labels, args.fine, 8e-4, 1)
-        save_file(fine.state_dict(), args.weights)
-    fine.load_state_dict(load_file(args.weights))
+        fit(fine, images, labels, args.fine, 8e-4, 2 * seed + 1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(fine.state_dict(), file)
+    fine.load_state_dict(load_file(file))
     return fine.eval()
 
 
@@ -107,7 +110,7 @@ def fit(net: Any, images: Any, labels: Any, count: int, rate: float, seed: int) 
     net.eval()
 
 
-def dynamic(args: argparse.Namespace, net: Any, images: Any, labels: Any) -> Any:
+def dynamic(args: argparse.Namespace, net: Any, images: Any, labels: Any, seed: int) -> Any:
     """DynamicViT at 35 % fewer FLOPs, trained from the dense network; or what was stored of it."""
     import secateur
     from secateur.tasks import Task
@@ -115,16 +118,17 @@ def dynamic(args: argparse.Namespace, net: Any, images: Any, labels: Any) -> Any
     from secateur.tasks.base import adamw
     from secateur.tasks.nets import VisionTransformer
 
-    if not args.dynamic.is_dir():
+    target = args.weights / f"dynamicvit-{seed}"
+    if not target.is_dir():
         data = (images[: args.dynamic_images], labels[: args.dynamic_images])
         held = (images[-200:], labels[-200:])
         task = Task(lambda seed: net, batched(data, held, 32), optimizer=adamw, epochs=1, name="fashion-vit, patch 2")
         made = secateur.train(
-            task, "dynamicvit", model=net, target="flops 35%", length=1.0, rate=0.3, knobs={"at": (1, 2)},
+            task, "dynamicvit", model=net, seed=seed, target="flops 35%", length=1.0, rate=0.3, knobs={"at": (1, 2)},
             progress=lambda what, done, of: print(what, done, of, flush=True) if done % 10 == 0 else None,
         )  # fmt: skip
-        made.save(args.dynamic)
-    return secateur.load(args.dynamic, VisionTransformer(args.width, args.depth, patch=2))
+        made.save(target)
+    return secateur.load(target, VisionTransformer(args.width, args.depth, patch=2))
 
 
 def answers(net: Any, batches: list[Any]) -> Any:
@@ -164,65 +168,86 @@ def measure(dense: Any, other: Any, batches: list[Any], labels: Any, right: Any,
     }  # fmt: skip
 
 
+def settings(args: argparse.Namespace, net: Any, images: Any, labels: Any, example: Any, seed: int) -> dict[str, Any]:
+    """The models of one seed by the name of their setting."""
+    import secateur
+    from secateur.tasks.base import cross_entropy
+
+    made = {"dynamicvit, trained, 35%": dynamic(args, net, images, labels, seed)}
+    calibration = list(zip(images[: args.calibration].split(8), labels[: args.calibration].split(8), strict=True))
+    smaller: dict[str, Any] = {}
+    for name, (units, method, options) in SETTINGS.items():
+        if units is not None and units not in smaller:
+            plan = secateur.plan(
+                net, "kwon", target=units, example=example, data=calibration, loss=cross_entropy, recovery="refit"
+            )
+            smaller[units] = plan.shrink().eval()
+        base = net if units is None else smaller[units]
+        made[name] = base if method is None else secateur.prune(base, method, example=example, **options)
+    return made
+
+
 def main() -> None:
     args = arguments()
     import torch
 
-    import secateur
-    from secateur.tasks.base import cross_entropy
     from secateur.tasks.images import fashion_mnist
 
     torch.set_num_threads(args.threads)
     images, labels = fashion_mnist("train")
-    net = trained(args, images, labels)
-    models: dict[str, Any] = {}
-    if args.dynamic is not None:
-        models["dynamicvit, trained, 35%"] = dynamic(args, net, images, labels)
     test, wanted = (x[: args.test] for x in fashion_mnist("t10k"))
     batches = list(test.split(args.batch))
-    calibration = list(zip(images[: args.calibration].split(8), labels[: args.calibration].split(8), strict=True))
-    smaller: dict[str, Any] = {}
-    for name, (units, method, options) in SETTINGS.items():
-        base = net
-        if units is not None and units not in smaller:
-            plan = secateur.plan(
-                net, "kwon", target=units, example=test[:1], data=calibration, loss=cross_entropy, recovery="refit"
-            )
-            smaller[units] = plan.shrink().eval()
-        base = net if units is None else smaller[units]
-        models[name] = base if method is None else secateur.prune(base, method, example=test[:1], **options)
+    results: dict[str, list[dict[str, Any]]] = {}
+    dense: list[float] = []
+    for seed in range(args.seeds):
+        net = trained(args, images, labels, seed)
+        models = settings(args, net, images, labels, test[:1], seed)
+        if args.train_only:
+            continue
+        with torch.inference_mode():
+            right = answers(net, batches) == wanted
+            dense.append(float(right.float().mean()))
+            for name, other in models.items():
+                found = measure(net, other.eval(), batches, wanted, right, args.timed // args.batch)
+                record = getattr(other, "record", {})
+                found["record"] = {k: v for k, v in record.items() if k in ("r", "keep", "at", "tokens")}
+                results.setdefault(name, []).append(found)
+                print(f"{seed} {name}: {found['points']:+.2f} points, {found['ratio']:.2f} times as fast", flush=True)
     if args.train_only:
         return
-    results: dict[str, Any] = {}
-    with torch.inference_mode():
-        right = answers(net, batches) == wanted
-        for name, other in models.items():
-            found = measure(net, other.eval(), batches, wanted, right, args.timed // args.batch)
-            record = getattr(other, "record", {})
-            results[name] = {**found, "record": {k: v for k, v in record.items() if k in ("r", "keep", "at", "tokens")}}
-            print(f"{name}: {found['points']:+.2f} points, {found['ratio']:.2f} times as fast", flush=True)
     write_json(
         args.out,
         {
             "environment": environment(args.threads),
-            "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "weights", "dynamic")},
-            "dense": {"accuracy": float(right.float().mean())},
+            "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "weights")},
+            "dense": dense,
             "results": results,
         },
     )
-    print(f"dense: {100 * float(right.float().mean()):.2f} % of {args.test}")
+    print(f"dense: {', '.join(f'{100 * x:.2f}' for x in dense)} % of {args.test}")
     print(show(results, args.batch))
 
 
-def show(results: dict[str, Any], batch: int) -> str:
-    rows = [
-        [
-            name, f"{100 * r['flops']:.0f}", " ".join(map(str, r["record"].get("tokens", ""))),
-            f"{100 * r['accuracy']:.2f}", f"{r['points']:+.2f} ± {r['points_95']:.2f}",
-            f"{batch / r['seconds']['other']:,.0f}", f"{r['ratio']:.2f}",
-        ]
-        for name, r in results.items()
-    ]  # fmt: skip
+def over(values: list[float]) -> tuple[float, float]:
+    """The mean over seeds and half of its 95 % t interval."""
+    from scipy.stats import t
+
+    n = len(values)
+    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else float("nan")
+    return statistics.mean(values), float(half)
+
+
+def show(results: dict[str, list[dict[str, Any]]], batch: int) -> str:
+    rows = []
+    for name, runs in results.items():
+        points, half = over([r["points"] for r in runs])
+        rows.append([
+            name, f"{100 * statistics.mean(r['flops'] for r in runs):.0f}",
+            " ".join(map(str, runs[0]["record"].get("tokens", ""))),
+            f"{100 * statistics.mean(r['accuracy'] for r in runs):.2f}", f"{points:+.2f} ± {half:.2f}",
+            f"{batch / statistics.mean(r['seconds']['other'] for r in runs):,.0f}",
+            " ".join(f"{r['ratio']:.2f}" for r in runs),
+        ])  # fmt: skip
     return str(table(["setting", "FLOPs %", "tokens", "accuracy %", "points", "images/s", "times as fast"], rows))
 
 
