@@ -101,6 +101,8 @@ def attention(t: Tracer, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     width = q.shape[-1]
     if width > 1:
         t.tie(qa[-1], ka[-1], "attention")
+        if v.shape[-1] == width:  # fused kernels want it so; the others take twice as long, which no FLOPs make up for
+            va[-1] = t.tie(qa[-1], va[-1], "attention's values")
         if kwargs.get("scale") is None:
             t.freeze(qa[-1], "attention divides by the root of the head's width, which would change")
     heads = [ka[-3], va[-3]] if q.dim() >= 3 else []
