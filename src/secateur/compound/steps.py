@@ -17,6 +17,7 @@ from ..prune import recipe_of
 from ..recipe import Recipe
 from ..registry import get, parts
 from ..runtime import is_runtime
+from ..runtime.knobs import check
 from ..stream.storage import shares
 from ..structured import Target
 
@@ -253,7 +254,7 @@ def _check_runtime(step: Step) -> None:
     if not is_runtime(step.method):
         known = [n for n in parts("transform") if is_runtime(n)]
         raise UnknownName("method of run time", step.method, known, ", ".join(known))
-    get("transform", step.method).knobs_with({k: v for k, v in step.options.items() if k != "method"})
+    check(get("transform", step.method), {k: v for k, v in step.options.items() if k != "method"})
 
 
 KINDS: dict[str, Kind] = {

@@ -18,8 +18,10 @@ from .fbs import fbs
 from .ftwt import ftwt
 from .gates import Pace, TokenGates
 from .keys import h2o, snapkv, streaming
+from .knobs import check
 from .lm_exit import ExitDecoding, exit_decoding
 from .lm_skip import SkipDecoding, skip_decoding
+from .manidp import ManifoldGates, manidp
 from .predicted import DynamicViT, dynamicvit
 from .routing import ExpertGates, expert_mass, expert_skipping
 from .skips import Skips, skipnet
@@ -35,6 +37,7 @@ __all__ = [
     "Exits",
     "ExpertGates",
     "Learning",
+    "ManifoldGates",
     "Pace",
     "PrunedDecoder",
     "SkipDecoding",
@@ -56,6 +59,7 @@ __all__ = [
     "is_runtime",
     "load",
     "made",
+    "manidp",
     "power_bert",
     "save",
     "skip_decoding",
@@ -75,13 +79,13 @@ def made(model: nn.Module, method: str, example: Any, data: Any = None, **knobs:
         data: batches, for methods that measure; see the part's needs.
 
     Raises:
-        RecipeError: there is no example, no data where they are needed, or no such knob.
+        RecipeError: there is no example, no data where they are needed, or no such knob or value.
     """
     part = get("transform", method)
     if example is None:
         raise RecipeError(f"'{method}' runs the model to see where work can be left out: give an example of its inputs")
     given = {name: value for name, value in knobs.items() if value is not None}
-    part.knobs_with(given)
+    check(part, given)
     facts = [model, example]
     if "data" in part.needs:
         if data is None:

@@ -77,15 +77,13 @@ class PartialGates(ChannelGates):
     """`ChannelGates` whose gates decide for each position, in the middle of the convolution."""
 
     def settle(self, batches: Iterable[Any]) -> None:
-        """Count, on the first batch, how many positions are open."""
-        batch = next(iter(batches), None)
-        if batch is None:
-            return
-        args, kwargs = inputs_of(batch)
+        """Count, over all batches, how many positions are open."""
         for gate in self._partial():
             gate.reset()
         with evaluating(self), torch.no_grad():
-            self(*args, **kwargs)
+            for batch in batches:
+                args, kwargs = inputs_of(batch)
+                self(*args, **kwargs)
         shares = {p.conv: g.opened / g.counted for p, g in zip(self.places, self._partial(), strict=True) if g.counted}
         own: dict[str, list[float]] = self.record["operations"]
         self.record["open"] = shares

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import batch_norm, linear
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,7 +16,7 @@ from ..errors import ModelError, RecipeError
 from ..measure.flops import flops
 from ..structured import Target
 from .alive import Alive, smaller
-from .places import CONVOLUTIONS, Place, convolution_arguments
+from .places import CONVOLUTIONS, Place, convolution_arguments, first, linear_arguments
 from .structure import Call, call_of
 
 #: Densities are multiples of one by so many.
@@ -74,6 +74,7 @@ class ChannelGates(nn.Module):
         self.executes, self.sums = True, True
         self.losses: list[Tensor] = []
         self.see: Callable[[int, Tensor], None] | None = None
+        self.gates.train(model.training)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,8 @@ class ChannelGates(nn.Module):
         """What was made, in one line."""
         r = self.record
         share = f"{100 * r['density']:.1f} % of the channels" if r.get("density") is not None else "channels by input"
-        return f"{r['method']}: {len(self.places)} gates, {share}; batches whose inputs disagree run one by one"
+        told = f"{r['method']}: {len(self.places)} gates, {share}; batches whose inputs disagree run one by one"
+        return "\n".join([told, *r.get("notes", [])])
 
 
 def _gate(module: nn.Module) -> ChannelGate:
@@ -129,12 +131,18 @@ def _gate(module: nn.Module) -> ChannelGate:
 
 
 class Pass(TorchFunctionMode):
-    """One forward pass of a gated network."""
+    """One forward pass of a gated network.
 
-    def __init__(self, gates: ChannelGates) -> None:
+    Args:
+        counts: count what is left out, ``saved``, or would be where the pass masks instead: operations of each input.
+    """
+
+    def __init__(self, gates: ChannelGates, counts: bool = False) -> None:
         super().__init__()
         self.gates = gates
         self.executes = gates.executes and not gates.training
+        self.follows = self.executes or counts
+        self.counts, self.saved = counts, torch.zeros(())
         self.alive = Alive(gates.sums)
         self.sites = {id(gates.model.get_submodule(p.conv).weight): k for k, p in enumerate(gates.places)}
         self.decided: dict[str, Tensor] = {}
@@ -144,20 +152,30 @@ class Pass(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
             return self._convolve(func, convolution_arguments(args, kwargs))
-        if (  # of two dimensions: else it does not read channels
-            func is torch.nn.functional.linear
-            and self.executes
-            and args[0].dim() == 2
-            and (reads := self.alive.of(args[0])) is not None
-        ):
-            bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-            return smaller(args[0], args[1], bias, reads, None, func)
+        if func is linear and self.follows:
+            given = linear_arguments(args, kwargs)
+            reads = self.alive.of(given["input"])
+            if reads is not None and given["input"].dim() == 2:  # else it does not read channels
+                return self._product(*given.values(), reads, None, linear)
         out = func(*args, **kwargs)
-        if func is batch_norm and args[0] in self._waiting:
-            return self._gated(out, *self._waiting.pop(args[0]))
-        if self.executes:
+        if func is batch_norm and (x := first(args, kwargs)) in self._waiting:
+            return self._gated(out, *self._waiting.pop(x))
+        if self.follows:
             self.alive.follow(func, args, kwargs, out)
         return out
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, reads: Tensor | None, makes: Tensor | None, product: Any
+    ) -> Tensor:
+        """A product of which some is left out, or counted as if it were."""
+        y = smaller(x, weight, bias, reads, makes, product) if self.executes else product(x, weight, bias)
+        if self.counts:
+            part = torch.ones(len(x), dtype=torch.float64, device=x.device)
+            for mask in (reads, makes):
+                part = part if mask is None else part * mask.sum(1).clamp_min(1) / mask.shape[1]
+            whole = 2 * y[:1].numel() * weight[:1].numel()
+            self.saved = self.saved.to(part) + whole * (1 - part)
+        return y  # type: ignore[no-any-return]
 
     def _convolve(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
         x, weight, bias = given["input"], given["weight"], given["bias"]
@@ -171,12 +189,12 @@ class Pass(TorchFunctionMode):
         if own is not None:  # a gate that decides in the middle of the convolution
             return own(product, x, weight, bias, self.executes)  # type: ignore[no-any-return]
         decision: Decision | None = None if number is None else self.gates.gates[number](x)
-        reads = self.alive.of(x) if self.executes and given["groups"] == 1 and x.dim() == weight.dim() else None
-        makes = None if decision is None or not self.executes else decision.mask
+        reads = self.alive.of(x) if self.follows and given["groups"] == 1 and x.dim() == weight.dim() else None
+        makes = None if decision is None or not self.follows else decision.mask
         if reads is None and makes is None:
             y = product(x, weight, bias)
         else:
-            y = smaller(x, weight, bias, reads, makes, product)
+            y = self._product(x, weight, bias, reads, makes, product)
         if number is None or decision is None:
             return y
         place = self.gates.places[number]
@@ -196,7 +214,7 @@ class Pass(TorchFunctionMode):
                 self.gates.losses.append(loss)
         factor = decision.mask if decision.factor is None else decision.factor
         out = z * factor.to(z.dtype).view(*factor.shape, *[1] * (z.dim() - 2))
-        if self.executes:
+        if self.follows:
             self.alive.set(out, decision.mask)
         return out
 

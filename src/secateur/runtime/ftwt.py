@@ -15,15 +15,15 @@ from ..errors import DataError, RecipeError
 from ..layers import evaluating
 from ..measure.flops import flops
 from ..registry import get, register
-from ..structured import Target
 from .channels import ChannelGates, Decision, inputs_of, reaching, restored
 from .places import Place, find
+from .settling import settled
 from .structure import call_of
 
-#: Batches that peaks are measured on, and inputs that thresholds are settled with.
-_BATCHES, _INPUTS = 2, 32
-#: By so much thresholds are raised at most, found in so many halvings.
-_EDGE, _HALVINGS = 12.0, 16
+#: Batches that peaks are measured on.
+_BATCHES = 2
+#: By so much thresholds are raised at most.
+_EDGE = 12.0
 #: How much of the way to a batch's threshold a gate's goes.
 _FOLLOWS = 0.1
 
@@ -99,30 +99,13 @@ class FiringGates(ChannelGates):
     """
 
     def settle(self, batches: Iterable[Any]) -> None:
-        target = self.record["target"]
-        batch = next(iter(batches), None)
-        if target is None or batch is None:
-            return
-        call = inputs_of(tree_map(lambda x: x[:_INPUTS] if isinstance(x, Tensor) else x, batch))
-        count = len(next(x for x in (*call[0], *call[1].values()) if isinstance(x, Tensor)))
-        limit = Target.parse(target).remaining(self.record["flops"]["before"]) * count
         own = [gate.threshold.clone() for gate in self.foretold()]
 
-        def within(raised: float) -> bool:
+        def move(way: float) -> None:
             for gate, threshold in zip(self.foretold(), own, strict=True):
-                gate.threshold.copy_(threshold + raised)
-            return flops(self, *call[0], **call[1]).total <= limit
+                gate.threshold.copy_(threshold + _EDGE * way)
 
-        was, self.executes = self.executes, True
-        low = high = 0.0
-        if not within(0.0):
-            high = _EDGE
-            for _ in range(_HALVINGS):
-                middle = (low + high) / 2
-                low, high = (low, middle) if within(middle) else (middle, high)
-            within(high)
-        self.executes = was
-        self.record["raised"] = high
+        self.record["raised"] = _EDGE * settled(self, batches, self.record["target"], move)
 
     def foretold(self) -> list[Foretold]:
         """The gates."""

@@ -54,6 +54,16 @@ def convolution_arguments(args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
     return {**given, **dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
+def linear_arguments(args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
+    """The arguments of ``linear`` by name, in its order."""
+    return {"input": None, "weight": None, "bias": None, **dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
+def first(args: tuple[Any, ...], kwargs: Any) -> Any:
+    """What a function of torch is called on."""
+    return args[0] if args else kwargs.get("input")
+
+
 @dataclass(eq=False)
 class _Seen:
     """What became of one convolution's result: what was called with it, and with what its norm made of it."""
@@ -99,7 +109,7 @@ class _Look(TorchFunctionMode):
             return out
         for x in results:
             self.open[x] = frozenset() if name in _PRODUCTS else reached
-        if func is batch_norm and known and known[0][0] is args[0] and not known[0][2]:
+        if func is batch_norm and known and known[0][0] is first(args, kwargs) and not known[0][2]:
             conv = known[0][1]
             training = kwargs.get("training", args[5] if len(args) > 5 else False)
             self.seen[conv].norm = not training

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..disk import beside, refuse
+from ..disk import beside
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
 from ..record import dumps
@@ -25,13 +22,12 @@ from ..runtime.base import answering
 from ..runtime.measured import measured
 from ..runtime.measured import table as compared
 from ..runtime.store import write
-from ..tasks import find, fit
-from ..tasks.base import Split, Task, placed
-from ..tasks.checkpoint import own_generators
-from ..tasks.loop import OFTEN, Leg
-from .course import Progress
+from ..tasks import fit
+from ..tasks.base import Task, placed
+from ..tasks.checkpoint import generators, own_generators, set_generators
+from ..tasks.loop import Leg
 from .healing import fresh_model
-from .result import digest_of
+from .own import Options, OwnRun
 
 #: How long the run with gates is, in lengths of the dense run.
 LENGTH = 0.5
@@ -123,105 +119,83 @@ def train_dynamic(
     task: Any,
     method: str,
     *,
-    epochs: float | None = None,
+    target: str | None = None,
+    knobs: Mapping[str, Any] | None = None,
     length: float = LENGTH,
     rate: float = 0.1,
-    out: str | Path | None = None,
-    model: nn.Module | None = None,
-    target: str | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    every: float = OFTEN,
-    dense: str | Path | None = None,
-    score: Split = "test",
-    options: Mapping[str, Any] | None = None,
-    knobs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    command: str = "",
+    **given: Unpack[Options],
 ) -> TrainedDynamic:
     """Train a task densely, then with gates in it; what `train` does for a method of run time whose gates are learned.
 
     Args:
-        epochs: of the dense run; the task's own by default.
+        knobs: of the method.
         length: of the run with gates, in lengths of the dense run.
         rate: of the run with gates: factor of the task's learning rate.
-        knobs: of the method.
-        out, model, target, seed, device, every, dense, score, options, progress, command: see `train`.
+        given: see `train`; ``epochs`` are those of the dense run.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError, OutputError: with one sentence.
     """
-    from .train import train
-
-    found = find(task, **(options or {}))
-    whole = float(found.epochs if epochs is None else epochs)
-    folder = None if out is None else Path(out)
-    work = None if folder is None else folder.with_name(folder.name + ".run")
-    if folder is not None:
-        refuse(folder)
-    say = progress or (lambda *_: None)
-    begun = time.perf_counter()
+    run = OwnRun(task, method, length, rate, given)
+    found, part = run.task, get("transform", method)
+    joint = part.facts.get("joint")
+    loss = None if joint is None else partial(joint, found.loss)
     with own_generators(), Peak() as peak:
-        curves: list[dict[str, Any]] = []
-        given = dict(knobs or {}) | ({} if target is None else {"target": target})
-        if "seed" in get("transform", method).knobs:
-            given.setdefault("seed", seed)
+        own = dict(knobs or {}) | ({} if target is None else {"target": target})
+        if "seed" in part.knobs:
+            own.setdefault("seed", run.seed)
 
         def gated(net: nn.Module) -> Learning:
-            example = placed(found.example_input(), torch.device(device))
-            return cast("Learning", made(net, method, example, _train(found, seed), **given))
+            example = placed(found.example_input(), run.device)
+            return cast("Learning", made(net, method, example, _train(found, run.seed), **own))
 
-        if model is None:
-            gated(fresh_model(found, seed).to(device))  # what cannot be is said before the dense run
-            own = None if work is None else work / "dense"
-            run = train(
-                found, epochs=whole, seed=seed, device=device, every=every, dense=dense or own, score=score,
-                progress=progress,
-            )  # fmt: skip
-            model, curves = run.model, run.run["curves"]
-        else:
-            model = copy.deepcopy(model).to(device)
-        before = found.measure(model, score)
+        if given.get("model") is None:  # what cannot be is said before the dense run
+            _try(found, gated(fresh_model(found, run.seed).to(run.device)), loss, run)
+        model = run.dense()
+        before = found.measure(model, run.score)
         gates = gated(model)
         module = cast("nn.Module", gates)
-        tags = {
-            "task": {**found.describe(), "options": {k: str(v) for k, v in found.options.items()}},
-            "method": method, "knobs": {k: str(v) for k, v in sorted(given.items())}, "epochs": whole,
-            "length": length, "rate": rate, "leg": "gates", "seed": seed, "given": digest_of(model.state_dict()),
-        }  # fmt: skip
         leg = Leg(
-            length * whole, rate=rate, seed=seed, round=1, every=every, tags=tags,
-            file=None if work is None else work / "gates.safetensors",
-            loss=None if (joint := get("transform", method).facts.get("joint")) is None else partial(joint, found.loss),
+            length * run.epochs, rate=rate, seed=run.seed, round=1, every=run.every, loss=loss,
+            tags=run.tags(model, own) | {"leg": "gates"},
+            file=None if run.work is None else run.work / "gates.safetensors",
         )  # fmt: skip
-        place = torch.device(device)
         with answering(gates):
             fitted = fit(
                 found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
-                progress=lambda done, of: say("gates", done, of),
+                progress=lambda done, of: run.say("gates", done, of),
             )  # fmt: skip
             module.eval()
             gates.advance(1.0)  # a run that was over is only read
-            gates.settle(placed(b, place) for b in found.batches("valid", seed, 0))
-            after = found.measure(module, score)
-        batches = [placed(b, place) for b in islice(found.batches(score, 0, 0), _MEASURED)]
+            gates.settle(placed(b, run.device) for b in found.batches("valid", run.seed, 0))
+            after = found.measure(module, run.score)
+        batches = [placed(b, run.device) for b in islice(found.batches(run.score, 0, 0), _MEASURED)]
         beside_dense = measured(gates, batches, repeats=1)
     parameters = count_parameters(module)[0]
     record = {
-        **gates.record, "task": found.describe(), "seed": seed, "epochs": whole, "length": length, "rate": rate,
-        "when": "runtime", "score": score, "target": target, "command": command,
+        **gates.record, "task": found.describe(), "seed": run.seed, "epochs": run.epochs, "length": length,
+        "rate": rate, "when": "runtime", "score": run.score, "target": target, "command": run.command,
         "before": {"metric": {"name": found.metric_name, "value": before}},
         "after": {"metric": {"name": found.metric_name, "value": after}, "parameters": parameters},
-        "measured": beside_dense, "curves": curves + [{"leg": "gates", **row} for row in fitted.rows],
-        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes,
+        "measured": beside_dense, "curves": run.curves + [{"leg": "gates", **row} for row in fitted.rows],
+        "timings": {"total": run.seconds()}, "peak_memory": peak.bytes,
         "notes": gates.record.get("notes", []),
         "versions": versions(), "machine": machine(),
     }  # fmt: skip
     result = TrainedDynamic(module, record)
-    if folder is not None:
-        result.save(folder)
-        shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
+    run.write(result)
     return result
+
+
+def _try(task: Task, gates: Learning, loss: Callable[[nn.Module, Any], Tensor] | None, run: OwnRun) -> None:
+    """Ask a loss that is not the task's own of one batch, so that one that cannot be asked is refused."""
+    if loss is None:
+        return
+    state = generators()
+    if (batch := next(_train(task, run.seed), None)) is not None:
+        with torch.no_grad():
+            loss(cast("nn.Module", gates).train(), placed(batch, run.device))
+    set_generators(state)
 
 
 def _train(task: Task, seed: int) -> Iterator[Any]:
