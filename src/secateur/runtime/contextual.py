@@ -106,6 +106,7 @@ def cats(model: nn.Module, example: Any, data: Any, *, sparsity: float = 0.5, pr
 
 
 def refuse_sparsity(sparsity: float) -> None:
+    """Refuse what is no fraction."""
     if not 0 <= sparsity < 1:
         raise RecipeError(f"sparsity is {sparsity}: it is the fraction that is left out, 0 or more and below 1")
 

@@ -227,6 +227,9 @@ class SparseDecoder(nn.Module):
         self.model, self.sites, self.prompt, self.record = model, list(sites), prompt, dict(record)
         self.predictors = nn.ModuleList(predictors)
         self.tokens = 0
+        blocks = find_blocks(model)
+        assert blocks is not None
+        self._places = [blocks.modules[0], *(model.get_submodule(site.path) for site in self.sites)]
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,11 +253,10 @@ class SparseDecoder(nn.Module):
 
     @contextmanager
     def _sparse(self) -> Iterator[None]:
-        blocks = find_blocks(self.model)
-        assert blocks is not None
-        handle = blocks.modules[0].register_forward_pre_hook(self._look, with_kwargs=True)
+        handle = self._places[0].register_forward_pre_hook(self._look, with_kwargs=True)
+        calls = zip(self._places[1:], self.sites, strict=True)
         try:
-            with patched(self.model, {site.path: self._call(site) for site in self.sites}):
+            with patched((module, self._call(module.forward, site)) for module, site in calls):
                 yield
         finally:
             handle.remove()
@@ -264,9 +266,7 @@ class SparseDecoder(nn.Module):
         x = first_tensor(args, kwargs)
         self.tokens = 0 if x is None or x.dim() != 3 else x.shape[1]
 
-    def _call(self, site: Site) -> Callable[[Tensor], Tensor]:
-        dense = self.model.get_submodule(site.path).forward
-
+    def _call(self, dense: Callable[[Tensor], Tensor], site: Site) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
             single = (x.shape[1] if x.dim() == 3 else self.tokens) == 1
             if not single and not self.prompt:
@@ -302,15 +302,15 @@ class SparseDecoder(nn.Module):
 
 
 @contextmanager
-def patched(model: nn.Module, calls: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def patched(calls: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
     """Inside, these modules compute otherwise."""
-    modules = [model.get_submodule(path) for path in calls]
+    known = list(calls)
     try:
-        for module, call in zip(modules, calls.values(), strict=True):
+        for module, call in known:
             module.__dict__["forward"] = call
         yield
     finally:
-        for module in modules:
+        for module, _ in known:
             module.__dict__.pop("forward", None)
 
 
