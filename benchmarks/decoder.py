@@ -112,11 +112,13 @@ def weight_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Ite
     long = text(EVALUATION, args.texts, args.length)
     data = list(text(CALIBRATION, args.calibration, 512).split(1))
     models: dict[str, Any] = {"dense": net}
-    for method in ("teal", "cats"):
+    for method in SPARSE:
         models[method] = secateur.prune(net, method, example=long[:, :64], data=data, sparsity=args.sparsity)
     rows |= speed(models, long[:1, : 128 + args.steps], args.steps)
     for name, model in models.items():
         rows[name] |= {"left_out": getattr(model, "left_out", 0.0), "perplexity": second_half(model, long)}
+        if "recall" in getattr(model, "record", {}):
+            rows[name] |= {k: statistics.mean(v) for k, v in model.record["recall"].items()}
     yield
 
 
@@ -124,11 +126,12 @@ def wide_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Itera
     """The same on a wider model, of random weights."""
     large = wide(args.hidden, args.layers)
     ids = torch.randint(0, 1024, (2, 64 + args.steps), generator=torch.Generator().manual_seed(1))
-    made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=args.sparsity) for m in ("teal", "cats")}
+    made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=args.sparsity) for m in SPARSE}
     rows |= speed({"dense": large, **made}, ids[:1], args.steps)
     yield
 
 
+SPARSE = ("teal", "cats", "deja-vu")
 PARTS = {"cache": cache_rows, "weights": weight_rows, "wide": wide_rows}
 
 
@@ -141,8 +144,8 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--chunk", type=int, default=16, help="tokens at once, under a budget")
     parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of teal and cats")
-    parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for teal and cats")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of teal, cats and deja-vu")
+    parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for these")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()

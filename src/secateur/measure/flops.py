@@ -278,6 +278,18 @@ def _packed(args: Sequence[Any], out: Tensor, *, rows: int) -> int:
     return out.numel() * int(args[rows + 1])
 
 
+def _bag(args: Sequence[Any], out: Any) -> int:
+    """A sum of rows is free; one of rows that are weighted is a product with those rows."""
+    weight, indices = args[:2]
+    return int(indices.numel() * weight.size(1)) if len(args) > 6 and args[6] is not None else 0
+
+
+def _bag_weights(args: Sequence[Any], out: Tensor) -> int:
+    """The gradient of such weights: a product of two rows for each."""
+    weight: Tensor = args[1]
+    return out.numel() * weight.size(1)
+
+
 #: The operators of packed layers: where the rows stand among their arguments.
 _PACKED = {
     "secateur.sparse_linear": 8, "secateur.sparse_conv2d": 8, "secateur.bits_linear": 6, "secateur.semi_linear": 4,
@@ -294,6 +306,8 @@ _FORMULAS: Mapping[str, _Formula] = {
         (_summed_product, ("addbmm",)),
         (_grouped_product, ("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2")),
         (_bilinear, ("_trilinear",)),
+        (_bag, ("_embedding_bag", "_embedding_bag_forward_only")),
+        (_bag_weights, ("_embedding_bag_per_sample_weights_backward",)),
         # What a backend makes of a convolution happens below these.
         (_convolution, ("convolution", "_convolution", "convolution_overrideable")),
         (_attention, ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu")),
@@ -333,7 +347,7 @@ _FREE = re.compile(
     | (_unsafe_|_unsafe_masked_)?index(_add|_fill|_put|_reduce|_select)? | unsafe_split(_with_sizes)? | im2col | col2im
     | channel_shuffle | pixel_(un)?shuffle | (constant|reflection|replication)_pad(_nd|[123]d) | _pack_padded_sequence
     | to_padded_tensor | _jagged_to_padded_dense_forward | _padded_dense_to_jagged_forward | dequantize
-    | (fake_)?quantize_per_\w+ | embedding | _embedding_bag(_forward_only)?
+    | (fake_)?quantize_per_\w+ | embedding
     # reductions, scans, order
     | all | any | count_nonzero | sum | nansum | mean | prod | trace | (var|std)(_mean)? | (arg|a)?(max|min) | _?aminmax
     | cum(max|min|prod|sum) | logcumsumexp | logsumexp | (nan)?median | mode | kthvalue | m?sort | argsort | topk

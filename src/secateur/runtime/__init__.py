@@ -13,6 +13,7 @@ from .cgnet import cgnet
 from .channels import ChannelGates
 from .contextual import cats, teal
 from .decoder import PrunedDecoder
+from .dejavu import deja_vu
 from .exits import Exits, early_exit
 from .fbs import fbs
 from .ftwt import ftwt
@@ -46,6 +47,7 @@ __all__ = [
     "TokenGates",
     "cats",
     "cgnet",
+    "deja_vu",
     "dynamicvit",
     "early_exit",
     "evit",

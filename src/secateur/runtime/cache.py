@@ -60,6 +60,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.first = self.gone = torch.zeros(0, dtype=torch.long)
         self.sink_keys: Tensor | None = None  # as they came, before they are turned
         self.sink_slots: Tensor | None = None
+        self.oldest: int | None = None  # the slot that is next to leave, where it is the same one everywhere
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, width = key_states.shape
@@ -84,11 +85,15 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         here = slice(self.length, end)
         self.held["keys"][:, :, here] = key_states
         self.held["values"][:, :, here] = value_states
-        self.held["position"][:, :, here] = torch.arange(
-            self.seen, self.seen + new, dtype=torch.int32, device=self.device
-        )
+        if new == 1:
+            self.held["position"][:, :, here].fill_(self.seen)
+        else:
+            self.held["position"][:, :, here] = torch.arange(
+                self.seen, self.seen + new, dtype=torch.int32, device=self.device
+            )
+            self.oldest = None
         if "score" in self.held:
-            self.held["score"][:, :, here] = 0
+            self.held["score"][:, :, here].zero_()
         self.length, self.seen, self.entered = end, self.seen + new, new
         shown = self._show()
         _updated.set(self)
@@ -132,6 +137,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.held["score"][:, :, : self.length] += received
         count = self.policy.count(self.seen)
         if self.length <= count or (self.policy.once and self.seen > self.entered):
+            self.oldest = None  # what is added stands behind those that came later
             return
         dead = None
         if mask is not None:  # padding is what the last query does not see
@@ -141,6 +147,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             # Padding leaves first, so that the first token of each text is there whenever any is.
             at = self.position[:, 0].masked_fill(~seen[:, 0].expand_as(self.position[:, 0]), self.seen)
             self.first = at.amin(1).long()
+        if dead is None and self.length - count == 1 and self._one_leaves(count):
+            return
         score = self.held["score"][:, :, : self.length] if "score" in self.held else None
         stays = self.policy.chosen(self.position, self.first, self.seen, score, dead)
         left = self.gone
@@ -152,21 +160,62 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.policy.shift and self.policy.sinks and self.rotation is not None:
             self._turn(left)
         self.gone = left
+        self.oldest = self._ring() if dead is None and not self.policy.attends else None
+
+    def _one_leaves(self, count: int) -> bool:
+        """Let one entry of each head leave where that can be told without a look at all of them; whether it could."""
+        policy = self.policy
+        if self.oldest is not None:  # by age alone: entries stand in a ring, behind the sinks
+            slot = self.oldest
+            for held in self.held.values():
+                held[:, :, slot] = held[:, :, count]
+            self.oldest = policy.sinks if slot + 1 == count else slot + 1
+            self._shorten(count)
+            if policy.shift:
+                self.gone = self.gone + 1
+                if policy.sinks and self.rotation is not None:
+                    assert self.sink_keys is not None
+                    self.held["keys"][:, :, : policy.sinks] = self.rotation(self.sink_keys, self.gone)
+            return True
+        if not policy.attends or policy.shift or policy.smooth > 1:
+            return False
+        score = self.held["score"][:, :, : self.length]
+        self._move(policy.least_of(self.position, self.first, self.seen, score), count)
+        self.pruned = True
+        return True
+
+    def _ring(self) -> int | None:
+        """Where the oldest entry but the sinks stands, if all stand in the order of their text in all heads."""
+        sinks = self.policy.sinks
+        front, behind = self.position[:, :, :sinks], self.position[:, :, sinks:]
+        there = front - self.first[:, None, None] == torch.arange(sinks, device=self.device)
+        ordered = (behind == behind[:1, :1]).all() & (behind[0, 0].diff() > 0).all()
+        turned = (self.gone > 0).all() if self.policy.shift else torch.ones((), dtype=torch.bool, device=self.device)
+        return sinks if bool(there.all() & ordered & turned) and behind.shape[2] else None
 
     def _leave(self, stays: Tensor, count: int) -> None:
-        if self.length - count == 1:  # the last one takes the place of the one that leaves
-            slot = (~stays).to(torch.int8).argmax(2, keepdim=True)
-            for held in self.held.values():
-                last = held[:, :, count : count + 1]
-                held.scatter_(2, _wide(slot, held), last.clone())
-        else:
+        if self.policy.attends and self.length - count == 1:
+            self._move((~stays).to(torch.int8).argmax(2, keepdim=True), count)
+            return
+        if self.policy.attends:
             at = stays.nonzero()[:, 2].view(*stays.shape[:2], count)
-            room = -(-(count + 1) // _STEP) * _STEP
-            for name, held in self.held.items():
-                kept = held.new_empty(*held.shape[:2], room, *held.shape[3:])
-                kept[:, :, :count] = held.gather(2, _wide(at, held))
-                self.held[name] = kept
-            self.sink_slots = None
+        else:  # in the order of the text
+            at = self.position.masked_fill(~stays, self.seen).argsort(2)[:, :, :count]
+        room = -(-(count + 1) // _STEP) * _STEP
+        for name, held in self.held.items():
+            kept = held.new_empty(*held.shape[:2], room, *held.shape[3:])
+            kept[:, :, :count] = held.gather(2, _wide(at, held))
+            self.held[name] = kept
+        self.sink_slots = None
+        self._shorten(count)
+
+    def _move(self, slot: Tensor, count: int) -> None:
+        """The last entry takes the place of the one that leaves, ``(batch, heads, 1)``."""
+        for held in self.held.values():
+            held.scatter_(2, _wide(slot, held), held[:, :, count : count + 1].clone())
+        self._shorten(count)
+
+    def _shorten(self, count: int) -> None:
         self.length = count
         self._show()
 
@@ -305,7 +354,8 @@ def _observed(
     kv = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     grouped = query.view(batch, kv, heads // kv, new, width)
-    parts, received = [], torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+    parts: list[Tensor] = []
+    received: Tensor | None = None
     for begin in range(start, new, _ROWS):
         rows = slice(begin, min(new, begin + _ROWS))
         q = grouped[:, :, :, rows] * scale
@@ -324,10 +374,13 @@ def _observed(
         attention = logits.softmax(-1)
         if sees is not None:  # padding asks nothing
             attention = attention * sees[:, :, None, :, None]
-        received += layer.policy.received(attention)
+        more = layer.policy.received(attention)
+        received = more if received is None else received + more
         mixed = attention.to(value.dtype).flatten(2, 3) @ value
         parts.append(mixed.view(*q.shape[:4], value.shape[3]))
-    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).contiguous(), received
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    assert received is not None
+    return whole.flatten(1, 2).transpose(1, 2).contiguous(), received
 
 
 def _sees(mask: Tensor, layer: PrunedLayer, rows: slice) -> Tensor:
@@ -337,14 +390,16 @@ def _sees(mask: Tensor, layer: PrunedLayer, rows: slice) -> Tensor:
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
+def configs(model: nn.Module) -> list[Any]:
+    """The configs by which modules of a model know how they attend, each once."""
+    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    return list(found.values())
+
+
 @contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
-    """The model attends as `_attend` does, inside."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        if hasattr(config := getattr(module, "config", None), "_attn_implementation"):
-            configs[id(config)] = config
-    before = [(c, c._attn_implementation) for c in configs.values()]
+def attending(known: list[Any]) -> Iterator[None]:
+    """Models with these configs attend as `_attend` does, inside."""
+    before = [(c, c._attn_implementation) for c in known]
     for config, _ in before:
         config._attn_implementation_internal = NAME
     try:

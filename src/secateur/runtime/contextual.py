@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +17,9 @@ from ..measure.flops import flops
 from ..registry import register
 from ..stream import find_blocks
 from .decoder import ids_of
-from .sparse import Gated, Inputs, Site, SparseDecoder, thresholds
+from .sparse import Gated, Inputs, Scored, SparseDecoder, thresholds
 
-_WHERE = ("A3.1", "B3.6", "B4", "E4")
+WHERE = ("A3.1", "B3.6", "B4", "E4")
 
 
 def _restored(model: nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparseDecoder:
@@ -33,7 +34,7 @@ def _restored(model: nn.Module, saved: Mapping[str, Any], tensors: Mapping[str, 
     return SparseDecoder(model, [known[path] for path in found["thresholds"]], bool(found["prompt"]), made)
 
 
-@register("transform", paper="2408.14690", survey=_WHERE, when="runtime", restore=_restored, decodes=True)
+@register("transform", paper="2408.14690", survey=WHERE, when="runtime", restore=_restored, decodes=True)
 def teal(
     model: nn.Module, example: Any, data: Any, *, sparsity: float = 0.5, greedy: bool = False, prompt: bool = False
 ) -> SparseDecoder:
@@ -61,7 +62,7 @@ def teal(
     Source: Liu et al., TEAL, arXiv 2408.14690, sections 4 and 5 (algorithm 1 for greedy) and the official code.
     Thresholds are order statistics of the data here, where its code reads them from a histogram.
     """
-    _check(sparsity)
+    refuse_sparsity(sparsity)
     sites = linears(model, ids_of(example))
     batches = batches_of(data)
     fractions = {site.path: sparsity for site in sites}
@@ -72,7 +73,7 @@ def teal(
     return _made(model, example, sites, batches, fractions, sparsity, prompt, {"method": "teal", "greedy": greedy})
 
 
-@register("transform", paper="2404.08763", survey=_WHERE, when="runtime", restore=_restored, decodes=True)
+@register("transform", paper="2404.08763", survey=WHERE, when="runtime", restore=_restored, decodes=True)
 def cats(model: nn.Module, example: Any, data: Any, *, sparsity: float = 0.5, prompt: bool = False) -> SparseDecoder:
     """Leave out the neurons of a decoder's feed-forward parts whose gates are nearly shut, token by token.
 
@@ -98,23 +99,28 @@ def cats(model: nn.Module, example: Any, data: Any, *, sparsity: float = 0.5, pr
     Source: Lee et al., CATS, arXiv 2404.08763, equations 2 and 3 and section 4, from the paper's description; without
     the fine-tuning that it offers.
     """
-    _check(sparsity)
+    refuse_sparsity(sparsity)
     sites = gated(model, ids_of(example))
     fractions = {site.path: sparsity for site in sites}
     return _made(model, example, sites, batches_of(data), fractions, sparsity, prompt, {"method": "cats"})
 
 
-def _check(sparsity: float) -> None:
+def refuse_sparsity(sparsity: float) -> None:
+    """Refuse what is no fraction."""
     if not 0 <= sparsity < 1:
         raise RecipeError(f"sparsity is {sparsity}: it is the fraction that is left out, 0 or more and below 1")
 
 
-def _watched(model: nn.Module, ids: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
-    """Path, module, first input and output of all calls of modules in blocks, in the order in which they end."""
+#: Path, module, first input and output of a call of a module.
+Call = tuple[str, nn.Module, Tensor, Tensor]
+
+
+def watched(model: nn.Module, ids: Tensor) -> list[Call]:
+    """All calls of modules in blocks, in the order in which they end."""
     blocks = find_blocks(model)
     if blocks is None:
         raise ModelError(f"{type(model).__name__} has no list of blocks: give a decoder")
-    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+    calls: list[Call] = []
 
     def hook(path: str, module: nn.Module, args: Any, out: Any) -> None:
         if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor):
@@ -133,16 +139,16 @@ def _watched(model: nn.Module, ids: Tensor) -> list[tuple[str, nn.Module, Tensor
     return calls
 
 
-def linears(model: nn.Module, ids: Tensor) -> list[Site]:
+def linears(model: nn.Module, ids: Tensor) -> list[Scored]:
     """All linear layers of the blocks that read tokens one by one.
 
     Raises:
         ModelError: there are none.
     """
     recent: dict[str, Any] = {}
-    found: list[Site] = [
+    found: list[Scored] = [
         Inputs(path, module, recent)
-        for path, module, x, _ in _watched(model, ids)
+        for path, module, x, _ in watched(model, ids)
         if type(module) is nn.Linear and x.dim() == 3
     ]
     if not found:
@@ -150,14 +156,20 @@ def linears(model: nn.Module, ids: Tensor) -> list[Site]:
     return found
 
 
-def gated(model: nn.Module, ids: Tensor) -> list[Site]:
-    """All feed-forward parts ``down(act(gate(x)) * up(x))``, found by what their layers read and give.
+@dataclass(frozen=True, eq=False)
+class Three:
+    """Paths and modules of a feed-forward part ``down(act(gate(x)) * up(x))``."""
 
-    Raises:
-        ModelError: there are none.
-    """
-    calls = _watched(model, ids)
-    found: list[Site] = []
+    path: str
+    gate: tuple[str, nn.Linear]
+    act: nn.Module
+    up: tuple[str, nn.Linear]
+    down: tuple[str, nn.Linear]
+
+
+def threes(calls: list[Call]) -> list[Three]:
+    """All feed-forward parts with a gate that are modules, found by what their layers read and give."""
+    found = []
     layers = [c for c in calls if type(c[1]) is nn.Linear and c[2].dim() == 3]
     for path, module, x, out in calls:
         inner = [c for c in layers if c[0].startswith(f"{path}.")]
@@ -171,19 +183,29 @@ def gated(model: nn.Module, ids: Tensor) -> list[Site]:
                 continue
             down = next(c for c in others if c is not up)
             if down[3] is out and torch.allclose(act[3] * up[3], down[2], rtol=1e-3, atol=1e-6):
-                parts = (c[1] for c in (gate, act, up, down))
-                found.append(Gated(path, *cast("tuple[Any, Any, Any, Any]", tuple(parts))))
+                one, two, three = (cast("tuple[str, nn.Linear]", c[:2]) for c in (gate, up, down))
+                found.append(Three(path, one, act[1], two, three))
+    return found
+
+
+def gated(model: nn.Module, ids: Tensor) -> list[Scored]:
+    """All feed-forward parts ``down(act(gate(x)) * up(x))``.
+
+    Raises:
+        ModelError: there are none.
+    """
+    found = threes(watched(model, ids))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no feed-forward part down(act(gate(x)) * up(x)) of three nn.Linear: take teal"
         )
-    return found
+    return [Gated(f.path, f.gate[1], f.act, f.up[1], f.down[1]) for f in found]
 
 
 def _made(
     model: nn.Module,
     example: Any,
-    sites: list[Site],
+    sites: list[Scored],
     batches: list[Any],
     fractions: Mapping[str, float],
     sparsity: float,

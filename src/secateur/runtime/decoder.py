@@ -54,6 +54,7 @@ class PrunedDecoder(nn.Module):
         self.model, self.policy, self.chunk = model, policy, chunk
         self.rotations, self.record = dict(found or {}), dict(record or {})
         self.used: PrunedCache | None = None
+        self._known: tuple[str, list[Any]] | None = None
         self.training = model.training
 
     def cache(self) -> PrunedCache:
@@ -64,18 +65,22 @@ class PrunedDecoder(nn.Module):
 
     @contextmanager
     def _running(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        from .cache import attending
+        from .cache import attending, configs
 
-        name = cache_name(self.model)
+        if self._known is None:
+            self._known = cache_name(self.model), configs(self.model)
+        name, known = self._known
         if kwargs.get(name) is None:
             kwargs[name] = self.cache()
         self.used = kwargs[name]
-        with attending(self.model), torch.no_grad():
+        with attending(known), torch.no_grad():
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [*inspect.signature(self.model.forward).parameters]
-        kwargs = {**dict(zip(names, args, strict=False)), "use_cache": True, **kwargs}
+        if args:
+            names = inspect.signature(self.model.forward).parameters
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = {"use_cache": True, **kwargs}
         with self._running(kwargs):
             pieces = self._pieces(kwargs)
             outs = [self.model(**piece) for piece in pieces]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Policy:
         """So many entries there are at least, of a text that is as long."""
         return self.sinks + (self.window or 0) + 1
 
-    @property
+    @cached_property
     def attends(self) -> bool:
         """Whether the criterion needs attention weights."""
         return "token_attention" in get("criterion", self.criterion).needs
@@ -93,8 +94,7 @@ class Policy:
         """
         count = self.count(seen)
         ranked: Tensor = get("criterion", self.criterion)({"token_position": position}) if score is None else score
-        last = keep_count(self.recent, count) if self.window is None else self.window
-        late = position >= seen - last
+        late = position >= seen - self._last(count)
         if self.smooth > 1:
             apart = ranked.masked_fill(late if dead is None else late | dead, 0.0)
             ranked = avg_pool1d(apart, self.smooth, stride=1, padding=self.smooth // 2)
@@ -105,6 +105,21 @@ class Policy:
         if dead is not None:
             ranked = ranked.masked_fill(dead, -torch.inf)
         return select(ranked.flatten(0, 1), count).view_as(ranked)
+
+    def _last(self, count: int) -> int:
+        """So many of the last ones stay, of ``count``."""
+        return keep_count(self.recent, count) if self.window is None else self.window
+
+    def least_of(self, position: Tensor, first: Tensor, seen: int, score: Tensor) -> Tensor:
+        """The one entry of each head that `chosen` would let go, where one is too many, ``(batch, heads, 1)``.
+
+        Of several with the least score it is the last, as `select` keeps the earlier ones.
+        """
+        stays = position >= seen - self._last(position.shape[2] - 1)
+        if self.sinks:
+            stays |= position - first[:, None, None] < self.sinks
+        ranked = score.masked_fill(stays, torch.inf)
+        return position.shape[2] - 1 - ranked.flip(2).argmin(2, keepdim=True)
 
     def asdict(self) -> dict[str, Any]:
         """As plain data, from which ``Policy(**data)`` makes it again."""

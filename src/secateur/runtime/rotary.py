@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any
@@ -57,20 +57,29 @@ class Rotation:
     call: _Call | None = None
     half: str = "first"
     pairs: bool = False
+    recent: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def _angles(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines; found once for all layers that turn by as much."""
+        assert self.call is not None
+        if self.recent is None or self.recent[0].device != by.device or not torch.equal(self.recent[0], by):
+            cos, sin = (_HALVES[self.half](x)[:, None] for x in self.call.at(by[:, None]))
+            length = (cos.square() + sin.square()).sqrt()  # some models stretch what they turn
+            self.recent = by.clone(), cos / length, sin / length
+        return self.recent[1:]
 
     def __call__(self, key: Tensor, by: Tensor) -> Tensor:
         """Keys ``(batch, heads, tokens, width)``, so many positions later, ``(batch,)``."""
         if self.call is None:
             return key
-        cos, sin = (_HALVES[self.half](x)[:, None] for x in self.call.at(by[:, None]))
-        length = (cos.square() + sin.square()).sqrt()  # some models stretch what they turn
-        cos, sin = cos / length, sin / length
+        cos, sin = self._angles(by)
         n = 2 * cos.shape[-1]
         turned, rest = key[..., :n].float(), key[..., n:]
         a, b = (turned[..., ::2], turned[..., 1::2]) if self.pairs else turned.chunk(2, -1)
         x, y = a * cos - b * sin, b * cos + a * sin
         found = torch.stack((x, y), -1).flatten(-2) if self.pairs else torch.cat((x, y), -1)
-        return torch.cat((found.to(key.dtype), rest), -1)
+        found = found.to(key.dtype)
+        return torch.cat((found, rest), -1) if rest.shape[-1] else found
 
 
 @contextmanager

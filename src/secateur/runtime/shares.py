@@ -65,7 +65,7 @@ def _greedy(
         for site in sites:
             rank = int(trial[site.path] * len(order[site.path]) + 0.5)
             site.threshold = float(order[site.path][rank - 1]) if rank else -1.0
-        with patched(model, {site.path: partial(site.run, sparse=False) for site in sites}):
+        with patched((site.layer, partial(site.run, sparse=False)) for site in sites):
             return float((_hidden(block(*args, **kwargs)) - wanted).float().norm())
 
     done = 0.0
