@@ -153,7 +153,7 @@ def differing(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -
     >>> differing({"method": "fbs", "when": "runtime"}, {"criterion": "magnitude"})  # one of them has no recipe
     ('moment',)
     """
-    if ((left or {}).get("when") == "runtime") != ((right or {}).get("when") == "runtime"):
+    if trains_itself(left) != trains_itself(right):
         return ("moment",)
     ours, theirs = _axes(left), _axes(right)
     return tuple(sorted(axis for axis in ours.keys() | theirs.keys() if ours.get(axis) != theirs.get(axis)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,26 +13,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..disk import beside, refuse
+from ..disk import beside
+from ..errors import RecipeError
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
+from ..processes import decided, unequal, world
 from ..record import dumps
-from ..registry import get
 from ..runtime import Learning, made
 from ..runtime.base import answering
 from ..runtime.measured import measured
 from ..runtime.measured import table as compared
 from ..runtime.store import write
-from ..tasks import find, fit
-from ..tasks.base import Split, Task, placed
+from ..tasks import fit
+from ..tasks.base import Task, placed
 from ..tasks.checkpoint import own_generators
-from ..tasks.loop import OFTEN, Leg
-from .course import Progress
+from ..tasks.loop import Leg
 from .healing import fresh_model
-from .result import digest_of
+from .own import Asked, Own
 
-#: How long the run with gates is, in lengths of the dense run.
-LENGTH = 0.5
 #: Batches that the result is measured on, beside the dense model.
 _MEASURED = 4
 
@@ -119,108 +115,62 @@ class _Keeper:
         self.gates.advance(self.at / self.steps)
 
 
-def train_dynamic(
-    task: Any,
-    method: str,
-    *,
-    epochs: float | None = None,
-    length: float = LENGTH,
-    rate: float = 0.1,
-    out: str | Path | None = None,
-    model: nn.Module | None = None,
-    target: str | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    every: float = OFTEN,
-    dense: str | Path | None = None,
-    score: Split = "test",
-    options: Mapping[str, Any] | None = None,
-    knobs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    command: str = "",
-) -> TrainedDynamic:
+def train_dynamic(task: Any, method: str, asked: Asked) -> TrainedDynamic:
     """Train a task densely, then with gates in it; what `train` does for a method of run time whose gates are learned.
-
-    Args:
-        epochs: of the dense run; the task's own by default.
-        length: of the run with gates, in lengths of the dense run.
-        rate: of the run with gates: factor of the task's learning rate.
-        knobs: of the method.
-        out, model, target, seed, device, every, dense, score, options, progress, command: see `train`.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError, OutputError: with one sentence.
     """
-    from .train import train
+    own = Own(task, method, asked)
+    if not own.length > 0:
+        raise RecipeError(f"the gates of '{method}' are learned: length is above 0, not {own.length:g}")
+    found, seed, place = own.task, asked.seed, own.device
+    given = dict(asked.knobs or {}) | ({} if asked.target is None else {"target": asked.target})
+    if "seed" in own.part.knobs:
+        given.setdefault("seed", seed)
 
-    found = find(task, **(options or {}))
-    whole = float(found.epochs if epochs is None else epochs)
-    folder = None if out is None else Path(out)
-    work = None if folder is None else folder.with_name(folder.name + ".run")
-    if folder is not None:
-        refuse(folder)
-    say = progress or (lambda *_: None)
-    begun = time.perf_counter()
+    def gated(net: nn.Module) -> Learning:
+        return cast("Learning", made(net, method, placed(found.example_input(), place), _train(found, seed), **given))
+
     with own_generators(), Peak() as peak:
-        curves: list[dict[str, Any]] = []
-        given = dict(knobs or {}) | ({} if target is None else {"target": target})
-        if "seed" in get("transform", method).knobs:
-            given.setdefault("seed", seed)
-
-        def gated(net: nn.Module) -> Learning:
-            example = placed(found.example_input(), torch.device(device))
-            return cast("Learning", made(net, method, example, _train(found, seed), **given))
-
-        if model is None:
-            gated(fresh_model(found, seed).to(device))  # what cannot be is said before the dense run
-            own = None if work is None else work / "dense"
-            run = train(
-                found, epochs=whole, seed=seed, device=device, every=every, dense=dense or own, score=score,
-                progress=progress,
-            )  # fmt: skip
-            model, curves = run.model, run.run["curves"]
-        else:
-            model = copy.deepcopy(model).to(device)
-        before = found.measure(model, score)
+        if asked.model is None:
+            gated(fresh_model(found, seed).to(place))  # what cannot be is said before the dense run
+        model = own.dense()
+        before = found.measure(model, asked.score)
         gates = gated(model)
         module = cast("nn.Module", gates)
-        tags = {
-            "task": {**found.describe(), "options": {k: str(v) for k, v in found.options.items()}},
-            "method": method, "knobs": {k: str(v) for k, v in sorted(given.items())}, "epochs": whole,
-            "length": length, "rate": rate, "leg": "gates", "seed": seed, "given": digest_of(model.state_dict()),
-        }  # fmt: skip
         leg = Leg(
-            length * whole, rate=rate, seed=seed, round=1, every=every, tags=tags,
-            file=None if work is None else work / "gates.safetensors",
-            loss=None if (joint := get("transform", method).facts.get("joint")) is None else partial(joint, found.loss),
+            own.length * own.epochs, rate=asked.rate, seed=seed, round=1, every=asked.every,
+            tags={**own.tags(model, given), "leg": "gates"},
+            file=None if own.work is None else own.work / "gates.safetensors",
+            loss=None if (joint := own.part.facts.get("joint")) is None else partial(joint, found.loss),
         )  # fmt: skip
-        place = torch.device(device)
         with answering(gates):
+            begun = time.perf_counter()
             fitted = fit(
                 found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
-                progress=lambda done, of: say("gates", done, of),
+                progress=lambda done, of: own.say("gates", done, of),
             )  # fmt: skip
+            own.earlier += max(0.0, fitted.seconds - (time.perf_counter() - begun))
             module.eval()
             gates.advance(1.0)  # a run that was over is only read
             gates.settle(placed(b, place) for b in found.batches("valid", seed, 0))
-            after = found.measure(module, score)
-        batches = [placed(b, place) for b in islice(found.batches(score, 0, 0), _MEASURED)]
-        beside_dense = measured(gates, batches, repeats=1)
+            after = found.measure(module, asked.score)
+        batches = [placed(b, place) for b in islice(found.batches(asked.score, 0, 0), _MEASURED)]
+        beside_dense = decided(lambda: measured(gates, batches, repeats=1))
     parameters = count_parameters(module)[0]
     record = {
-        **gates.record, "task": found.describe(), "seed": seed, "epochs": whole, "length": length, "rate": rate,
-        "when": "runtime", "score": score, "target": target, "command": command,
+        **gates.record, "task": found.describe(), "seed": seed, "epochs": own.epochs, "length": own.length,
+        "rate": asked.rate, "when": "runtime", "score": asked.score, "target": asked.target, "command": asked.command,
         "before": {"metric": {"name": found.metric_name, "value": before}},
         "after": {"metric": {"name": found.metric_name, "value": after}, "parameters": parameters},
-        "measured": beside_dense, "curves": curves + [{"leg": "gates", **row} for row in fitted.rows],
-        "timings": {"total": time.perf_counter() - begun}, "peak_memory": peak.bytes,
-        "notes": gates.record.get("notes", []),
+        "measured": beside_dense, "curves": own.curves + [{"leg": "gates", **row} for row in fitted.rows],
+        "timings": {"total": own.seconds()}, "peak_memory": peak.bytes, "processes": world(),
+        "notes": [*gates.record.get("notes", []), *unequal(module)],
         "versions": versions(), "machine": machine(),
     }  # fmt: skip
     result = TrainedDynamic(module, record)
-    if folder is not None:
-        result.save(folder)
-        shutil.rmtree(folder.with_name(folder.name + ".run"), ignore_errors=True)
+    own.write(result)
     return result
 
 
