@@ -108,8 +108,9 @@ class DynamicViT(nn.Module):
         self.model = model
         self.structure, self.at, self.keep, self.ratio, self.distill = structure, at, keep, ratio, distill
         generator = torch.Generator().manual_seed(seed)
-        device = next(model.parameters()).device
-        self.predictors = nn.ModuleList(Predictor(structure.width, generator) for _ in at).to(device)
+        like = next(model.parameters())
+        self.predictors = nn.ModuleList(Predictor(structure.width, generator) for _ in at)
+        self.predictors.to(device=like.device, dtype=like.dtype)
         self.record: dict[str, Any] = {}
         self.training = model.training
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple: it is no part of this module
