@@ -80,7 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "supernet-latency": {"method": "supernet", "target": "latency 20%", "knobs": _SMALL, "epochs": 1},
     "fbs": {"task": CNN, "method": "fbs", "target": "flops 30%", "knobs": {"lasso": 0.1}, **_GATES},
     "ftwt": {"task": CNN, "method": "ftwt", "target": "flops 20%", **_GATES},
-    "skipnet": {"task": CNN, "method": "skipnet", "target": "flops 30%", **_GATES},
+    "skipnet": {"task": CNN, "method": "skipnet", "target": "flops 30%", "knobs": {"cost": 200.0}, **_GATES},
     "early-exit": {"task": CNN, "method": "early-exit", "knobs": {"exits": 1}, **_GATES},
     "dynamicvit": {"task": VIT, "method": "dynamicvit", "knobs": {"keep": 0.7}, **_GATES},
 }  # fmt: skip

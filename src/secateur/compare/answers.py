@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import DataError
 from .cells import Cell, Measure, cells, target_key
 from .plain import plain_dict
-from .rows import Row
+from .rows import Row, trains_itself
 from .statistics import up
 from .verdicts import BETTER, NONE, PLAIN, WORSE, Comparison, Rules, compare_cells
 

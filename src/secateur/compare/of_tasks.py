@@ -181,13 +181,16 @@ def run_own(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, A
     passed, given = _epochs(run["curves"]), tuple(sorted(spec["options"].items()))
     train_set, valid_set = (_examples(spec["source"], given, s) for s in ("train", "valid"))
     passes, tried = run.get("passes", {}), run.get("tried", 0)
-    read = tried * run["knobs"]["calibration"] * _batch(task) if tried else 0
+    seen = sum(length * passes.get(leg, 1) for leg, length in passed.items()) * train_set + tried * valid_set
+    seen += tried * run["knobs"]["calibration"] * _batch(task) if tried else 0
     with answering(made.gates) if dynamic else nullcontext():
         valid = task.measure(made.model)
         made.model.to("cpu")
         groups = _groups(task, made.model)
     plain = made.gates.model if dynamic else made.model
-    executed = {k: run["measured"]["gated"]["flops"]["mean"] for k in ("flops", "effective_flops")} if dynamic else {}
+    work_done = (
+        dict.fromkeys(("flops", "effective_flops"), run["measured"]["gated"]["flops"]["mean"]) if dynamic else {}
+    )
     result = {
         "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
         "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,
@@ -195,8 +198,7 @@ def run_own(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, A
         "latency": _speed(spec, work, as_dense, made.model, False, task.example_input()) if spec["latency"] else None,
         "cost": {
             "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"],
-            "samples": round(sum(v * passes.get(k, 1) for k, v in passed.items()) * train_set + tried * valid_set + read),
-            "labels": round(sum(passed.values()) * train_set + tried * valid_set),
+            "samples": round(seen), "labels": round(sum(passed.values()) * train_set + tried * valid_set),
             "epochs": round(sum(passed.values()), 4),
             "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4),
         },

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from .. import documents
 from ..data import EVALUATION
 from ..errors import RecipeError, StudyError, UnknownName
 from ..frozen import frozen
@@ -242,14 +239,7 @@ class Study:
         Raises:
             StudyError: it cannot be read, or is not understood.
         """
-        try:
-            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyError(f"the study {source} cannot be read: {error}") from None
-        try:
-            data = YAML(typ="safe").load(text)
-        except YAMLError as error:
-            raise StudyError(f"not a YAML study: {str(error).splitlines()[0]}") from None
+        data = documents.read(source, "study", StudyError)
         if not isinstance(data, dict):
             raise StudyError("a study is a mapping with tasks or models, methods and targets; see docs/compare.md")
         return Study.of(data)
@@ -275,13 +265,7 @@ class Study:
 
     def dump(self) -> str:
         """YAML 1.2 text; `load` reads it back to an equal study."""
-        stream = io.StringIO()
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = None
-        yaml.width = 120
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return documents.written(self.to_dict(), short=True)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -129,9 +129,7 @@ class Goal:
 
     def _measure(self, models: Mapping[str, nn.Module]) -> Mapping[str, float]:
         """Of several processes the first one measures, while the others wait."""
-        found: Mapping[str, float] = decided(
-            lambda: dict(self._clock(models, self.elastic.args, self.elastic.kwargs))
-        )
+        found: Mapping[str, float] = decided(lambda: dict(self._clock(models, self.elastic.args, self.elastic.kwargs)))
         return found
 
     def _fit(self, samples: int, seed: int) -> Predictor:

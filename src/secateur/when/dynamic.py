@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..disk import beside
