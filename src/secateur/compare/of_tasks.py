@@ -188,9 +188,9 @@ def run_own(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, A
         made.model.to("cpu")
         groups = _groups(task, made.model)
     plain = made.gates.model if dynamic else made.model
-    work_done = (
-        dict.fromkeys(("flops", "effective_flops"), run["measured"]["gated"]["flops"]["mean"]) if dynamic else {}
-    )
+    executed = {}
+    if dynamic:
+        executed = dict.fromkeys(("flops", "effective_flops"), run["measured"]["gated"]["flops"]["mean"])
     result = {
         "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
         "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,

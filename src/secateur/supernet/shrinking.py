@@ -67,11 +67,14 @@ def supernet(
     Beware: a step costs as much as the ``random`` + 2 sub-networks that it trains, in time and in memory; distillation
     takes the last axis of the outputs for classes.
 
-    Source: Cai et al., Once-for-all, arXiv 1908.09791, section 3: elastic widths by importance, depths by leaving the
-    last blocks of a stage out, kernels as centers through matrices (its figures 3 to 5) and the official code; there
-    the dense model teaches, and depths and widths come in by turns. Yu and Huang, Universally slimmable networks,
-    arXiv 1903.05134, sections 3.2 to 3.4 and the official code (with random widths in each layer): the sandwich rule,
-    distillation in place, and statistics of batch norms after training.
+    Source: Cai et al., Once-for-all, arXiv 1908.09791, section 3, and the official code (mit-han-lab/once-for-all):
+    elastic widths by importance, depths by leaving the last blocks of a stage out, kernels as centers through matrices
+    that channels share. There kernels, depths and widths come in by turns (progressive shrinking), each with a run of
+    its own; a step trains one to four random sub-networks on the labels and on the outputs of the dense model; and a
+    network that predicts the accuracy stands in for the validation data while it searches. Yu and Huang, Universally
+    slimmable networks, arXiv 1903.05134, sections 3.2 to 3.4, and the official code (JiahuiYu/slimmable_networks, with
+    random widths in each layer, four networks a step): the sandwich rule, distillation in place, and statistics of
+    batch norms after training, as means over batches. There the first channels stay.
     """
     if not span > 0:
         raise RecipeError(f"supernet: span is how long all sub-networks are trained, above 0, not {span:g}")
