@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: its own, and from itself; never from its own row or a later one.
 ORDER = (
     ("errors",),
-    ("registry", "facts", "disk", "frozen", "processes"),
+    ("registry", "facts", "disk", "documents", "frozen", "processes"),
     ("select", "schedule", "drivers", "holds", "symmetric", "lanes"),
     ("layers", "graph", "formats", "data", "printing"),
     ("masks", "evidence", "surgery", "measure", "kernels"),

@@ -6,20 +6,34 @@ model as it likes, and gates may come and go between two legs of a run. Where pr
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import DataError, ModelError
+from . import errors
+from .errors import DataError, ModelError, SecateurError
 
 #: Bytes of gradients that are sent at once.
 BUCKET = 25 << 20
+
+
+class Part(NamedTuple):
+    """What this process has of a batch: which rows, of how many, and how much they weigh in the mean over processes."""
+
+    own: slice
+    rows: int
+    weight: float
+
+
+#: Of the batch that was shared last.
+_last = Part(slice(0), 0, 1.0)
 
 
 def world() -> int:
@@ -91,11 +105,50 @@ def share(batch: Any) -> tuple[Any, float]:
     rows = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
     if not rows:
         raise DataError(f"{size} processes cannot share a batch without a tensor that has rows")
+    global _last
     own = part(rows)
     count = own.stop - own.start
     taken = own if count else slice(0, 1)
     cut = tree_map(lambda x: x[taken] if isinstance(x, Tensor) and x.dim() and len(x) == rows else x, batch)
-    return cut, count * size / rows
+    _last = Part(taken, rows, count * size / rows)
+    return cut, _last.weight
+
+
+def mean(summed: Tensor, count: int) -> Tensor:
+    """A sum over what this process has of the batch, as the mean over all of it, for a loss that is not a mean itself.
+
+    Its gradient is that of this process's part, so that a loss times the weight of `share` adds up to the whole one.
+    """
+    if world() == 1:
+        return summed / max(count, 1)
+    weight = _last.weight
+    counts = float(total(torch.tensor(float(count if weight else 0))))
+    value = total(summed.detach() if weight else torch.zeros_like(summed)) / max(counts, 1.0)
+    if not weight or not counts:
+        return value
+    own = summed * (world() / (counts * weight))
+    return own + (value - own).detach()
+
+
+def together(rows: Tensor) -> Tensor:
+    """The rows that all processes have of the batch, one process after the other; without gradient."""
+    if world() == 1:
+        return rows
+    rows = rows.detach() if _last.weight else rows.detach()[:0]
+    counts = [int(total(torch.tensor(len(rows) if k == rank() else 0))) for k in range(world())]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded)
+    return torch.cat([x[:n] for x, n in zip(found, counts, strict=True)])
+
+
+def noise(like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is drawn for each row: of several processes, each takes its rows of what one would draw for the batch."""
+    own, rows, _ = _last
+    if world() == 1 or len(like) != own.stop - own.start:
+        return draw(torch.empty_like(like))
+    return draw(like.new_empty(rows, *like.shape[1:]))[own]
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:
@@ -176,6 +229,41 @@ def told(said: bytes) -> bytes:
     if len(sent):
         dist.broadcast(sent, src=0)
     return sent.numpy().tobytes()
+
+
+def decided(what: Callable[[], Any]) -> Any:
+    """What the first process finds, as JSON data; the others wait for it, and fail with it.
+
+    Raises:
+        SecateurError: as the first process did.
+    """
+    if world() == 1:
+        return what()
+    said: dict[str, Any] = {}
+    failure: SecateurError | None = None
+    if rank() == 0:
+        try:
+            said = {"found": what()}
+        except SecateurError as error:
+            failure, said = error, {"failed": type(error).__name__, "why": str(error)}
+    said = json.loads(told(json.dumps(said).encode()))
+    if failure is not None:
+        raise failure
+    if "failed" in said:
+        kind = getattr(errors, said["failed"], SecateurError)
+        raise (SecateurError if kind is errors.UnknownName else kind)(said["why"])
+    return said["found"]
+
+
+def unequal(model: nn.Module) -> list[str]:
+    """Why several processes do not quite make the run of one, as notes: what counts the rows of one process alone.
+
+    A module says so of itself by the attribute ``counts_rows``; batch norms need not.
+    """
+    norms = nn.modules.batchnorm._BatchNorm
+    if world() == 1 or not any(isinstance(m, norms) or getattr(m, "counts_rows", False) for m in model.modules()):
+        return []
+    return [f"batch norm counts the share of a batch that a process has: {world()} processes are not quite one"]
 
 
 def _buckets(tensors: list[Any]) -> Iterator[list[Any]]:

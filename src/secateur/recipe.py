@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from . import drivers, holds, learned  # noqa: F401  registers them
 from . import granularity as granularity_module
 from .consistency import check_parts, heals_units, measure_needs, ranks
+from .documents import read, written
 from .errors import RecipeError, UnknownName
 from .facts import FACTS, of_source
 from .formats import parse_integers
@@ -303,26 +300,14 @@ class Recipe:
 
     def dump(self) -> str:
         """YAML 1.2 text; `load` reads it back to an equal recipe."""
-        stream = io.StringIO()
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return written(self.to_dict())
 
     @staticmethod
     def load(source: str | Path) -> Recipe:
         """Read YAML text, or a file. A recipe is data: it never names code to import."""
-        try:
-            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {source} cannot be read: {error}") from None
-        where = f" in {source}" if isinstance(source, Path) else ""
-        try:
-            data = YAML(typ="safe").load(text)
-        except YAMLError as error:
-            raise RecipeError(f"not a YAML recipe{where}: {str(error).splitlines()[0]}") from None
+        data = read(source)
         if not isinstance(data, dict):
+            where = f" in {source}" if isinstance(source, Path) else ""
             raise RecipeError(f"a recipe{where} is a mapping of fields, not {type(data).__name__}")
         if data.get("method", "custom") != "custom" and set(data) != {f.name for f in dataclasses.fields(Recipe)}:
             data = dict(data)

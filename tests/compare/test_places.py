@@ -34,16 +34,16 @@ def test_the_speed_of_a_compound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("method", "target", "trainer"),
-    [(COMPOUND, 0.5, "train"), ({"method": "fbs", "label": "x"}, "flops 30%", "train_dynamic")],
+    ("method", "target"),
+    [(COMPOUND, 0.5), *(({"method": m, "label": "x"}, "flops 30%") for m in ("fbs", "supernet"))],
 )
 def test_it_is_trained_where_the_budget_says(
-    method: Any, target: Any, trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Any, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*_: Any, device: str = "cpu", **__: Any) -> None:
         raise InterruptedError(device)
 
-    monkeypatch.setattr(of_tasks, trainer, asked)
+    monkeypatch.setattr(of_tasks, "train", asked)
     run = only_run(method, target, device="cuda")
     with pytest.raises(InterruptedError, match="cuda"):
         run_task(run.spec, tmp_path, run.digest)

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import DataError
 from .cells import Cell, Measure, cells, target_key
 from .plain import plain_dict
-from .rows import Row
+from .rows import Row, trains_itself
 from .statistics import up
 from .verdicts import BETTER, NONE, PLAIN, WORSE, Comparison, Rules, compare_cells
 
@@ -153,7 +153,7 @@ def differing(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -
     >>> differing({"method": "fbs", "when": "runtime"}, {"criterion": "magnitude"})  # one of them has no recipe
     ('moment',)
     """
-    if ((left or {}).get("when") == "runtime") != ((right or {}).get("when") == "runtime"):
+    if trains_itself(left) != trains_itself(right):
         return ("moment",)
     ours, theirs = _axes(left), _axes(right)
     return tuple(sorted(axis for axis in ours.keys() | theirs.keys() if ours.get(axis) != theirs.get(axis)))

@@ -12,9 +12,12 @@ from ..errors import RecipeError, StudyError
 from ..frozen import frozen, thawed
 from ..fuse import methods as decompositions
 from ..granularity import parse
+from ..methods import load
 from ..recipe import Recipe
+from ..registry import parts
 from ..runtime import is_runtime
-from ..when.train import own_options
+from ..when.own import own_options
+from ..when.train import runner_of
 from .targets import OWN, PATTERN, of_weights, target_of
 
 
@@ -25,7 +28,8 @@ class Contender:
     Attributes:
         label: its name in tables.
         method: the named method.
-        axes: fields of the recipe that it changes; of a method of run time ``knobs``, ``length`` and ``rate``.
+        axes: fields of the recipe that it changes; of a method that trains in a way of its own ``knobs``, ``length``
+            and ``rate``.
         tune: ``axis.knob`` -> values that are tried on validation data, with the study's first seed.
         when: ``before``, ``during`` or ``after`` training, where that is not the method's own.
         targets: those of the study's that it is tried at; None for all.
@@ -52,20 +56,26 @@ class Contender:
         Raises:
             RecipeError, StudyError: it is not.
         """
-        if self.dynamic and (self.tune or self.masks or self.when):
-            raise StudyError(f"method '{self.method}' decides at run time: leave out tune, masks and when")
-        if self.dynamic:
+        if self.own and (self.tune or self.masks or self.when):
+            raise StudyError(f"method '{self.method}' trains in a way of its own: leave out tune, masks and when")
+        if self.own:
             self.options()
         elif self.compound is None:
             self.recipe()
 
     @property
-    def dynamic(self) -> bool:
-        """Whether it decides for each input, by gates that are trained: it has no recipe then."""
-        return self.compound is None and is_runtime(self.method, trained=True)
+    def own(self) -> bool:
+        """Whether it trains in a way of its own, as gates of run time and supernets do: it has no recipe then."""
+        return self.compound is None and runner_of(self.method) is not None
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Of such a method: what its targets may be in."""
+        found: tuple[str, ...] = parts("transform")[self.method].facts.get("quantities", ("flops",))
+        return found
 
     def options(self) -> dict[str, Any]:
-        """Of a method of run time: what `train` takes beside the target.
+        """Of such a method: what `train` takes beside the target.
 
         Raises:
             RecipeError: it has no such option.
@@ -146,6 +156,7 @@ def contenders(value: Any) -> Iterator[Contender]:
 
 
 def _contender(value: Any) -> Contender:
+    load()
     if isinstance(value, Mapping) and "compound" in value:
         return _compound(value)
     name = value if isinstance(value, str) else value.get("method") if isinstance(value, Mapping) else None

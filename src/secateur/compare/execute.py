@@ -19,6 +19,7 @@ from .of_models import run_model, shares
 from .of_tasks import run_task
 from .outcome import Outcome
 from .plan import code_digest
+from .rows import trains_itself
 from .shared import launch
 
 
@@ -36,8 +37,8 @@ def execute(digest: str, spec: Mapping[str, Any], work: Path) -> Outcome:
 def processes_of(spec: Mapping[str, Any]) -> int:
     """How many processes make a run: those of the budget where it trains, or calibrates in a way that can be shared."""
     asked = int(spec["budget"].get("processes", 1))
-    if asked == 1 or (spec["recipe"] or {}).get("when") == "runtime":
-        return 1
+    if asked == 1 or trains_itself(spec["recipe"]):
+        return asked
     recipe = None if spec["recipe"] is None else restored(spec["recipe"])
     if isinstance(recipe, Compound):
         return 1

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from ..runtime.base import answering
 from ..tasks import Task, find
 from ..tasks.base import accuracy, by_class, placed
 from ..when.course import settled
-from ..when.dynamic import LENGTH, TrainedDynamic, train_dynamic
+from ..when.dynamic import TrainedDynamic
+from ..when.own import training_runs as own_runs
 from ..when.result import Trained
 from ..when.train import recipe_and_moment, train
 from .measured import sizes, speed, stored, surroundings
+from .rows import trains_itself
 
 
 def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -40,8 +43,8 @@ def run_task(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, 
     options = dict(spec["options"])
     task = find(spec["source"], **options)
     budget, tuning = spec["budget"], spec["role"] == "tune"
-    if spec["recipe"] is not None and spec["recipe"].get("when") == "runtime":
-        return run_dynamic(spec, work, name)
+    if trains_itself(spec["recipe"]):
+        return run_own(spec, work, name)
     asked = None if spec["recipe"] is None else restored(spec["recipe"])
     if isinstance(asked, Compound):
         return _compound(spec, work, name, task, asked)
@@ -151,47 +154,55 @@ def _compound(
     return result, run
 
 
-def run_dynamic(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`run_task` of a method that decides for each input: its operations are those executed, the mean over inputs."""
-    options, budget = dict(spec["options"]), spec["budget"]
-    task, own = (
-        find(spec["source"], **options),
-        {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")},
-    )
+def run_own(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`run_task` of a method that trains in a way of its own.
+
+    Operations of one that decides for each input are those executed, the mean over inputs. Of a supernet each network
+    that a sample goes through counts it, those that a search judges too.
+    """
+    task, budget = find(spec["source"], **spec["options"]), spec["budget"]
+    method, asked = spec["recipe"]["method"], {k: v for k, v in spec["recipe"].items() if k not in ("method", "when")}
     epochs = float(task.epochs if budget["epochs"] is None else budget["epochs"])
     if budget["total_epochs"] is not None:
-        epochs = float(budget["total_epochs"]) / (1.0 + float(own.get("length", LENGTH)))
-    out = work / name
-    for old in (out, out.with_name(out.name + ".partial")):
+        epochs = float(budget["total_epochs"]) / own_runs(method, asked)
+    out, count, own = work / name, world(), rank()
+    for old in (out, out.with_name(out.name + ".partial")) if own == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
     as_dense: dict[str, Any] = {
-        "epochs": epochs, "options": options, "dense": _dense(work, spec["code"], budget),
+        "epochs": epochs, "options": dict(spec["options"]), "dense": _dense(work, spec["code"], budget),
         "device": budget.get("device", "cpu"),
     }  # fmt: skip
-    made = train_dynamic(
-        spec["source"], spec["recipe"]["method"], out=out, target=spec["target"], **as_dense, **own,
-    )  # fmt: skip
+    made = train(spec["source"], method, out=out, target=spec["target"], **as_dense, **asked)
+    leave()
+    if own:
+        return {}, {}
     shutil.rmtree(out, ignore_errors=True)
-    run, gates = made.run, made.gates
-    executed = run["measured"]["gated"]["flops"]["mean"]
-    passed, given = _epochs(run["curves"]), tuple(sorted(options.items()))
-    seen = round(sum(passed.values()) * _examples(spec["source"], given, "train"))
-    with answering(gates):
+    run, dynamic = made.run, isinstance(made, TrainedDynamic)
+    passed, given = _epochs(run["curves"]), tuple(sorted(spec["options"].items()))
+    train_set, valid_set = (_examples(spec["source"], given, s) for s in ("train", "valid"))
+    passes, tried = run.get("passes", {}), run.get("tried", 0)
+    seen = sum(length * passes.get(leg, 1) for leg, length in passed.items()) * train_set + tried * valid_set
+    seen += tried * run["knobs"]["calibration"] * _batch(task) if tried else 0
+    with answering(made.gates) if dynamic else nullcontext():
         valid = task.measure(made.model)
         made.model.to("cpu")
         groups = _groups(task, made.model)
+    plain = made.gates.model if dynamic else made.model
+    executed = {}
+    if dynamic:
+        executed = dict.fromkeys(("flops", "effective_flops"), run["measured"]["gated"]["flops"]["mean"])
     result = {
         "metric": task.metric_name, "higher_is_better": task.higher_is_better, "valid": valid, "test": made.metric,
         "test_count": _count(task, "test"), "groups": groups, "sparsity": made.sparsity,
-        **sizes(made.model, {}, _layers(gates.model, {}), task.example_input()),
-        "flops": executed, "effective_flops": executed,
+        **sizes(made.model, {}, _layers(plain, {}), task.example_input()), **executed,
         "latency": _speed(spec, work, as_dense, made.model, False, task.example_input()) if spec["latency"] else None,
         "cost": {
-            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"], "samples": seen, "labels": seen,
+            "seconds": run["timings"]["total"], "peak_memory": run["peak_memory"],
+            "samples": round(seen), "labels": round(sum(passed.values()) * train_set + tried * valid_set),
             "epochs": round(sum(passed.values()), 4),
-            "after_dense": round(sum(v for k, v in passed.items() if k[:5] != "dense"), 4),
+            "after_dense": round(sum(v for k, v in passed.items() if k != "dense"), 4),
         },
-        "protocol": {"epochs": epochs, "when": "runtime", "steps": 1, **_given(budget, 1)},
+        "protocol": {"epochs": epochs, "when": run["when"], "steps": 1, **_given(budget, count)},
         "data": {s: _hash(spec["source"], given, s) for s in ("train", "valid", "test")},
         "recipe_digest": None, **surroundings(),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from ..frozen import plain, thawed
 from ..recipe import Recipe
 from ..report import values as v
 from ..report.reproduce import yaml_of
-from .rows import Row
+from .rows import Row, trains_itself
 
 #: Axes that both commands have an option for.
 _OPTIONS = ("granularity", "allocation", "criterion", "solver", "recovery", "schedule", "steps")
@@ -76,7 +76,7 @@ def _command(study: Mapping[str, Any], row: Row, task: Any, method: Mapping[str,
 def _of_recipe(row: Row) -> list[str]:
     """Options that make the recipe; a file where options cannot say it."""
     assert row.recipe is not None
-    if row.recipe.get("when") == "runtime":
+    if trains_itself(row.recipe):
         own = row.recipe
         knobs = {**dict(own.get("knobs") or {}), **{k: own[k] for k in ("length", "rate") if k in own}}
         method = str(own.get("method"))
@@ -130,7 +130,7 @@ def recipes(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The recipe of each contender as YAML, once for all targets and seeds that differ in sparsity and seed alone."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        if row.recipe is None or row.recipe.get("when") == "runtime":  # a command says all of it
+        if row.recipe is None or trains_itself(row.recipe):  # a command says all of it
             continue
         same = str(sorted((k, str(x)) for k, x in plain(dict(row.recipe)).items() if k not in _VARIES))
         group = groups.setdefault((row.label, same), {"label": row.label, "recipe": row.recipe, "cells": {}})

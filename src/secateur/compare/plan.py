@@ -15,6 +15,7 @@ from ..data import read_text
 from ..errors import StudyError
 from ..frozen import plain, thawed
 from ..recipe import Recipe
+from ..registry import parts
 from ..when.train import rounds_of
 from .contender import Contender
 from .rows import Row
@@ -217,11 +218,12 @@ class _Facts:
         knobs: Mapping[str, Any] | None = None, role: str = "final",
     ) -> Run:  # fmt: skip
         recipe: Recipe | Compound | None = None
-        dynamic = None  # what stands in place of a recipe
+        own_way = None  # what stands in place of a recipe
         if contender is not None and contender.compound is not None:
             recipe = contender.at(target)
-        elif contender is not None and contender.dynamic:
-            dynamic = {"method": contender.method, "when": "runtime", "seed": seed, **contender.options()}
+        elif contender is not None and contender.own:
+            when = parts("transform")[contender.method].facts["when"]
+            own_way = {"method": contender.method, "when": when, "seed": seed, **contender.options()}
         elif contender is not None:
             own = {**axes_of(target), **({"knobs": dict(knobs)} if knobs else {})}
             recipe = method = contender.recipe(**own)
@@ -247,7 +249,7 @@ class _Facts:
         masks = thawed(contender.masks) if contender is not None and contender.masks else None
         spec: dict[str, Any] = {
             "protocol": PROTOCOL, "kind": subject.kind, "source": subject.source, "options": dict(subject.options),
-            "code": self.code(subject.source), "recipe": dynamic if recipe is None else recipe.to_dict(), "seed": drawn,
+            "code": self.code(subject.source), "recipe": own_way if recipe is None else recipe.to_dict(), "seed": drawn,
             "target": structured(target) if target and not compound else None, "role": role, "latency": study.latency,
             "when": contender.when if contender is not None else None, "masks": masks, "budget": spent,
         }  # fmt: skip

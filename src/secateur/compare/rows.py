@@ -22,7 +22,8 @@ class Row:
         subject: what was pruned: the name of a task, or of a model.
         kind: ``task`` (trained here) or ``model`` (a language model that was trained before).
         label: the contender's name in tables: a method, or what the study calls it; ``dense`` for the baseline.
-        recipe: the recipe as plain data; None for the dense baseline.
+        recipe: the recipe as plain data, or method, moment and options of one that has none, see `trains_itself`; None
+            for the dense baseline.
         target: what was asked for, as a user writes it: ``0.9``, ``2:4``, ``flops 50%``; empty for the dense baseline.
         seed: of every random draw; of a language model also which calibration text is seen.
         role: ``final``, or ``tune`` for one that chose a knob and never saw the test data.
@@ -93,6 +94,15 @@ class Row:
             return cls(**data)
         except TypeError as error:
             raise DataError(f"this is not a run of a study: {error}") from None
+
+
+def trains_itself(recipe: Mapping[str, Any] | None) -> bool:
+    """Whether what stands in place of a recipe is of a method that trains in a way of its own: it says when.
+
+    >>> trains_itself({"method": "fbs", "when": "runtime"}), trains_itself({"method": "snip"})
+    (True, False)
+    """
+    return recipe is not None and "when" in recipe
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from .. import documents
 from ..data import EVALUATION
 from ..errors import RecipeError, StudyError, UnknownName
 from ..frozen import frozen
 from ..granularity import parse
 from ..registry import parts
+from ..structured import Target
 from .contender import Contender, contenders, several, written
 from .targets import OWN, PATTERN, axes_of, of_weights, target_of
 
@@ -165,10 +163,14 @@ class Study:
             return (
                 "it is a method, and takes what a target says: 'own' is for compounds that say all amounts themselves"
             )
-        if contender.dynamic:
+        if contender.own:
             if subject.kind == "model":
-                return "its gates are trained on a task, and this is a model"
-            return f"it takes a target in operations, and {target} is for weights" if of_weights(target) else None
+                return "it trains on a task, and this is a model"
+            known = contender.quantities
+            if of_weights(target):
+                return f"it takes a target in {' or '.join(known)}, and {target} is for weights"
+            quantity = Target.parse(target).quantity
+            return None if quantity in known else f"it takes a target in {' or '.join(known)}, not in {quantity}"
         try:
             own = contender.recipe()
             recipe = contender.recipe(**axes_of(target))
@@ -178,12 +180,12 @@ class Study:
         if not of_weights(target) and not pattern.coupled:
             return f"it takes single weights away ({own.granularity}), and {target} is for units of the whole model"
         if PATTERN.fullmatch(target):
-            known = parts("method").get(contender.method)
+            method = parts("method").get(contender.method)
             if pattern.coupled:
                 return f"it takes units of the whole model away, and {target} is a pattern of single weights"
-            if known is not None and "N:M" not in known.facts["granularities"]:
+            if method is not None and "N:M" not in method.facts["granularities"]:
                 return (
-                    f"method '{contender.method}' works on {', '.join(known.facts['granularities'])}, not on {target}"
+                    f"method '{contender.method}' works on {', '.join(method.facts['granularities'])}, not on {target}"
                 )
         if subject.kind == "model" and (recipe.driver != "once" or recipe.learns):
             return "it works while the model trains, and this one was trained before"
@@ -237,14 +239,7 @@ class Study:
         Raises:
             StudyError: it cannot be read, or is not understood.
         """
-        try:
-            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyError(f"the study {source} cannot be read: {error}") from None
-        try:
-            data = YAML(typ="safe").load(text)
-        except YAMLError as error:
-            raise StudyError(f"not a YAML study: {str(error).splitlines()[0]}") from None
+        data = documents.read(source, "study", StudyError)
         if not isinstance(data, dict):
             raise StudyError("a study is a mapping with tasks or models, methods and targets; see docs/compare.md")
         return Study.of(data)
@@ -270,13 +265,7 @@ class Study:
 
     def dump(self) -> str:
         """YAML 1.2 text; `load` reads it back to an equal study."""
-        stream = io.StringIO()
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = None
-        yaml.width = 120
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return documents.written(self.to_dict(), short=True)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch import nn
 
+from ..documents import read as document
+from ..documents import written
 from ..errors import RecipeError, UnknownName
 from ..frozen import plain, thawed
 from ..recipe import Recipe
@@ -77,7 +76,7 @@ class Compound:
         Raises:
             RecipeError: it cannot be read, or is not understood.
         """
-        return Compound.of(_read(source))
+        return Compound.of(document(source))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `of` reads back."""
@@ -85,13 +84,7 @@ class Compound:
 
     def dump(self) -> str:
         """YAML 1.2 text; `load` reads it back to an equal compound."""
-        stream = io.StringIO()
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = None
-        yaml.width = 120
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return written(self.to_dict(), short=True)
 
     @property
     def digest(self) -> str:
@@ -184,22 +177,10 @@ def restored(data: Mapping[str, Any]) -> Recipe | Compound:
 
 def is_compound(source: str | Path) -> bool:
     """Whether a recipe, as text or file, is a list of steps."""
-    data = _read(source)
+    data = document(source)
     return isinstance(data, list) or (isinstance(data, dict) and isinstance(data.get("steps"), list))
 
 
 def read(source: str | Path) -> Recipe | Compound:
     """The recipe, or the compound, of YAML text or a file."""
     return Compound.load(source) if is_compound(source) else Recipe.load(source)
-
-
-def _read(source: str | Path) -> Any:
-    try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {source} cannot be read: {error}") from None
-    where = f" in {source}" if isinstance(source, Path) else ""
-    try:
-        return YAML(typ="safe").load(text)
-    except YAMLError as error:
-        raise RecipeError(f"not a YAML recipe{where}: {str(error).splitlines()[0]}") from None

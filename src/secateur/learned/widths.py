@@ -46,10 +46,16 @@ def tas(
     >>> round(float(gate.density(torch.ones(10, 1), even, {}).mean()), 4)
     0.65
 
-    Source: Dong and Yang, Network pruning via transformable architecture search, arXiv 1905.09717, section 3.1, and the
-    official code (two widths drawn by the softmax, renormalized). There feature maps of two widths are brought to
-    one size by interpolation; here the narrower one has zeros. Depths are not searched, widths do not have batches of
-    their own, and the penalty on the cost is what the recipe says (lagrangian).
+    Source: Dong and Yang, Network pruning via transformable architecture search, arXiv 1905.09717, section 3, and the
+    official code (D-X-Y/AutoDL-Projects): the shares, two widths drawn without replacement by the noisy softmax and
+    weighted by it among themselves, the first values, and tau in straight lines as in the paper (the code: half a
+    cosine from 5). Not as there: a narrower feature map is averaged along its channels to the size of the wider one,
+    behind a batch norm of its own for each width; here units keep their places and the narrower width has zeros, since
+    the weights stay, where the paper trains new ones. The first filters stay there, here the largest. Widths learn
+    there from half of the data, which weights do not see, by Adam at 0.001; their cost is twice the log of the expected
+    FLOPs, up while the likeliest network is above the target, down while it is more than 5 % below, and no cost between
+    (here what the recipe says: lagrangian). Depths, which the code mixes in the same way from the outputs of a stage's
+    last blocks, are not searched: supernet does.
     """
     pools, units = pool_shape
     if pools != 1 or len(weight) != units:

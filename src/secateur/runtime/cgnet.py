@@ -35,6 +35,7 @@ class Partial(nn.Module):
 
     mean: Tensor
     var: Tensor
+    counts_rows = True  # the statistics of a batch
 
     def __init__(self, place: Place, parts: int, goal: float, pull: float, slope: float) -> None:
         super().__init__()

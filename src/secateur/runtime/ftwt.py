@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import DataError, RecipeError
 from ..layers import evaluating
 from ..measure.flops import flops
+from ..processes import together
 from ..registry import get, register
 from .channels import ChannelGates, Decision, inputs_of, reaching, restored
 from .places import Place, find
@@ -79,8 +80,8 @@ class Foretold(nn.Module):
     def learn(self, decision: Decision, made: Tensor, rectified: bool) -> Tensor | None:
         fired = made.detach().relu() if rectified else made.detach()
         wanted = mass_mask(get("criterion", "channel-peak")({"channel_map": fired.flatten(2)}), self.mass)
-        ordered = decision.score.detach().flatten().sort(descending=True).values
-        count = int(wanted.sum())  # as many pass, on average, as are wanted
+        ordered = together(decision.score.detach()).flatten().sort(descending=True).values
+        count = int(together(wanted.float()).sum())  # as many pass, on average, as are wanted
         edge = ordered[count - 1 : count + 1].mean()
         self.threshold.lerp_(edge.to(self.threshold), _FOLLOWS)
         if not self.weight:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import ModelError, RecipeError
 from ..layers import evaluating
 from ..measure.flops import flops
+from ..processes import mean, noise
 from ..registry import register
 from ..select import keep_count, select
 from ..structured import Target
@@ -68,8 +69,8 @@ def drawn(log: Tensor) -> Tensor:
 
     Straight-through Gumbel-softmax with temperature 1.
     """
-    noise = -torch.empty_like(log).exponential_().log()
-    soft = (log + noise).softmax(-1)[..., 0]
+    gumbel = -noise(log, lambda x: x.exponential_()).log()
+    soft = (log + gumbel).softmax(-1)[..., 0]
     return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
@@ -107,8 +108,9 @@ class DynamicViT(nn.Module):
         self.model = model
         self.structure, self.at, self.keep, self.ratio, self.distill = structure, at, keep, ratio, distill
         generator = torch.Generator().manual_seed(seed)
-        device = next(model.parameters()).device
-        self.predictors = nn.ModuleList(Predictor(structure.width, generator) for _ in at).to(device)
+        like = next(model.parameters())
+        self.predictors = nn.ModuleList(Predictor(structure.width, generator) for _ in at)
+        self.predictors.to(device=like.device, dtype=like.dtype)
         self.record: dict[str, Any] = {}
         self.training = model.training
         self._teacher: tuple[nn.Module, ...] = ()  # in a tuple: it is no part of this module
@@ -144,10 +146,9 @@ class DynamicViT(nn.Module):
         logits, target = (log_softmax(_answer(x).float(), -1) for x in (out, wanted))
         total = total + self.distill * kl_div(logits, target, reduction="batchmean", log_target=True)
         stays = run.decisions[-1][:, free:].detach() > 0.5
-        if bool(stays.any()):
-            mine, its = (r.last[:, free:][stays].float() for r in (run, dense))
-            total = total + self.distill * mse_loss(mine, its)
-        return torch.as_tensor(total)
+        mine, its = (r.last[:, free:][stays].float() for r in (run, dense))
+        apart = mse_loss(mine, its, reduction="sum")
+        return torch.as_tensor(total + self.distill * mean(apart, mine.numel()))
 
     def distil_from(self, model: nn.Module) -> None:
         """Compare with this model, as it is now, in training."""

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from ..errors import DataError, ModelError, RecipeError
 from ..layers import evaluating
 from ..measure.flops import flops
+from ..processes import mean
 from ..registry import register
 from ..structured import Target
 from .between import Places, find_places, hidden, in_place_of, inputs_in, rows_of, some_of
@@ -126,7 +127,7 @@ class Skips(nn.Module):
 
     def penalty(self) -> Tensor:
         """The squared distance of the share of FLOPs that the last pass executed to the one wanted by now."""
-        share = self._share(torch.stack([x.mean() for x in self.open]))
+        share = self._share(torch.stack([mean(x.sum(), len(x)) for x in self.open]))
         wanted = 1 - (1 - self.record["wanted"]) * min(1.0, 2 * self.done)
         found: Tensor = self.record["cost"] * (share - wanted) ** 2
         return found

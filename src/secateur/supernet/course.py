@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..processes import decided, rank
 from ..search.explore import Trial, explore
 from ..search.run import Log
 from ..search.space import Counts, Space
@@ -35,6 +37,9 @@ class Course:
         tags: what the run is; a checkpoint of another one is refused.
         curves: a row for each epoch of each leg.
         found: the record of the search, as JSON data.
+        passes: leg -> how many networks see each sample of it, where these are several.
+        tried: how many sub-networks were judged in searches.
+        earlier: seconds of work that was read: before an interruption.
     """
 
     task: Task
@@ -52,19 +57,26 @@ class Course:
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
+    tried: int = 0
+    earlier: float = 0.0
 
     def train(
         self, name: str, model: nn.Module, epochs: float, number: int, *, rate: float = 1.0,
-        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None, passes: int = 1,
     ) -> None:  # fmt: skip
         """A leg of training, or what a checkpoint has of it."""
         if epochs <= 0:
             return
+        if passes != 1:
+            self.passes[name] = passes
         leg = Leg(
             epochs, rate=rate, loss=loss, seed=self.seed, round=number, every=self.every,
             tags={**self.tags, "leg": name}, file=self.file(f"{name}.safetensors"),
         )  # fmt: skip
+        begun = time.perf_counter()
         made = fit(self.task, model, leg, progress=lambda done, of: self.progress(name, done, of))
+        self.earlier += max(0.0, made.seconds - (time.perf_counter() - begun))
         self.curves += [{"leg": name, **row} for row in made.rows]
 
     def file(self, name: str) -> Path | None:
@@ -78,13 +90,13 @@ class Course:
             ModelError: it is of another run.
         """
         file = self.file(name)
-        if file is not None and file.exists():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if found["tags"] != json.loads(json.dumps(self.tags)):
+        known = decided(lambda: json.loads(file.read_text("utf-8")) if file is not None and file.exists() else None)
+        if known is not None:
+            if known["tags"] != json.loads(json.dumps(self.tags)):
                 raise ModelError(f"{file} is of another run: choose another --out, or delete it")
-            return found
+            return dict(known)
         made = {**make(), "tags": self.tags}
-        if file is not None:
+        if file is not None and rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_name(f".{file.name}.tmp")
             part.write_text(json.dumps(made), encoding="utf-8")
@@ -108,22 +120,31 @@ class Course:
     def search(
         self, name: str, space: Space, value: Callable[[Counts], float], strategy: str, budget: int
     ) -> list[Trial]:
-        """Sub-networks that meet the target and what they are worth; goes on with those that were tried before."""
+        """Sub-networks that meet the target and what they are worth; goes on with those that were tried before.
+
+        Of several processes the first one judges and writes, and all go on by what it says.
+        """
         header = {
             **self.tags, "search": name, "strategy": strategy, "budget": budget, "limit": space.limit,
             "names": [n.name for n in space.nodes],
         }  # fmt: skip
         file = self.file(f"{name}.jsonl")
-        log = None if file is None else Log(file, header)
+        log = None if file is None or rank() else Log(file, header)
+        before = decided(lambda: [] if log is None else log.rows[:])
 
         def done(trial: Trial) -> None:
-            if log is not None and trial.number >= len(log.rows):
+            if trial.number < len(before):
+                self.earlier += trial.seconds
+            elif log is not None:
                 log.add(trial)
             self.progress(name, trial.number + 1, budget)
 
-        return explore(
-            space, strategy, value, budget=budget, seed=self.seed, record=() if log is None else log.rows, done=done
-        )
+        trials = explore(
+            space, strategy, lambda counts: decided(lambda: value(counts)), budget=budget, seed=self.seed,
+            record=before, done=done,
+        )  # fmt: skip
+        self.tried += len(trials)
+        return trials
 
 
 def in_order(trials: Sequence[Trial]) -> list[Trial]:

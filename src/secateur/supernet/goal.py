@@ -13,12 +13,15 @@ from torch import nn
 
 from ..errors import RecipeError
 from ..measure.latency import latency
+from ..processes import decided
 from ..search.space import Counts
 from ..structured.targets import Target
 from .elastic import Elastic
 
 #: Name -> measures models on the same inputs, in seconds.
 Measure = Callable[[Mapping[str, nn.Module], Sequence[Any], Mapping[str, Any]], Mapping[str, float]]
+#: What a target may be in.
+QUANTITIES = ("flops", "params", "bytes", "latency")
 #: By how much a measured latency may be above the target.
 CLOSE = 0.05
 #: Turns in which two latencies are compared.
@@ -103,9 +106,10 @@ class Goal:
         self, elastic: Elastic, target: Target, model: nn.Module, made: Callable[[Counts], nn.Module], *,
         samples: int = 24, seed: int = 0, measure: Measure = _seconds, known: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.elastic, self.target, self.model, self.made, self._measure = elastic, target, model, made, measure
+        self.elastic, self.target, self.model, self.made = elastic, target, model, made
+        self._clock = measure
         self.measured = target.quantity == "latency"
-        if target.quantity not in ("flops", "params", "bytes", "latency"):
+        if target.quantity not in QUANTITIES:
             raise RecipeError(f"sub-networks are searched by flops, params, bytes or latency: not '{target}'")
         self.predictor: Predictor | None = None
         self.seconds: float | None = None
@@ -118,10 +122,15 @@ class Goal:
             self.seconds = float(known["seconds"])
             self.predictor = Predictor(tuple(known["prices"]), float(known["error"]))
         else:
-            self.seconds = float(self._measure({"whole": model}, elastic.args, elastic.kwargs)["whole"])
+            self.seconds = float(self._measure({"whole": model})["whole"])
             self.predictor = self._fit(samples, seed)
         self.total = 1.0
         self.limit = target.remaining(self.seconds) / self.seconds
+
+    def _measure(self, models: Mapping[str, nn.Module]) -> Mapping[str, float]:
+        """Of several processes the first one measures, while the others wait."""
+        found: Mapping[str, float] = decided(lambda: dict(self._clock(models, self.elastic.args, self.elastic.kwargs)))
+        return found
 
     def _fit(self, samples: int, seed: int) -> Predictor:
         generator = torch.Generator().manual_seed(seed)
@@ -143,8 +152,7 @@ class Goal:
     def share(self, counts: Counts) -> float:
         """The latency of a sub-network as a share of the whole model's, measured in turns with it."""
         if counts not in self.shares:
-            models = {"whole": self.model, "small": self.made(counts)}
-            times = self._measure(models, self.elastic.args, self.elastic.kwargs)
+            times = self._measure({"whole": self.model, "small": self.made(counts)})
             self.shares[counts] = times["small"] / times["whole"]
         return self.shares[counts]
 

@@ -33,9 +33,10 @@ def sandwich(
         raise RecipeError(f"random is how many sub-networks are drawn in each step, not {random!r}")
 
     def whole(model: nn.Module, batch: Any) -> Tensor:
+        # drawn first: all processes of a run draw the same, before dropout draws for the rows that each has
+        drawn = [net.elastic.draw(torch.default_generator) for _ in range(random)]
         with outputs(model, []) as own:
             total = loss(model, batch)
-        drawn = [net.elastic.draw(torch.default_generator) for _ in range(random)]
         some = [net.elastic.least, *drawn]
         seen([net.elastic.most, *some])
         taught = logits_of(own[""]).detach() if distilled else None

@@ -15,7 +15,7 @@ from ..search.subject import recalibrate
 from .course import Course, in_order
 from .elastic import Elastic
 from .extract import extracted
-from .goal import Goal
+from .goal import QUANTITIES, Goal
 from .sandwich import sandwich
 from .subnet import Supernet
 from .train import train_supernet
@@ -28,7 +28,10 @@ _FACTS = ("amc", "graph")
 _MEASURED = 8
 
 
-@register("transform", paper="1908.09791", survey=("A3.4", "B2", "D3"), when="during", trains=train_supernet)
+@register(
+    "transform", paper="1908.09791", survey=("A3.4", "B2", "D3"), when="during", trains=train_supernet, span="span",
+    length=0.25, quantities=QUANTITIES,
+)  # fmt: skip
 def supernet(
     run: Course,
     *,
@@ -64,11 +67,14 @@ def supernet(
     Beware: a step costs as much as the ``random`` + 2 sub-networks that it trains, in time and in memory; distillation
     takes the last axis of the outputs for classes.
 
-    Source: Cai et al., Once-for-all, arXiv 1908.09791, section 3: elastic widths by importance, depths by leaving the
-    last blocks of a stage out, kernels as centers through matrices (its figures 3 to 5) and the official code; there
-    the dense model teaches, and depths and widths come in by turns. Yu and Huang, Universally slimmable networks,
-    arXiv 1903.05134, sections 3.2 to 3.4 and the official code (with random widths in each layer): the sandwich rule,
-    distillation in place, and statistics of batch norms after training.
+    Source: Cai et al., Once-for-all, arXiv 1908.09791, section 3, and the official code (mit-han-lab/once-for-all):
+    elastic widths by importance, depths by leaving the last blocks of a stage out, kernels as centers through matrices
+    that channels share. There kernels, depths and widths come in by turns (progressive shrinking), each with a run of
+    its own; a step trains one to four random sub-networks on the labels and on the outputs of the dense model; and a
+    network that predicts the accuracy stands in for the validation data while it searches. Yu and Huang, Universally
+    slimmable networks, arXiv 1903.05134, sections 3.2 to 3.4, and the official code (JiahuiYu/slimmable_networks, with
+    random widths in each layer, four networks a step): the sandwich rule, distillation in place, and statistics of
+    batch norms after training, as means over batches. There the first channels stay.
     """
     if not span > 0:
         raise RecipeError(f"supernet: span is how long all sub-networks are trained, above 0, not {span:g}")
@@ -84,7 +90,7 @@ def supernet(
     net = Supernet(run.model, elastic)
     run.train("supernet", run.model, span * run.epochs, 1, loss=sandwich(
         net, run.task.loss, random=random, distilled=distil
-    ))  # fmt: skip
+    ), passes=2 + random)  # fmt: skip
     few = run.few(calibration)
     goal = Goal(elastic, run.target, net.small(elastic.most), net.small, seed=run.seed, known=known)
     best, trials = chosen(run, elastic, net, goal, budget, strategy, few)
@@ -122,7 +128,7 @@ def _promised(run: Course, elastic: Elastic) -> dict[str, Any]:
 def chosen(
     run: Course, elastic: Elastic, net: Supernet, goal: Goal, budget: int, strategy: str, few: list[Any]
 ) -> tuple[Trial, list[Trial]]:
-    """The best sub-network within the target, and all that were tried.
+    """The best sub-network within the target, and all that were tried, in the searches that it took.
 
     Raises:
         RecipeError: none that was tried is.
@@ -134,20 +140,38 @@ def chosen(
             values[counts] = run.value(net.small(counts), few)
         return values[counts]
 
-    trials: list[Trial] = []
+    tried: list[Trial] = []
     for number in range(1, _ROUNDS + 1):
         least = goal.cost(elastic.least)
         space = Space(elastic.nodes, goal.cost, max(limit, least))
         name = "search" if number == 1 else f"search-{number}"
         trials = run.search(name, space, value, strategy, budget)
-        some = in_order(trials)[:_MEASURED] if goal.measured else in_order(trials)[:1]
+        tried += trials
+        some = in_order(trials)[: _MEASURED if goal.measured else 1]
+        if goal.measured:
+            _remembered(run, goal, f"{name}.json", some)
         for trial in some:
             if goal.met(trial.counts):
-                return trial, trials
+                return trial, tried
         # What was predicted to be fast enough is not: ask for less, by as much as it was off.
         limit = goal.limit * min(0.95, goal.limit / min(goal.reached(t.counts) for t in some)) ** number
-    fastest = min(goal.reached(t.counts) for t in in_order(trials)[:_MEASURED])
+    fastest = min(goal.reached(t.counts) for t in some)
     raise RecipeError(goal.refusal(fastest, "the fastest sub-network that was measured"))
+
+
+def _remembered(run: Course, goal: Goal, file: str, some: list[Trial]) -> None:
+    """Measure sub-networks until one is within the target, once: a run that goes on decides as it did."""
+
+    def measure() -> dict[str, Any]:
+        found: list[float] = []
+        for trial in some:
+            found.append(goal.share(trial.counts))
+            if goal.met(trial.counts):
+                break
+        return {"shares": found}
+
+    shares = run.kept(file, measure)["shares"]
+    goal.shares |= {t.counts: float(s) for t, s in zip(some, shares, strict=False)}
 
 
 def told(elastic: Elastic, counts: Counts) -> list[str]:

@@ -211,9 +211,9 @@ class _Run:
         self.model.train()
         own, weight = share(batch)
         loss = self.loss(self.model, own)
-        if world() > 1:
-            loss = loss * weight
         whole = loss if self.session is None else loss + self.session.penalty()
+        if world() > 1:
+            loss, whole = loss * weight, whole * weight
         self.optimizer.zero_grad()
         whole.backward()
         average(self._trained())

@@ -19,7 +19,7 @@ from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import count_parameters
-from ..processes import world
+from ..processes import unequal, world
 from ..prune import prune
 from ..recipe import Recipe
 from ..record import run_record
@@ -109,10 +109,7 @@ class Course:
 
     def go(self) -> nn.Module:
         made = self._after() if self.moment == "after" else self._along()
-        if world() > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in made.modules()):
-            self.notes.append(
-                f"batch norm counts the share of a batch that a process has: {world()} processes are not quite one"
-            )
+        self.notes += unequal(made)
         check_zeros(made, self.masks)
         return made
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..disk import beside
+from ..errors import RecipeError
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
+from ..processes import decided, unequal, world
 from ..record import dumps
-from ..registry import get
 from ..runtime import Learning, made
 from ..runtime.base import answering
 from ..runtime.measured import measured
@@ -27,10 +29,8 @@ from ..tasks.base import Task, placed
 from ..tasks.checkpoint import generators, own_generators, set_generators
 from ..tasks.loop import Leg
 from .healing import fresh_model
-from .own import Options, OwnRun
+from .own import Asked, Own
 
-#: How long the run with gates is, in lengths of the dense run.
-LENGTH = 0.5
 #: Batches that the result is measured on, beside the dense model.
 _MEASURED = 4
 
@@ -115,86 +115,75 @@ class _Keeper:
         self.gates.advance(self.at / self.steps)
 
 
-def train_dynamic(
-    task: Any,
-    method: str,
-    *,
-    target: str | None = None,
-    knobs: Mapping[str, Any] | None = None,
-    length: float = LENGTH,
-    rate: float = 0.1,
-    **given: Unpack[Options],
-) -> TrainedDynamic:
+def train_dynamic(task: Any, method: str, asked: Asked) -> TrainedDynamic:
     """Train a task densely, then with gates in it; what `train` does for a method of run time whose gates are learned.
-
-    Args:
-        knobs: of the method.
-        length: of the run with gates, in lengths of the dense run.
-        rate: of the run with gates: factor of the task's learning rate.
-        given: see `train`; ``epochs`` are those of the dense run.
 
     Raises:
         RecipeError, DataError, ModelError, NumericalError, OutputError: with one sentence.
     """
-    run = OwnRun(task, method, length, rate, given)
-    found, part = run.task, get("transform", method)
-    joint = part.facts.get("joint")
-    loss = None if joint is None else partial(joint, found.loss)
+    own = Own(task, method, asked)
+    if not own.length > 0:
+        raise RecipeError(f"the gates of '{method}' are learned: length is above 0, not {own.length:g}")
+    found, seed, place = own.task, asked.seed, own.device
+    given = dict(asked.knobs or {}) | ({} if asked.target is None else {"target": asked.target})
+    if "seed" in own.part.knobs:
+        given.setdefault("seed", seed)
+
+    loss = None if (joint := own.part.facts.get("joint")) is None else partial(joint, found.loss)
+
+    def gated(net: nn.Module) -> Learning:
+        return cast("Learning", made(net, method, placed(found.example_input(), place), _train(found, seed), **given))
+
     with own_generators(), Peak() as peak:
-        own = dict(knobs or {}) | ({} if target is None else {"target": target})
-        if "seed" in part.knobs:
-            own.setdefault("seed", run.seed)
-
-        def gated(net: nn.Module) -> Learning:
-            example = placed(found.example_input(), run.device)
-            return cast("Learning", made(net, method, example, _train(found, run.seed), **own))
-
-        if given.get("model") is None:  # what cannot be is said before the dense run
-            _try(found, gated(fresh_model(found, run.seed).to(run.device)), loss, run)
-        model = run.dense()
-        before = found.measure(model, run.score)
+        if asked.model is None:  # what cannot be is said before the dense run
+            _try(found, gated(fresh_model(found, seed).to(place)), loss, own)
+        model = own.dense()
+        before = found.measure(model, asked.score)
         gates = gated(model)
         module = cast("nn.Module", gates)
         leg = Leg(
-            length * run.epochs, rate=rate, seed=run.seed, round=1, every=run.every, loss=loss,
-            tags=run.tags(model, own) | {"leg": "gates"},
-            file=None if run.work is None else run.work / "gates.safetensors",
+            own.length * own.epochs, rate=asked.rate, seed=seed, round=1, every=asked.every,
+            tags={**own.tags(model, given), "leg": "gates"},
+            file=None if own.work is None else own.work / "gates.safetensors",
+            loss=loss,
         )  # fmt: skip
         with answering(gates):
+            begun = time.perf_counter()
             fitted = fit(
                 found, module.train(), leg, attach=lambda optimizer, steps: _Keeper(gates, steps),
-                progress=lambda done, of: run.say("gates", done, of),
+                progress=lambda done, of: own.say("gates", done, of),
             )  # fmt: skip
+            own.earlier += max(0.0, fitted.seconds - (time.perf_counter() - begun))
             module.eval()
             gates.advance(1.0)  # a run that was over is only read
-            gates.settle(placed(b, run.device) for b in found.batches("valid", run.seed, 0))
-            after = found.measure(module, run.score)
-        batches = [placed(b, run.device) for b in islice(found.batches(run.score, 0, 0), _MEASURED)]
-        beside_dense = measured(gates, batches, repeats=1)
+            gates.settle(placed(b, place) for b in found.batches("valid", seed, 0))
+            after = found.measure(module, asked.score)
+        batches = [placed(b, place) for b in islice(found.batches(asked.score, 0, 0), _MEASURED)]
+        beside_dense = decided(lambda: measured(gates, batches, repeats=1))
     parameters = count_parameters(module)[0]
     record = {
-        **gates.record, "task": found.describe(), "seed": run.seed, "epochs": run.epochs, "length": length,
-        "rate": rate, "when": "runtime", "score": run.score, "target": target, "command": run.command,
+        **gates.record, "task": found.describe(), "seed": seed, "epochs": own.epochs, "length": own.length,
+        "rate": asked.rate, "when": "runtime", "score": asked.score, "target": asked.target, "command": asked.command,
         "before": {"metric": {"name": found.metric_name, "value": before}},
         "after": {"metric": {"name": found.metric_name, "value": after}, "parameters": parameters},
-        "measured": beside_dense, "curves": run.curves + [{"leg": "gates", **row} for row in fitted.rows],
-        "timings": {"total": run.seconds()}, "peak_memory": peak.bytes,
-        "notes": gates.record.get("notes", []),
+        "measured": beside_dense, "curves": own.curves + [{"leg": "gates", **row} for row in fitted.rows],
+        "timings": {"total": own.seconds()}, "peak_memory": peak.bytes, "processes": world(),
+        "notes": [*gates.record.get("notes", []), *unequal(module)],
         "versions": versions(), "machine": machine(),
     }  # fmt: skip
     result = TrainedDynamic(module, record)
-    run.write(result)
+    own.write(result)
     return result
 
 
-def _try(task: Task, gates: Learning, loss: Callable[[nn.Module, Any], Tensor] | None, run: OwnRun) -> None:
+def _try(task: Task, gates: Learning, loss: Callable[[nn.Module, Any], Tensor] | None, own: Own) -> None:
     """Ask a loss that is not the task's own of one batch, so that one that cannot be asked is refused."""
     if loss is None:
         return
     state = generators()
-    if (batch := next(_train(task, run.seed), None)) is not None:
+    if (batch := next(_train(task, own.asked.seed), None)) is not None:
         with torch.no_grad():
-            loss(cast("nn.Module", gates).train(), placed(batch, run.device))
+            loss(cast("nn.Module", gates).train(), placed(batch, own.device))
     set_generators(state)
 
 

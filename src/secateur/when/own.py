@@ -1,4 +1,5 @@
-"""What runs of methods that train in a way of their own have in common: options, and the dense run at the start."""
+"""Methods that train in a way of their own, as gates of run time and supernets do: what they are asked for, and how
+all of them begin and end."""
 
 from __future__ import annotations
 
@@ -7,105 +8,173 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
 
 from ..disk import refuse
 from ..errors import RecipeError
+from ..processes import agree_on_model, rank
+from ..registry import Part, get, parts
 from ..tasks import find
 from ..tasks.base import Split
 from ..tasks.loop import OFTEN
 from .course import Progress
 from .result import digest_of
 
-
-class Options(TypedDict, total=False):
-    """Options of such a run, as `train` has them."""
-
-    epochs: float | None
-    out: str | Path | None
-    model: nn.Module | None
-    seed: int
-    device: str | torch.device
-    every: float
-    dense: str | Path | None
-    score: Split
-    options: Mapping[str, Any] | None
-    progress: Progress | None
-    command: str
+#: How long the run behind the dense one is, in lengths of that, where the part's fact ``length`` says nothing else.
+LENGTH = 0.5
 
 
-class OwnRun:
-    """A run under way: what it was given, where it is kept, and the dense model.
-
-    Args:
-        length: how long what the method trains is, in lengths of the dense run; ``least`` says whether it may be 0.
-        rate: factor of the task's learning rate in it.
-        given: the other options.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What such a run is asked for, beside its task and its method.
 
     Attributes:
-        curves: of the dense run, a row for each epoch.
-
-    Raises:
-        RecipeError, OutputError: an option makes no sense, or ``out`` is there.
+        epochs: of the dense run; the task's own by default.
+        length, rate: of the last run: with gates in the model, or fine-tuning of what was found; shares of ``epochs``
+            and of the task's learning rate.
+        knobs: of the method.
+        out, model, target, seed, device, every, dense, score, options, progress, command: see `train`.
     """
 
-    def __init__(self, task: Any, method: str, length: float, rate: float, given: Options, least: bool = False) -> None:
-        self.task = find(task, **(given.get("options") or {}))
-        self.method, self.length, self.rate, self.given = method, length, rate, given
-        epochs = given.get("epochs")
-        self.epochs = float(self.task.epochs if epochs is None else epochs)
-        self.seed, self.every = given.get("seed", 0), given.get("every", OFTEN)
-        self.score: Split = given.get("score", "test")
-        self.device, self.command = torch.device(given.get("device", "cpu")), given.get("command", "")
-        self.say = given.get("progress") or (lambda *_: None)
-        for name, value, zero in (("length", length, least), ("rate", rate, False)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and not zero):
-                raise RecipeError(
-                    f"{method}: {name} is {value!r}: it is a number {'of 0 or more' if zero else 'above 0'}"
-                )
-        if self.score not in get_args(Split)[1:]:
-            raise RecipeError(f"score is valid or test, not '{self.score}'")
-        out = given.get("out")
-        self.folder = None if out is None else Path(out)
+    epochs: float | None = None
+    length: float | None = None
+    rate: float = 0.1
+    out: str | Path | None = None
+    model: nn.Module | None = None
+    target: str | None = None
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    every: float = OFTEN
+    dense: str | Path | None = None
+    score: Split = "test"
+    options: Mapping[str, Any] | None = None
+    knobs: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    command: str = ""
+
+
+class _Result(Protocol):
+    def save(self, out: str | Path) -> Any: ...
+
+
+class Own:
+    """One such run.
+
+    Attributes:
+        epochs: of the dense run.
+        length: of the last one, as a share of that.
+        knobs: of the method, with those that were not given.
+        work: where checkpoints are kept; None for nowhere.
+        curves: a row for each epoch of each leg.
+        earlier: seconds of training that was read: before an interruption, or by another run with the same dense model.
+
+    Raises:
+        RecipeError: something cannot be so.
+        OutputError: the directory is there.
+    """
+
+    def __init__(self, task: Any, method: str, asked: Asked) -> None:
+        self.asked, self.part = asked, get("transform", method)
+        self.task = find(task, **(asked.options or {}))
+        self.knobs = self.part.knobs_with(asked.knobs or {})
+        self.epochs = float(self.task.epochs if asked.epochs is None else asked.epochs)
+        self.length = _length(self.part, asked.length)
+        self.device = torch.device(asked.device)
+        if asked.score not in get_args(Split)[1:]:
+            raise RecipeError(f"score is valid or test, not '{asked.score}'")
+        if not (0 <= self.length < math.inf and 0 < asked.rate < math.inf):
+            raise RecipeError(f"length is at least 0 and rate above 0: not {self.length:g}, {asked.rate:g}")
+        self.folder = None if asked.out is None else Path(asked.out)
         self.work = None if self.folder is None else self.folder.with_name(self.folder.name + ".run")
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             refuse(self.folder)
         self.curves: list[dict[str, Any]] = []
-        self.begun = time.perf_counter()
+        self.earlier = 0.0
+        self._begun = time.perf_counter()
 
     def dense(self) -> nn.Module:
-        """A copy of the model that was given; else the task's, trained densely."""
+        """The model that was given, copied, or a dense run."""
         from .train import train
 
-        if (model := self.given.get("model")) is not None:
-            return copy.deepcopy(model).to(self.device)
-        shared = self.given.get("dense") or (None if self.work is None else self.work / "dense")
+        asked = self.asked
+        if asked.model is not None:
+            model = copy.deepcopy(asked.model).to(self.device)
+            agree_on_model(model)
+            return model
+        begun = time.perf_counter()
         made = train(
-            self.task, epochs=self.epochs, seed=self.seed, device=self.device, every=self.every, dense=shared,
-            score=self.score, progress=self.given.get("progress"),
+            self.task, epochs=self.epochs, seed=asked.seed, device=asked.device, every=asked.every, score=asked.score,
+            progress=asked.progress, dense=asked.dense or (None if self.work is None else self.work / "dense"),
         )  # fmt: skip
-        self.curves = [*made.run["curves"]]
-        net: nn.Module = made.model
-        return net
+        self.earlier += max(0.0, made.run["timings"]["total"] - (time.perf_counter() - begun))
+        self.curves += [{**row, "leg": "dense"} for row in made.run["curves"]]
+        found: nn.Module = made.model
+        return found
 
     def tags(self, model: nn.Module, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """What its checkpoints are of: those of another run are refused."""
+        """What a checkpoint says of the run: one of another run is refused."""
         return {
             "task": {**self.task.describe(), "options": {k: str(v) for k, v in self.task.options.items()}},
-            "method": self.method, "knobs": {k: str(v) for k, v in sorted(knobs.items())}, "epochs": self.epochs,
-            "length": self.length, "rate": self.rate, "seed": self.seed, "given": digest_of(model.state_dict()),
+            "method": self.part.name, "knobs": {k: str(v) for k, v in sorted(knobs.items())}, "epochs": self.epochs,
+            "length": self.length, "rate": self.asked.rate, "seed": self.asked.seed,
+            "given": digest_of(model.state_dict()),
         }  # fmt: skip
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun
+    def say(self, name: str, done: int, of: int) -> None:
+        """Tell what is being done."""
+        if self.asked.progress is not None:
+            self.asked.progress(name, done, of)
 
-    def write(self, result: Any) -> None:
-        """Save what was made, and let go of the checkpoints."""
-        if self.folder is not None and self.work is not None:
-            result.save(self.folder)
+    def seconds(self) -> float:
+        """What the run took until now, with what it took before."""
+        return time.perf_counter() - self._begun + self.earlier
+
+    def write(self, made: _Result) -> None:
+        """What was made, in place of the checkpoints."""
+        if self.folder is not None and self.work is not None and rank() == 0:
+            made.save(self.folder)
             shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _length(part: Part, given: Any) -> float:
+    return float(part.facts.get("length", LENGTH) if given is None else given)
+
+
+def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of such a run: a seed and the method's own knobs, ``{"fbs": {...}}`` or plain; axes are refused.
+
+    Raises:
+        RecipeError: with the first that such a method does not have.
+    """
+    given = {k: v for k, v in axes.items() if v not in (None, [], ())}
+    if unused := sorted(set(given) - {"seed", "knobs", "length", "rate"}):
+        raise RecipeError(f"'{method}' has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE")
+    knobs = given.pop("knobs", {})
+    if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
+        raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
+    own, part = dict(knobs.get(method, knobs)), parts("transform")[method]
+    for name in {"length", "rate"} & (own.keys() - part.knobs.keys()):  # of the run, also as --set METHOD.length
+        given[name] = own.pop(name)
+    part.knobs_with(own)
+    return {**given, "knobs": own}
+
+
+def training_runs(method: str, options: Mapping[str, Any]) -> float:
+    """How many dense runs all training of such a method takes, that one included.
+
+    The part's fact ``span`` names the knob that says how long its own training is, in lengths of the dense run.
+
+    Args:
+        options: as `own_options` gives them.
+
+    >>> training_runs("fbs", {"length": 0.25}), training_runs("fbs", {})
+    (1.25, 1.5)
+    """
+    part = parts("transform")[method]
+    span = part.knobs_with(options.get("knobs") or {})[part.facts["span"]] if "span" in part.facts else 0.0
+    return 1.0 + float(span) + _length(part, options.get("length"))

@@ -31,6 +31,7 @@ from ..tasks.loop import OFTEN
 from .course import Course, Progress, early, settled, trains
 from .dynamic import TrainedDynamic, train_dynamic
 from .healing import NO_WAY_BACK, fitting, fresh_model
+from .own import Asked, own_options
 from .result import Trained
 
 
@@ -99,15 +100,13 @@ def train(
     0.8
     """
     if isinstance(method, str) and (runner := runner_of(method)) is not None:
-        alone(f"method '{method}'")
         _refuse_storage(storage)
-        if masks is not None or when not in (None, "runtime"):
+        if masks is not None or when not in (None, parts("transform")[method].facts["when"]):
             raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
-        made: Trained | TrainedDynamic = runner(
-            task, method, epochs=epochs, out=out, model=model, target=target, device=device, every=every, dense=dense,
-            score=score, options=options, progress=progress, command=command, **own_options(method, axes),
-        )  # fmt: skip
-        return made
+        return runner(task, method, Asked(
+            epochs=epochs, out=out, model=model, target=target, device=device, every=every, dense=dense, score=score,
+            options=options, progress=progress, command=command, **own_options(method, axes),
+        ))  # fmt: skip
     if is_runtime(method, trained=False):
         raise RecipeError(
             f"'{method}' works at run time and is not trained: secateur.prune(model, '{method}', ...) puts it into a "
@@ -159,31 +158,13 @@ def train(
     return result
 
 
-def runner_of(method: str) -> Callable[..., Any] | None:
+def runner_of(method: str) -> Callable[[Any, str, Asked], Trained | TrainedDynamic] | None:
     """What trains a transform that has to be trained: its own function (the fact ``trains``), or that of all gates."""
     part = parts("transform").get(method)
     if part is None:
         return None
-    own: Callable[..., Any] | None = part.facts.get("trains")
+    own: Callable[[Any, str, Asked], Trained | TrainedDynamic] | None = part.facts.get("trains")
     return own or (train_dynamic if is_runtime(method, trained=True) else None)
-
-
-def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of such a run: a seed and the method's own knobs, ``{"fbs": {...}}`` or plain; axes are refused.
-
-    Raises:
-        RecipeError: with the first that such a method does not have.
-    """
-    given = {k: v for k, v in axes.items() if v not in (None, [], ())}
-    if unused := sorted(set(given) - {"seed", "knobs", "length", "rate"}):
-        raise RecipeError(f"'{method}' has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE")
-    knobs = given.pop("knobs", {})
-    if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
-        raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
-    own, known = dict(knobs.get(method, knobs)), parts("transform")[method].knobs
-    for name in {"length", "rate"} & (own.keys() - known.keys()):  # of the run, also as --set METHOD.length
-        given[name] = own.pop(name)
-    return {**given, "knobs": own}
 
 
 def _refuse_storage(storage: str | None) -> None:
