@@ -1,6 +1,7 @@
 """Depth at run time: what it brings on real inputs, and what it costs.
 
-Two parts, each with the dense model in turns: early exits of a VGG-like network on Fashion-MNIST (single inputs), and
+Two parts, each with the dense model in turns: early exits of a VGG-like network on Fashion-MNIST (single inputs; beside
+it the accuracy of the dense network trained for as many more epochs without exits, unless ``--no-peer``), and
 generation by SmolLM2 with blocks left out (tokens a second, perplexity behind the prompt), static `shortgpt` at as many
 blocks beside it. Trained models and chosen settings are kept in ``--work``, so that the timing can be repeated alone.
 Settings are chosen on validation data and on the calibration text; all figures are of test data and the held-out text.
@@ -23,6 +24,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("depth-work"))
     parser.add_argument("--images", type=int, default=8000, help="of the training set")
     parser.add_argument("--epochs", type=float, default=4, help="of the dense run; half as long again with exits")
+    parser.add_argument(
+        "--peer", action=argparse.BooleanOptionalAction, default=True, help="train the dense network on as well"
+    )
     parser.add_argument("--drop", type=float, default=0.01, help="of the accuracy, on validation data")
     parser.add_argument("--skip", type=int, nargs="+", default=[2, 4], help="blocks")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.016], help="of exit-decoding by state")
@@ -43,14 +47,23 @@ def keep(args: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
     write_json(args.out, whole | {part: {"environment": environment(args.threads), "settings": settings, **found}})
 
 
+#: Of the run with exits, and of the same epochs without them: in lengths, and rates, of the dense run.
+LONGER = {"length": 0.5, "rate": 0.5}
+
+
 def prepare_exits(args: argparse.Namespace) -> None:
+    """Both sides begin with the same dense run."""
     import secateur
 
-    made = secateur.train(
-        "fashion-vgg", "early-exit", epochs=args.epochs, length=0.5, rate=0.5, knobs={"drop": args.drop},
-        options={"images": args.images, "width": 16}, out=args.work / "exits",
-    )  # fmt: skip
-    print(made)
+    run: dict[str, Any] = {
+        "epochs": args.epochs, "options": {"images": args.images, "width": 16}, "dense": args.work / "dense",
+    }  # fmt: skip
+    print(
+        secateur.train("fashion-vgg", "early-exit", **LONGER, knobs={"drop": args.drop}, out=args.work / "exits", **run)
+    )
+    if args.peer:
+        longer = secateur.Compound.of([{"recover": {"method": "finetune", **LONGER}}])
+        print(secateur.train("fashion-vgg", longer, out=args.work / "peer", **run))
 
 
 def measure_exits(args: argparse.Namespace) -> None:
@@ -60,7 +73,10 @@ def measure_exits(args: argparse.Namespace) -> None:
     run = json.loads((args.work / "exits" / "run.json").read_text(encoding="utf-8"))
     names = ("places", "chosen", "left", "accuracy", "flops", "before", "after", "measured", "task", "epochs", "seed")
     found = {name: run[name] for name in names if name in run}
-    print(json.dumps(found["measured"], indent=1), found["before"], found["after"])
+    peer = args.work / "peer" / "run.json"
+    if peer.is_file():
+        found["peer"] = json.loads(peer.read_text(encoding="utf-8"))["metric"]  # dense, trained as long as with exits
+    print(json.dumps(found["measured"], indent=1), found["before"], found["after"], found.get("peer"))
     keep(args, "exits", found)
 
 

@@ -69,10 +69,12 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
         raise RecipeError(f"gate '{recipe.gate}' itself learns what stays: criterion None, solver rank, steps 1")
     if recipe.gate != "none":
         return
-    if solver.facts.get("quantizes") and (recipe.recovery != "none" or recipe.driver != "once" or pattern.coupled):
+    if solver.facts.get("quantizes"):
+        check_few(recipe, pattern)
+    elif get("recovery", recipe.recovery).facts.get("trains") == "shared":
         raise RecipeError(
-            f"solver '{recipe.solver}' leaves integers, which no later step may move: recovery none, driver once, "
-            "and no coupled units (shrink or train first, and quantize what that wrote)"
+            f"recovery '{recipe.recovery}' trains values that survivors share, and solver '{recipe.solver}' leaves "
+            "floats: add --quantize shared:5"
         )
     if "score" in solver.needs and recipe.criterion is None:
         raise RecipeError(f"solver '{recipe.solver}' ranks by a criterion: name one with --criterion")
@@ -94,6 +96,23 @@ def check_parts(recipe: Recipe, pattern: Granularity) -> None:
         raise RecipeError("units that an earlier round cut do not come back: leave nested at true")
     if recipe.steps > 1 and recipe.schedule == "one-shot":
         raise RecipeError("the one-shot schedule has one step; choose linear, cubic or geometric for more")
+
+
+def check_few(recipe: Recipe, pattern: Granularity) -> None:
+    """Refuse what would move weights off the few values that a solver leaves them."""
+    shares = get("solver", recipe.solver).facts.get("shares") == recipe.solver
+    heals = "codebooks" if shares else "qat"
+    if recipe.recovery not in ("none", heals) or recipe.driver != "once" or pattern.coupled:
+        raise RecipeError(
+            f"solver '{recipe.solver}' leaves {'shared values' if shares else 'integers'}, which no later step may "
+            f"move: recovery none, or {heals} on a task, driver once, and no coupled units (shrink or train first, and "
+            "quantize what that wrote)"
+        )
+    given = set(recipe.knobs.get("recovery", {})) & {"bits", "group"}
+    if heals == recipe.recovery and given:
+        raise RecipeError(
+            f"recovery 'qat' trains on the grids that solver '{recipe.solver}' finds: leave recovery.{min(given)} out"
+        )
 
 
 def heals_units(recovery: str) -> bool:

@@ -22,7 +22,7 @@ from .fuse import plan_factors
 from .granularity import parse
 from .layers import Layer, Skipped, find_layers
 from .measure import Peak
-from .models import load_model, load_tokenizer, next_token_loss, resolve, skeleton
+from .models import known_grids, load_model, load_tokenizer, next_token_loss, resolve, skeleton
 from .prune import MEMORY, Progress, Several, block_keeps, prune, recipe_of
 from .recipe import Recipe
 from .record import dumps, run_record
@@ -389,7 +389,7 @@ def _resident(
     output = Output(target, force, {"recipe": recipe.digest, "resident": time.time_ns()})
     net.save_pretrained(output.part)
     output.copy(path)
-    form.rewrite(output, pruned.grids, net)
+    form.rewrite(output, {**form.lasting(known_grids(path), net), **pruned.grids}, net)
     output.state["weight_map"] = weight_map(output.part)
     form.close(output, recipe, net)
     described = {k: v for k, v in pruned.run["model"].items() if k != "source"}

@@ -134,6 +134,7 @@ FACTS: dict[str, Fact] = {
     "sensitivity": Fact("exponential mean over steps of |weight times gradient|, (o, i)", "training"),
     "uncertainty": Fact("exponential mean over steps of how far that is from its mean, (o, i)", "training"),
     "sign": Fact("the sign that a weight was born with, True for plus, bool, (o, i)", "training"),
+    "cluster": Fact("which of the values that survivors share a weight has, -1 for none, (o, i)", "training"),
     "expert_tokens": Fact("how many tokens the router sends to each expert, (experts,)", "experts"),
     "expert_gain": Fact(
         "mean over an expert's tokens of its routing weight times the l2 norm of its output, (experts,)", "experts"

@@ -7,7 +7,8 @@ optimizer works on. Its other facts, in the decorator, say how the parameter is 
 training in between; ``dense``, the model reads the masked weight, and the session keeps the dense one for the
 optimizer, which is one more copy of each pruned parameter. ``state``: whether the optimizer's memory of what is gone
 is zero too. ``backward``: for which weights training needs gradients, which the count of operations asks.
-``rounds``: the model reads the nearest values of a grid with the hold's ``bits`` and ``group``.
+``rounds``: the model reads the nearest values of a grid with the hold's ``bits`` and ``group``, or of one that it had.
+``ties``: weights that have the same value when training begins have the same one from then on.
 ``first``: masks change before the optimizer steps, with this step's gradients, and not after it. ``finish``: the
 criterion of the last mask. ``decays``: nothing works without the optimizer's weight decay, or this knob of the hold's.
 """
@@ -110,27 +111,63 @@ def dense(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 @register("hold", weight="dense", state="zero", backward="sparse", rounds=True, paper="1712.05877", survey="D1")
 def integers(
-    weight: Tensor, gradient: Tensor, mask: Tensor, *, bits: int = 8, group: int = 0
+    weight: Tensor, gradient: Tensor, mask: Tensor, *, bits: int = 8, group: int = 0, activations: int = 0
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The model reads weights rounded to integers times a scale; its gradient moves the floats behind them.
 
     :: q = mask s round(w / s),  s = max |w| of a group / (2^(bits-1) - 1/2);  g = mask grad L(q)
 
     The straight-through estimator: rounding counts as the identity in the backward pass. Grids are found anew after
-    each step. ``group`` is the number of inputs that share a scale, 0 for all of an output's. At the end the model has
-    the rounded weights, and what is gone is zero.
+    each step; those that a model has been quantized on, and that the session is given, stay, and codes alone move.
+    ``group`` is the number of inputs that share a scale, 0 for all of an output's. With ``activations`` 8 what linear
+    layers read is rounded too while the session lasts, with one scale for each token, max |x| / 127, as the kernels of
+    kind int8-dynamic do it. At the end the model has the rounded weights, and what is gone is zero.
 
     Choose it to heal a pruned model that is to be stored as integers (recovery qat).
 
-    Beware: the session keeps the floats. Weights alone are rounded; activations stay floats.
+    Beware: the session keeps the floats. Convolutions read floats, as they do when int8-dynamic runs.
 
     >>> integers(torch.ones(1, 2), torch.tensor([[2.0, 3.0]]), torch.tensor([[True, False]]))[1].tolist()
     [[2.0, 0.0]]
 
     Source: Jacob et al., Quantization and training, arXiv 1712.05877, section 3, from the paper's description, with the
-    straight-through gradient of Bengio et al., arXiv 1308.3432; symmetric, without biases, activations and batch norms.
+    straight-through gradient of Bengio et al., arXiv 1308.3432; symmetric, without biases and batch norms, activations
+    with a scale for each token, where the paper has one for each layer.
     """
     return weight, gradient * mask
+
+
+@register("hold", weight="zero", state="zero", backward="sparse", ties=True, paper="1510.00149", survey="D1")
+def shared(
+    weight: Tensor, gradient: Tensor, mask: Tensor, cluster: Tensor, *, average: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weights that share a value go on sharing it: the gradient moves the value, and which weights have it stays.
+
+    :: dL/dc_k = sum over weights w with value c_k of dL/dw;  each of them moves by the optimizer's step for c_k
+
+    With ``average`` it is the mean over these weights instead of the sum: the step that comes nearest to what they
+    would do apart, at learning rates that are made for single weights.
+
+    Choose it to train the codebooks of a model whose survivors share values (recovery codebooks).
+
+    Beware: a value that thousands share has a sum of thousands of gradients; with plain SGD give a rate as much
+    smaller, or average. At most 256 values in a layer.
+
+    >>> mask, cluster = torch.ones(1, 3).bool(), torch.tensor([[0, 1, 0]])
+    >>> shared(torch.ones(1, 3), torch.tensor([[1.0, 2.0, 3.0]]), mask, cluster)[1].tolist()
+    [[4.0, 2.0, 4.0]]
+
+    Source: Han, Mao and Dally, Deep compression, arXiv 1510.00149, section 3.3 (equation 3); average is ours.
+    """
+    there = mask & (cluster >= 0)
+    which = cluster[there].long()
+    total = torch.zeros(int(cluster.max()) + 1, dtype=torch.float32, device=gradient.device)
+    total.index_add_(0, which, gradient[there].float())
+    if average:
+        total = total / torch.bincount(which, minlength=total.numel()).clamp_min(1)
+    new = torch.zeros_like(gradient)
+    new[there] = total[which].to(gradient.dtype)
+    return weight, new
 
 
 @register("hold", weight="dense", state="free", backward="sparse", paper="2005.07683")

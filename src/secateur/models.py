@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .formats import stored
-from .formats.integers import is_packed, unpacked
+from .formats import Grid, stored
+from .formats.integers import grids_in, is_packed, unpacked
 
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -149,6 +150,19 @@ def _load_packed(path: Path, dtype: torch.dtype | None) -> Any:
         raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
     eager_experts(model)
     return model.eval()
+
+
+def known_grids(path: Path) -> dict[str, Grid]:
+    """The grids of the weights that a directory holds as codes: by layer, or by the name of the tensor."""
+    from safetensors.torch import load_file
+
+    if stored.is_stored(path):
+        return stored.grids_in(path)
+    if not is_packed(path):
+        return {}
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    files = sorted(set(path.glob("*.safetensors")) - {path / "masks.safetensors"})
+    return {name: grid for file in files for name, grid in grids_in(load_file(file), config).items()}
 
 
 def load_stored(path: Path, model: nn.Module | None = None) -> nn.Module:

@@ -152,6 +152,36 @@ def test_sparse_terms_of_a_decomposition_hold() -> None:
     assert terms and all(float(made.masks[n].float().mean()) < 0.5 for n in terms)
 
 
+def test_a_language_model_is_trained_on_its_integers_and_stays_a_stock_one(tmp_path: Path) -> None:
+    steps = [
+        {"prune": {"method": "wanda", "sparsity": 0.5}},
+        {"quantize": "int4:16"},
+        {"recover": {"method": "qat", "epochs": 4, "rate": 1.0, "activations": 8}},
+    ]
+    ids = torch.cat(tokens())
+
+    def loss_of(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(next_token_loss(model, ids))
+
+    model = tiny.build("llama")
+    plain = secateur.prune(copy.deepcopy(model), Compound.of(steps[:2]), data=tokens())
+    made = secateur.prune(copy.deepcopy(model), Compound.of(steps), data=tokens())
+    assert loss_of(made.model) < loss_of(plain.model) - 0.01
+    assert not any(m._forward_pre_hooks for m in made.model.modules())
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    for name, mask in made.masks.items():
+        weight, found = layers[name].weight(), made.grids[name]
+        assert torch.equal(found.round(weight), weight) and not bool(weight[~mask].any())
+        assert torch.equal(found.scale, plain.grids[name].scale)  # type: ignore[union-attr]
+    made.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    told = config["config_groups"]["group_0"]["weights"]
+    assert (told["num_bits"], told["group_size"], told["symmetric"]) == (4, 16, True)
+    with torch.no_grad():
+        assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)
+
+
 def test_distilled(tmp_path: Path) -> None:
     """The dense model, as it was before the first step, teaches."""
     model = tiny.build("llama")

@@ -103,3 +103,26 @@ def test_a_task_from_the_command_line(tmp_path: Path) -> None:
         app, ["plan", f"{TINY.parents[1]}/nets.py:small", "--method", "svd", "--sparsity", "0.3", "--json"]
     )
     assert done.exit_code in (0, 1)
+
+
+@pytest.mark.parametrize("before", [[], [{"quantize": "int4:8"}]], ids=["fresh", "quantized"])
+def test_training_on_integers_is_a_step(before: list[Any], tmp_path: Path) -> None:
+    """After a quantization its grids stay; without one they are found, and in both cases integers are written."""
+    qat: dict[str, Any] = {"method": "qat", "epochs": 6, "rate": 2.0} | ({} if before else {"bits": 3})
+    made = secateur.train(clouds, Compound.of([STEPS[0], *before, {"recover": qat}]), epochs=2, out=tmp_path / "out")
+    layers = {x.name: x for x in find_layers(made.model)[0]}
+    assert set(made.grids) == set(layers) and made.sparsity == pytest.approx(0.5, abs=0.02)
+    for name, layer in layers.items():
+        found: Any = made.grids[name]
+        assert torch.equal(found.round(layer.weight()), layer.weight()) and found.bits == (4 if before else 3)
+        assert not bool(layer.weight()[~made.masks[name]].any())
+    if before:
+        plain = secateur.train(clouds, Compound.of([STEPS[0], *before]), epochs=2)
+        assert all(torch.equal(plain.grids[n].scale, g.scale) for n, g in made.grids.items())  # type: ignore[union-attr]
+        assert not torch.equal(plain.model.state_dict()["0.weight"], made.model.state_dict()["0.weight"])
+        assert plain.run["after"]["bytes"] == made.run["after"]["bytes"]
+    again = secateur.load(tmp_path / "out", clouds().model(0))
+    x = torch.randn(5, 8)
+    assert torch.equal(again(x), made.model(x))
+    told = secateur.plan(clouds().model(0), made.compound, example=x, data=list(clouds().batches("train", 0, 0)))
+    assert told.steps[-1]["after"]["bytes"] == made.run["after"]["bytes"]

@@ -59,3 +59,32 @@ def classifier(special: int = 1, pool: bool = False, seed: int = 0, depth: int =
 
 def vectors(count: int = 3, tokens: int = 20, seed: int = 1) -> Tensor:
     return torch.randn(count, tokens, 16, generator=torch.Generator().manual_seed(seed))
+
+
+class Biased(nn.Module):
+    """A block that is given what its attention adds to its scores: ``(tokens, tokens)`` or ``(heads, tokens, tokens)``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor, *, scale: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return x + scale[:, None, None] * self.proj(found.transpose(1, 2).flatten(2))
+
+
+class BiasedClassifier(nn.Module):
+    """Blocks that share a bias for all inputs, and a number for each of them."""
+
+    def __init__(self, heads: int = 2, depth: int = 4, width: int = 16) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Biased(width, heads) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        scale = 1 + x[:, 0, 0].sigmoid()
+        for block in self.blocks:
+            x = block(x, bias, scale=scale)
+        return self.head(x.mean(1))

@@ -167,6 +167,26 @@ def test_the_threshold_is_the_least_that_reaches_the_target() -> None:
         assert cost > 0.8 * before or cost == after
 
 
+def test_a_threshold_that_other_inputs_would_not_keep_is_told() -> None:
+    def told(jump: float) -> Exits:
+        gates = early_exit(
+            nn.Sequential(_Block(), _Block(), nn.Linear(4, 3)).eval(), torch.zeros(2, 4), target="flops 20%"
+        )
+        x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+        x[::2, 0] += jump  # one half of the data is clear, the other is not
+        with torch.no_grad():
+            gates.eval().exits["0"].norm = nn.Identity()  # type: ignore[union-attr]
+            gates.exits["0"].linear.weight[0, 0] = 1.0  # type: ignore[union-attr, operator, index]
+        gates.settle([(x, torch.zeros(200, dtype=torch.long))])
+        return gates
+
+    sure, unsure = told(0.0), told(9.0)
+    for gates in (sure, unsure):
+        assert gates.record["flops"]["after"] <= 0.8 * gates.record["flops"]["before"]
+    assert sure.record["notes"] == []
+    assert "is not sure: a threshold for 8" in unsure.told() or "is not sure: a threshold for 7" in unsure.told()
+
+
 def test_a_drop_is_kept_and_what_is_saved_is_the_most() -> None:
     gates, x = made("resnet", drop=0.25)
     data = batches(gates, x)

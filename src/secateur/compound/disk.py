@@ -55,5 +55,8 @@ def _enter(file: Path, part: Path, made: Compounded, net: nn.Module) -> None:
     for shard in sorted(part.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as f:
             names |= dict.fromkeys(f.keys(), shard.name)
-    step = next(s for s in made.compound.steps if "integers" in s.takes)
-    integers.enter_config(file, step.recipe(), names, net)
+    layers = integers.packed_layers(names)
+    grids = [g for n, g in made.grids.items() if n in layers]
+    rows = all(g.scale.shape[1] == 1 for g in grids)
+    told = {(g.bits, 0 if rows else g.group, g.zero is None) for g in grids}
+    integers.enter_config(file, *next(iter(told), (8, 0, True)), names, net)

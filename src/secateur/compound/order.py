@@ -23,19 +23,27 @@ def check_order(steps: Sequence[Step]) -> None:
         if "tokens" in first:
             raise RecipeError(f"{here} comes after {first['tokens']}, which wraps the model: let that be the last step")
         if "integers" in first and "tokens" not in takes:
-            _after_integers(here, takes, first["integers"])
+            _after_integers(here, step, first["integers"])
         if "weights" in first:
             _after_weights(here, step, first["weights"])
         for what in takes:
             first.setdefault(what, f"step {number} ({step})")
 
 
-def _after_integers(here: str, takes: frozenset[str], earlier: str) -> None:
+def _after_integers(here: str, step: Step, earlier: str) -> None:
+    takes = step.takes
+    if step.kind == "recover" and "integers" in takes:
+        if given := {"bits", "group"} & set(step.options):
+            raise RecipeError(f"{here} trains on the grids of {earlier}: leave {min(given)} out")
+        return
     if "integers" in takes:
-        raise RecipeError(f"{here} comes after {earlier}: weights are quantized once")
+        raise RecipeError(
+            f"{here} comes after {earlier}: weights are quantized once; {{recover: qat}} trains what they were rounded to"
+        )
     if takes == {"training"}:
         raise RecipeError(
-            f"{here} comes after {earlier} and would train weights off their grid of integers: train before quantizing"
+            f"{here} comes after {earlier} and would train weights off their grid of integers: train before quantizing, or "
+            "{recover: qat}"
         )
     raise RecipeError(f"{here} comes after {earlier} and would move weights off their grid of integers: quantize last")
 
@@ -56,7 +64,7 @@ def _after_weights(here: str, step: Step, earlier: str) -> None:
                 f"{here} comes after {earlier}, and its recovery '{recipe.recovery}' would fill the zeros of that: "
                 "give it recovery: none, or put it first"
             )
-    if takes > {"training"}:
+    if step.kind == "prune" and "training" in takes:
         raise RecipeError(
             f"{here} comes after {earlier}, and a method that trains knows of no earlier masks: put it first, or prune "
             "by a method without training and add {recover: finetune}"

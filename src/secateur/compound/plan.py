@@ -74,7 +74,7 @@ def preview(
         before = figures(model, {}, example, element)
     steps: list[dict[str, Any]] = []
     for number, step in enumerate(compound.steps, 1):
-        shown, why = _stand_in(step, data is not None)
+        shown, why = _stand_in(step, data is not None, bool(state.grids))
         if shown is not None:
             apply(state, shown, given, number)
         with evaluating(state.model):
@@ -85,10 +85,18 @@ def preview(
     return CompoundPlan(compound, source or type(model).__name__, before, steps)
 
 
-def _stand_in(step: Step, data: bool) -> tuple[Step | None, str]:
-    """What is done in place of a step for its counts, and why; None for nothing."""
+def _stand_in(step: Step, data: bool, rounded: bool) -> tuple[Step | None, str]:
+    """What is done in place of a step for its counts, and why; None for nothing.
+
+    Args:
+        rounded: whether an earlier step has rounded the weights.
+    """
     if step.kind == "recover":
-        return None, "training changes no counts"
+        part = get("recovery", step.method)
+        if part.facts.get("trains") != "integers" or rounded:
+            return None, "training changes no counts"
+        own = {k: step.options.get(k, part.knobs[k]) for k in ("bits", "group")}
+        return Step("quantize", {"as": f"int{own['bits']}:{own['group']}", "method": "round"}), "nothing is trained"
     if step.kind == "runtime":
         return step, ""
     if step.kind == "decompose":
@@ -106,7 +114,8 @@ def _stand_in(step: Step, data: bool) -> tuple[Step | None, str]:
     why = "what goes is shown for magnitude" if shown.criterion != recipe.criterion else ""
     if step.options.get("quantize") is not None or get("solver", recipe.solver).facts.get("quantizes"):
         bits = recipe.knobs_of("solver")
-        shown = shown.quantized(f"int{bits['bits']}:{bits['group']}")
+        more = {k: bits[k] for k in ("symmetric",) if k in bits}
+        shown = shown.quantized(f"int{bits['bits']}:{bits['group']}", more)
     return _of_recipe(shown, options), why
 
 

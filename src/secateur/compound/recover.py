@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from ..calibrate import batches_of, run_model
 from ..data import Windows
 from ..errors import RecipeError
+from ..formats import Grid
+from ..formats.grid import grids_of
 from ..frozen import thawed
-from ..layers import evaluating
+from ..layers import evaluating, find_layers
 from ..recover.stored import Stored
 from ..registry import get
+from ..stream import find_blocks
 from ..tasks import Task
 from ..tasks.base import adamw
 from ..tasks.checkpoint import own_generators
@@ -53,19 +56,37 @@ def recover(state: State, step: Step, given: Given, number: int) -> list[dict[st
         file = None if given.folder is None else given.folder / f"{name}.safetensors"
         return Leg(length, seed=given.seed, round=number, file=file, tags=tags, **fields)
 
-    dense = state.dense
+    dense, rounds = state.dense, part.facts.get("trains") == "integers"
+    masks = state.masks if state.grids or not rounds else _whole(state.model, state.masks)
     healing = Healing(
-        task, state.model, state.masks, float(epochs if epochs is not None else given.epochs or task.epochs),
+        task, state.model, masks, float(epochs if epochs is not None else given.epochs or task.epochs),
         given.seed, leg, None if dense is None else lambda: copy.deepcopy(dense), None,
         lambda done, of: given.progress(f"step {number}", done, of), stored=state.stored,
+        grids=state.grids,
     )  # fmt: skip
     frozen = [p for p in state.model.parameters() if not p.requires_grad]
     with own_generators():
         part.function(healing, **part.knobs_with(options))
+    if rounds and not state.grids:
+        knobs = part.knobs_with(options)
+        state.grids = _grids(state.model, masks, knobs["bits"], knobs["group"])
     state.model.eval()
     for p in frozen:
         p.requires_grad_(False)
     return healing.rows
+
+
+def _whole(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of all layers that a quantization would round; True where there are none."""
+    blocks = find_blocks(model)
+    layers = find_layers(model, inside=None if blocks is None else blocks.paths())[0]
+    return {x.name: torch.ones(x.shape, dtype=torch.bool) for x in layers} | dict(masks)
+
+
+def _grids(model: nn.Module, masks: Mapping[str, Tensor], bits: int, group: int) -> dict[str, Grid]:
+    """What weights lie on that were trained on rounded ones, by their values."""
+    layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
+    return {name: grids_of(layers[name].weight(), group, bits)[0] for name in masks}
 
 
 def stored_teacher(model: nn.Module, steps: Sequence[Step], given: Given) -> Stored | None:

@@ -146,7 +146,8 @@ class Step:
         if self.kind == "decompose":
             return frozenset({"factors", "weights"} if "sparse" in self.method else {"factors"})
         if self.kind == "recover":
-            return frozenset({"training"})
+            trained = get("recovery", self.method).facts.get("trains")
+            return frozenset({"training"} if trained is None else {"training", "integers"})
         if self.kind == "runtime":
             return frozenset({"tokens"})
         recipe = self.recipe()

@@ -150,6 +150,58 @@ def _steps_of(weight: Tensor, most: int) -> Tensor:
     return torch.where(~there.any(1), 1.0, torch.where(fits, found, 0.0)).float()
 
 
+def grids_of(weight: Tensor, group: int = 0, bits: int | None = None) -> list[Grid]:
+    """The grids with so many inputs to a scale on which a matrix lies exactly: symmetric, and one that is not.
+
+    It is how weights that were quantized are known again by their values alone.
+
+    Args:
+        weight: ``(o, i)``.
+        group: a divisor of its inputs; 0 for all of an output's.
+        bits: of the codes; as few as hold them where not given.
+
+    >>> (found,) = grids_of(torch.tensor([[-8.0, 3.0], [0.5, 0.25]]), bits=4)[:1]
+    >>> found.scale.tolist(), found.codes(torch.tensor([[-8.0, 3.0], [0.5, 0.25]])).tolist()
+    ([[1.0], [0.25]], [[-8, 3], [2, 1]])
+    """
+    group = group or weight.shape[1]
+    runs = weight.detach().float().reshape(-1, group)
+    if not bool(runs.isfinite().all()) or not bool((steps_of(runs[:8], 255) > 0).all()):
+        return []
+    step = steps_of(runs, 255)
+    if not bool((step > 0).all()):
+        return []
+    codes = (runs / step[:, None]).round()
+    low, high = codes.amin(1).clamp_max(0), codes.amax(1).clamp_min(0)
+    found = []
+    for symmetric in (True, False):
+        far = torch.maximum(-low, high + 1) * 2 if symmetric else high - low + 1  # how many codes hold them
+        least = max(2, int(far.max() - 1).bit_length())
+        if symmetric and least == 8 and bool((low < -127).any()):
+            least = 9  # 8 bits leave -128 out
+        if least > 8 or (bits is not None and least > bits):
+            continue
+        own = least if bits is None else bits
+        scale = _shortest(step, low, high, own, symmetric)
+        code = _code_of_zero(low * step, scale, own).reshape(weight.shape[0], -1)
+        made = Grid(own, group, scale.reshape(weight.shape[0], -1), None if symmetric else code)
+        if torch.equal(made.round(weight.float()), weight.float()):
+            found.append(made)
+    return found
+
+
+def _shortest(step: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Whole parts of the steps that have no more digits than bfloat16, where the codes leave room for one."""
+    most = torch.maximum(-low, high) if symmetric else high - low
+    room, best = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1, step.clone()
+    for part in range(2, room + 1):
+        waits = (short(best) != best) & (most * part <= room)
+        if not bool(waits.any()):
+            break
+        best = torch.where(waits & (short(step / part) == step / part), step / part, best)
+    return best
+
+
 def check_grid(
     shape: tuple[int, int], name: str, *, bits: int, group: int, clip: str = "mse", most: int = 8, run: int = 1
 ) -> None:

@@ -130,6 +130,30 @@ def unpacked(tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: to
     return plain
 
 
+def grids_in(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Grid]:
+    """The grids of the layers that a file holds as codes, by layer.
+
+    Args:
+        config: ``quantization_config``, of a layout that `unpacked` reads.
+    """
+    (group,) = config["config_groups"].values()
+    bits, found = int(group["weights"]["num_bits"]), {}
+    for name in [n for n in tensors if n.endswith(".weight_packed")]:
+        layer = name.removesuffix(".weight_packed")
+        parts = {part: tensors[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in tensors}
+        found[layer] = _grid(parts, bits)
+    return found
+
+
+def _grid(parts: Mapping[str, Tensor], bits: int) -> Grid:
+    rows, columns = (int(n) for n in parts["weight_shape"])
+    scale = parts["weight_scale"].float()
+    zero = None
+    if "weight_zero_point" in parts:
+        zero = unpack_words(parts["weight_zero_point"].t(), bits, rows).t().float()
+    return Grid(bits, columns // scale.shape[-1], scale, zero)
+
+
 def _weight(parts: Mapping[str, Tensor], bits: int) -> Tensor:
     rows, columns = (int(n) for n in parts["weight_shape"])
     words, scale = parts["weight_packed"], parts["weight_scale"].float()
@@ -138,7 +162,4 @@ def _weight(parts: Mapping[str, Tensor], bits: int) -> Tensor:
         raise ValueError(f"parts of {rows} x {columns} do not fit each other")
     if groups < 1 or columns % groups or not bool(scale.isfinite().all()):
         raise ValueError(f"{groups} groups of {columns} columns, or a scale that is not finite")
-    zero = None
-    if "weight_zero_point" in parts:
-        zero = unpack_words(parts["weight_zero_point"].t(), bits, rows).t().float()
-    return Grid(bits, columns // groups, scale, zero).values(unpack_words(words, bits, columns))
+    return _grid(parts, bits).values(unpack_words(words, bits, columns))

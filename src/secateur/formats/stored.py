@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ModelError, RecipeError
-from .grid import Grid, check_grid, steps_of
+from .grid import Grid, check_grid, grids_of
 from .sharing import Codebook, restored, share
 
 #: What a solver says of weights that take few values.
@@ -36,6 +36,7 @@ OnGrid = Grid | Codebook
 
 RECORD = "stored.json"
 FORMS = ("dense", "bitmask", "integers", "bitmask+integers")
+_GROUPS = (512, 256, 128, 64, 32, 16)  # inputs that share a scale, which are tried where none are told
 _AT_ONCE = 1 << 19  # numbers that are taken apart into bits, a multiple of eight
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,8 +93,8 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
     Args:
         weight: of any shape; its first axis are the outputs.
         grid: whose values it has, if it has any; a weight beside its grid is refused. Where none is given, one with a
-            scale for each output is looked for.
-        form: one of `FORMS` or ``shared``; the smallest that loses nothing where not given.
+            scale for each output, or each group of 16 to 512 inputs, is looked for, and values that many share.
+        form: one of `FORMS`; the smallest that loses nothing where not given.
     """
     matrix = weight.detach().reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.detach().reshape(1, -1)
     facts: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
@@ -101,17 +102,22 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
         if matrix[matrix != 0].unique().numel() > 2**grid.bits:
             raise RecipeError("a weight has values beside those that it shared: it was changed after it was quantized")
         return share(matrix, grid.bits).stored(), {**facts, "form": "shared"}
-    grid = _found(matrix) if grid is None and form == "" else grid
-    n = int(matrix.count_nonzero())
-    size = (matrix.shape[0], matrix.shape[1])
+    n, size = int(matrix.count_nonzero()), (matrix.shape[0], matrix.shape[1])
     known: dict[str, Any] = {"nonzeros": n, "itemsize": weight.element_size()}
-    able = ["dense", "bitmask"]
-    if grid is not None and grid.bits <= 8:
-        known |= {"bits": grid.bits, "group": grid.group, "symmetric": grid.zero is None}
-        able = ["integers", "bitmask+integers", *able]
-    form = form or min(able, key=lambda f: bytes_of(f, size, **known))
-    if form not in able:
+    sizes: dict[tuple[str, Grid | None], int] = {}
+    for one in _found(matrix) if grid is None and form == "" else [grid]:
+        if one is not None and one.bits <= 8:
+            known |= {"bits": one.bits, "group": one.group, "symmetric": one.zero is None}
+            sizes |= {(f, one): bytes_of(f, size, **known) for f in ("integers", "bitmask+integers")}
+    sizes |= {(f, None): bytes_of(f, size, **known) for f in ("dense", "bitmask")}
+    able = list(dict.fromkeys(f for f, _ in sizes))
+    if form and form not in able:
         raise RecipeError(f"this weight can be stored as {', '.join(able)}, not '{form}'")
+    form, grid = min((k for k in sizes if form in ("", k[0])), key=lambda k: sizes[k])
+    if grid is None and n and (few := _few(matrix)):
+        shared = share(matrix, few)
+        if shared.bytes() < sizes[form, None]:
+            return shared.stored(), {**facts, "form": "shared"}
     facts["form"] = form
     mask = matrix != 0
     tensors = {"mask": pack_bits(mask, 1)} if "bitmask" in form else {}
@@ -131,13 +137,20 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
     return tensors, {**facts, "bits": grid.bits, "group": grid.group, "symmetric": grid.zero is None}
 
 
-def _found(matrix: Tensor) -> Grid | None:
-    """The grid of a matrix whose rows are integers times a scale, with as few bits as hold them."""
-    if not bool(matrix.isfinite().all()) or not bool(((scale := steps_of(matrix)) > 0).all()):
-        return None
-    codes = (matrix.float() / scale[:, None]).round()
-    low, high = int(codes.min()), int(codes.max())
-    return Grid(max(2, max(0, -low - 1).bit_length() + 1, high.bit_length() + 1), matrix.shape[1], scale[:, None])
+def _found(matrix: Tensor) -> list[Grid]:
+    """Grids that a matrix lies on: with one scale for each output, and for groups of inputs."""
+    sizes = [g for g in _GROUPS if g < matrix.shape[1] and matrix.shape[1] % g == 0]
+    return [found for group in (matrix.shape[1], *sizes) for found in grids_of(matrix, group)]
+
+
+def _few(matrix: Tensor) -> int:
+    """Bits that tell the values of a matrix apart, where there are no more than 8 bits can; else 0."""
+    flat = matrix.float().reshape(-1)
+    for part in (flat[: 1 << 12], flat):
+        distinct = part[part != 0].unique().numel()
+        if distinct > 256:
+            return 0
+    return max(1, (distinct - 1).bit_length())
 
 
 def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
@@ -166,23 +179,42 @@ def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
             assert mask is not None
             flat[mask] = tensors["values"].to(dtype)
             return flat.reshape(shape)
-        bits, group = int(facts["bits"]), int(facts["group"])
-        half, scale = 1 << (bits - 1), tensors["scale"].float()
-        if not 2 <= bits <= 8 or scale.shape != (rows, n // rows // group) or not bool(scale.isfinite().all()):
+        grid = _grid(tensors, facts)
+        if grid.scale.shape != (rows, n // rows // grid.group):
             raise ValueError("scales")
-        zero = None
-        if not facts["symmetric"]:
-            zero = (unpack_bits(tensors["zero"], bits, scale.numel()) - half).float().reshape(scale.shape)
-        codes = unpack_bits(tensors["codes"], bits, count) - half
+        codes = unpack_bits(tensors["codes"], grid.bits, count) - (1 << (grid.bits - 1))
         if mask is None:
             whole = codes
         else:
-            nothing = torch.zeros_like(scale) if zero is None else zero
-            whole = nothing.long()[..., None].expand(*scale.shape, group).reshape(-1).clone()
+            nothing = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
+            whole = nothing.long()[..., None].expand(*grid.scale.shape, grid.group).reshape(-1).clone()
             whole[mask] = codes
-        return Grid(bits, group, scale, zero).values(whole.reshape(rows, -1)).reshape(shape).to(dtype)
+        return grid.values(whole.reshape(rows, -1)).reshape(shape).to(dtype)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise ModelError(f"a stored weight is damaged: {error}") from None
+
+
+def _grid(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Grid:
+    """The grid of a weight that is stored as codes."""
+    bits, scale, zero = int(facts["bits"]), tensors["scale"].float(), None
+    if not 2 <= bits <= 8 or scale.dim() != 2 or not bool(scale.isfinite().all()):
+        raise ValueError("scales")
+    if not facts["symmetric"]:
+        zero = (unpack_bits(tensors["zero"], bits, scale.numel()) - (1 << (bits - 1))).float().reshape(scale.shape)
+    return Grid(bits, int(facts["group"]), scale, zero)
+
+
+def grids_in(path: str | Path) -> dict[str, Grid]:
+    """The grids of the weights that a directory holds as codes: by layer, those of ``(i, o)`` turned round."""
+    record = read_record(path)
+    found: dict[str, Grid] = {}
+    for file in record["files"]:
+        tensors = load_file(Path(path) / file)
+        for name, told in record["weights"].items():
+            if "integers" in told["form"] and f"{name}:codes" in tensors:
+                parts = {part: tensors[f"{name}:{part}"] for part in told["parts"]}
+                found[name.removesuffix(".weight") if told.get("turned") else name] = _grid(parts, told)
+    return found
 
 
 def pack_bits(numbers: Tensor, bits: int) -> Tensor:

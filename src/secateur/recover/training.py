@@ -71,23 +71,42 @@ def finetune(run: Training, *, length: float = 0.5, rate: float = 0.1) -> None:
     run.fit(length, rate=rate)
 
 
-@register("recovery", paper="1712.05877", data="task", survey="D1")
-def qat(run: Training, *, bits: int = 8, group: int = 0, length: float = 0.5, rate: float = 0.1) -> None:
+@register("recovery", paper="1712.05877", data="task", survey="D1", trains="integers")
+def qat(
+    run: Training, *, bits: int = 8, group: int = 0, activations: int = 0, length: float = 0.5, rate: float = 0.1
+) -> None:
     """Train on while the model reads weights rounded to integers; zeros stay zero (quantization-aware fine-tuning).
 
     Each step sees rounded weights and moves the floats behind them (hold integers). At the end the weights of the
     pruned layers, or of all layers of a smaller model, are integers of ``bits`` times a scale for each output, or for
-    each ``group`` of inputs.
+    each ``group`` of inputs. A model that was quantized stays on its grids: its codes are trained. With ``activations``
+    8 what linear layers read is rounded too, as int8-dynamic reads it.
 
     Choose it to prune and quantize a small network together, above all at 4 bits and less, where rounding after
     training costs most.
 
-    Beware: weights alone are rounded, in floats; ``--storage smallest`` and ``secateur compress`` make them small and
+    Beware: weights stay floats that lie on a grid; ``--storage smallest`` and ``secateur compress`` make them small and
     fast.
 
     Source: Jacob et al., Quantization and training, arXiv 1712.05877, from the paper's description; see hold integers.
     """
-    run.fit(length, rate=rate, hold="integers", bits=bits, group=group)
+    run.fit(length, rate=rate, hold="integers", bits=bits, group=group, activations=activations)
+
+
+@register("recovery", paper="1510.00149", data="task", survey="D1", trains="shared")
+def codebooks(run: Training, *, average: bool = True, length: float = 0.5, rate: float = 0.1) -> None:
+    """Train the values that survivors share; which weight has which value stays, and zeros too (trained quantization).
+
+    The gradient of a value is that of all weights that have it together (hold shared): their mean with ``average``, for
+    the learning rates of tasks, else the sum, as in the paper.
+
+    Choose it after ``--quantize shared:4`` and the like: the file stays as small as it was.
+
+    Beware: with ``average`` false and plain SGD the rate must be smaller by the number of weights that share a value.
+
+    Source: Han, Mao and Dally, Deep compression, arXiv 1510.00149, section 3.3; average is ours.
+    """
+    run.fit(length, rate=rate, hold="shared", average=average)
 
 
 @register("recovery", paper="1912.05671", data="task", keeps="to")

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..errors import ModelError
 from ..layers import evaluating
 from ..measure.flops import flops
+from .rows import changed, inputs_in, leaves
 from .structure import Call
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -42,16 +42,7 @@ class Places:
 
 def hidden(values: Any) -> Tensor | None:
     """The first tensor of floats among what a module is given, or gives."""
-    return next((x for x in _tensors(values) if x.is_floating_point()), None)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in tuples, lists and mappings; a cache is left alone."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list, Mapping)):
-        for x in values.values() if isinstance(values, Mapping) else values:
-            yield from _tensors(x)
+    return next((x for _, x in leaves(values) if x.is_floating_point()), None)
 
 
 def mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -63,44 +54,23 @@ def mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def rows_of(values: Any, count: int, rows: Tensor) -> Any:
-    """What a module is given, or gives, with these rows of every tensor that has ``count`` of them.
+    """What a block of a decoder is given, or gives, with these rows of every tensor that has ``count`` of them.
 
-    Vectors are none: positions are numbers for all rows.
+    Vectors are none: positions are numbers for all rows. Where a mask may have as many rows, see `rows.Rows`.
     """
-
-    if isinstance(values, Tensor):
-        return values[rows] if values.dim() > 1 and len(values) == count else values
-    if isinstance(values, Mapping):
-        kind: Any = type(values)
-        taken = {name: rows_of(x, count, rows) for name, x in values.items()}
-        return taken if kind is dict else kind(**taken)
-    if isinstance(values, (tuple, list)):
-        return type(values)(rows_of(x, count, rows) for x in values)
-    return values
+    return changed(values, lambda _, x: x[rows] if x.dim() > 1 and len(x) == count else x)
 
 
-def inputs_in(call: Call) -> int:
-    """How many inputs a call has: the first size of its first tensor."""
-    return len(next(_tensors(call)))
+def varied(call: Call, count: int, have: frozenset[str]) -> Call:
+    """So many inputs that differ, made of the first one: floats are moved about, numbers turned round.
 
-
-def some_of(call: Call, rows: Tensor) -> Call:
-    """A call on these inputs alone."""
-    count = inputs_in(call)
-
-    def taken(x: Any) -> Any:
-        return x[rows.to(x.device)] if isinstance(x, Tensor) and x.dim() and len(x) == count else x
-
-    found: Call = tree_map(taken, call)
-    return found
-
-
-def varied(call: Call, count: int) -> Call:
-    """So many inputs that differ, made of the first one: floats are moved about, numbers turned round."""
+    Args:
+        have: the ways to tensors with a row for each input.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def made(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim():
+    def made(way: str, x: Tensor) -> Tensor:
+        if way not in have:
             return x
         x = x[:1].expand(count, *x.shape[1:]).clone()
         if x.is_floating_point():
@@ -109,7 +79,7 @@ def varied(call: Call, count: int) -> Call:
             return torch.stack([row.roll(k, 0) for k, row in enumerate(x)])
         return x
 
-    found: Call = tree_map(made, some_of(call, torch.arange(1)))
+    found: Call = changed(call, made)
     return found
 
 

@@ -15,11 +15,12 @@ from ..measure.flops import flops
 from ..registry import get, register
 from ..structured import Target
 from .base import numbers
-from .between import Places, find_places, some_of, varied
+from .between import Places, find_places, varied
 from .leaving import Answer, Exit, Leaving, logits_of
 from .measured import call_of_batch
+from .rows import Rows, having, some_of
 from .structure import Call, call_of
-from .threshold import Point, cheapest, sweep, within
+from .threshold import Point, cheapest, notes, point_at, sweep, within
 
 _CRITERION = "exit-entropy"
 #: How near the answers of inputs alone and together must be: rounding differs with the size of a batch.
@@ -48,6 +49,7 @@ class Exits(nn.Module):
         self.threshold: float | None = None
         self.record = dict(record)
         self.answers: list[Tensor] = []
+        self.rows = Rows(model, self.blocks)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,14 +74,14 @@ class Exits(nn.Module):
             said.append(logits)
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
 
-        out = Leaving(self.model, self.blocks, self._by_place(), listen).run(*args, **kwargs)
+        out = Leaving(self.model, self.blocks, self._by_place(), listen, self.rows).run(*args, **kwargs)
         return out, said
 
     def leave(
         self, decide: Callable[[int, Tensor], Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """One pass in which ``decide`` says which inputs go on behind each exit."""
-        leaving = Leaving(self.model, self.blocks, self._by_place(), decide)
+        leaving = Leaving(self.model, self.blocks, self._by_place(), decide, self.rows)
         out = leaving.run(*args, **kwargs)
         plain = self.record["answers"] == "tensor"
         if out is not None and leaving.alive is None:
@@ -116,26 +118,30 @@ class Exits(nn.Module):
                 hits.append(torch.stack([x.argmax(1) == truth for x in (*said, last)], 1).cpu())
         if not doubts:
             raise DataError("there is no validation batch to choose the threshold on")
-        points = sweep(torch.cat(doubts), torch.cat(hits), self.record["costs"])
-        self._choose(points, float(torch.cat(doubts).min()))
+        doubt, right, costs = torch.cat(doubts), torch.cat(hits), self.record["costs"]
+        points = sweep(doubt, right, costs)
+        given = self.record["threshold"]
+        point = self._point(points) if given is None else point_at(points, given)
+        self.threshold = point.threshold if given is None else float(given)
+        halves = [sweep(doubt[k::2], right[k::2], costs) for k in (0, 1)] if len(doubt) > 1 and given is None else []
+        apart = [point_at(b, self._point(a).threshold).cost for a, b in zip(halves, halves[::-1], strict=True)]
+        self._enter(points, point, float(doubt.min()), sum(apart) / 2 if apart else point.cost)
 
-    def _choose(self, points: Sequence[Point], least: float) -> None:
+    def _point(self, points: Sequence[Point]) -> Point:
+        """What target or drop choose."""
+        record = self.record
+        if record["target"] is not None:
+            return within(points, Target.parse(record["target"]).remaining(record["flops"]["before"]))
+        return cheapest(points, points[0].right - record["drop"] * sum(points[0].left))
+
+    def _enter(self, points: Sequence[Point], point: Point, least: float, apart: float) -> None:
         record, inputs = self.record, sum(points[0].left)
-        if record["threshold"] is not None:
-            at = float(record["threshold"])
-            point = [p for p in points if p.threshold <= at][-1]
-            self.threshold = at
-        else:
-            if record["target"] is not None:
-                point = within(points, Target.parse(record["target"]).remaining(record["flops"]["before"]))
-            else:
-                point = cheapest(points, points[0].right - record["drop"] * inputs)
-            self.threshold = point.threshold
         record["chosen"] = self.threshold
         record["left"] = [n / inputs for n in point.left]
         record["flops"] = {"before": record["flops"]["before"], "after": point.cost}
         record["accuracy"] = {"last": points[0].right / inputs, "exits": point.right / inputs}
-        record["notes"] = [note] if (note := _note(point, points, least, record)) else []
+        record["apart"] = apart
+        record["notes"] = notes(point, points, least, record)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
@@ -154,27 +160,6 @@ class Exits(nn.Module):
             return f"{text}: no threshold yet"
         shares = ", ".join(f"{100 * x:.0f} %" for x in self.record["left"])
         return "\n".join([f"{text}, below {self.threshold:.3g} nats: {shares} at the end", *self.record["notes"]])
-
-
-def _note(point: Point, points: Sequence[Point], least: float, record: Mapping[str, Any]) -> str:
-    """A sentence for a threshold at which nothing leaves, or everything at the first exit."""
-    inputs = sum(point.left)
-    if point.left[-1] == inputs:
-        if record["threshold"] is not None:
-            return (
-                f"no input leaves: the threshold {record['threshold']:g} is below the least entropy of the validation "
-                f"data, {least:.3g} nats"
-            )
-        return (
-            f"no input leaves: every threshold at which one does costs more than the drop of {record['drop']:g}; "
-            "train longer, or allow more"
-        )
-    if point.left[0] == inputs and len(points) > 1:
-        return (
-            "every input leaves at the first exit: the later blocks are not needed at this threshold, and a shorter "
-            "network does the same for all"
-        )
-    return ""
 
 
 def joint(loss: Callable[[nn.Module, Any], Tensor], gates: Exits, batch: Any) -> Tensor:
@@ -268,8 +253,9 @@ def early_exit(
         {"method": "early-exit", "answers": "tensor" if isinstance(out, Tensor) else "logits", **given},
     )  # fmt: skip
     made.exits.to(device=logits.device, dtype=logits.dtype)
-    _prove(made, call)
-    one = some_of(call, torch.arange(1))
+    have = having(model, call)
+    _prove(made, call, have)
+    one = some_of(call, torch.arange(1), have)
     before = flops(model, *one[0], **one[1]).total
     costs = [_cost(made, one, k) for k in range(len(numbers) + 1)]
     made.record |= {"costs": costs, "flops": {"before": before, "after": before}, "notes": []}
@@ -356,13 +342,13 @@ def _cost(made: Exits, one: Call, number: int) -> int:
     return flops(Alone(), *one[0], **one[1]).total
 
 
-def _prove(made: Exits, call: Call) -> None:
+def _prove(made: Exits, call: Call, have: frozenset[str]) -> None:
     """Refuse a model that does not run on in the same way on the inputs that stay.
 
     Inputs that differ leave at different exits; each is answered as when none leaves.
     """
     ends = len(made.places) + 1
-    some = varied(call, ends + 1)
+    some = varied(call, ends + 1, have)
     numbers = [*range(ends), ends - 1]
     kind = type(made.model).__name__
     with evaluating(made), torch.no_grad():

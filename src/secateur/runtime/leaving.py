@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .between import hidden, inputs_in, mask_of, rows_of
+from .between import hidden, mask_of
+from .rows import Rows, inputs_in
 
 #: ``(number of the exit, its logits) -> which inputs go on``.
 Decide = Callable[[int, Tensor], Tensor]
@@ -69,13 +70,18 @@ class Leaving:
         answers: the logits of each.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], exits: Mapping[str, Exit], decide: Decide) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], exits: Mapping[str, Exit], decide: Decide,
+        rows: Rows | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.blocks, self.exits, self.decide = model, blocks, list(exits.items()), decide
+        self.rows = Rows(model, blocks) if rows is None else rows
         self.numbers = {name: k for k, name in enumerate(exits)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's answer for those that stay, else None."""
-        self.count = inputs_in((args, kwargs))
+        self.call = (args, kwargs)
+        self.count = inputs_in(self.call)
         mask = mask_of(self.model, args, kwargs)
         self.mask = mask if mask is not None and len(mask) == self.count else None
         self.alive: Tensor | None = None  # None while all are
@@ -94,23 +100,31 @@ class Leaving:
         handles = []
         for name in self.blocks:
             module = self.model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
             if name in self.numbers:
-                handles.append(module.register_forward_hook(self._leave(self.numbers[name])))
+                handles.append(module.register_forward_hook(self._leave(name)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _enter(self, name: str) -> Callable[..., Any]:
         """What is still there for all inputs, such as a mask, is cut down to those that stay."""
-        if self.alive is None:
-            return None
-        return rows_of(args, self.count, self.alive), rows_of(kwargs, self.count, self.alive)
 
-    def _leave(self, number: int) -> Callable[..., Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.alive is None or self.rows.asking:
+                return None
+            return self.rows.taken((args, kwargs), f"{name} takes", self.count, self.alive, self.call)
+
+        return enter
+
+    def _leave(self, name: str) -> Callable[..., Any]:
+        number = self.numbers[name]
+
         def leave(module: nn.Module, args: Any, out: Any) -> Any:
+            if self.rows.asking:
+                return None
             x = hidden(out)
             assert x is not None
             now = self.count if self.alive is None else len(self.alive)
@@ -130,7 +144,7 @@ class Leaving:
             self.alive = alive[stays]
             if not len(self.alive):
                 raise _Over
-            return rows_of(out, now, stays.nonzero()[:, 0])
+            return self.rows.taken(out, f"{name} gives", now, stays.nonzero()[:, 0], self.call)
 
         return leave
 

@@ -15,8 +15,9 @@ from ..measure.flops import flops
 from ..processes import mean
 from ..registry import register
 from ..structured import Target
-from .between import Places, find_places, hidden, in_place_of, inputs_in, rows_of, some_of
+from .between import Places, find_places, hidden, in_place_of
 from .measured import call_of_batch
+from .rows import Rows, having, some_of
 from .structure import Call, call_of
 
 #: Logit of every gate before training: all blocks run, and each can be closed.
@@ -78,6 +79,7 @@ class Skips(nn.Module):
         self.done = 0.0
         self.record = dict(record)
         self.open: list[Tensor] = []
+        self.rows = Rows(model, self.places)
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +87,9 @@ class Skips(nn.Module):
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """The answers, and which blocks ran for each input, ``(inputs, gates)``."""
-        act = self._weigh if self.training else self._leave_out
         self.open = []
-        with in_place_of(self.model, {name: self._gated(name, act) for name in self.places}):
+        call = (args, kwargs)
+        with in_place_of(self.model, {name: self._gated(name, call) for name in self.places}):
             out = self.model(*args, **kwargs)
         if len(self.open) != len(self.places):
             raise ModelError(
@@ -96,13 +98,17 @@ class Skips(nn.Module):
             )
         return out, torch.stack([x.detach() > 0 for x in self.open], 1)
 
-    def _gated(self, name: str, act: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _gated(self, name: str, call: Call) -> Callable[..., Tensor]:
         gate = self.gates[name.replace(".", "-")]
 
-        def forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        def forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.rows.asking:
+                return own(*args, **kwargs)
             x = hidden((args, kwargs))
             assert x is not None
-            return act(gate(x), x, own, args, kwargs)
+            if self.training:
+                return self._weigh(gate(x), x, own, args, kwargs)
+            return self._leave_out(gate(x), x, own, name, (args, kwargs), call)
 
         return forward
 
@@ -113,16 +119,19 @@ class Skips(nn.Module):
         found: Tensor = weight * own(*args, **kwargs) + (1 - weight) * x
         return found
 
-    def _leave_out(self, logit: Tensor, x: Tensor, own: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    def _leave_out(
+        self, logit: Tensor, x: Tensor, own: Callable[..., Any], name: str, given: Call, call: Call
+    ) -> Tensor:
         runs = logit > self.shift
         self.open.append(runs.float())
         if bool(runs.all()):
-            whole: Tensor = own(*args, **kwargs)
+            whole: Tensor = own(*given[0], **given[1])
             return whole
         if not bool(runs.any()):
             return x
-        rows, count = runs.nonzero()[:, 0], inputs_in((args, kwargs))
-        part = own(*rows_of(args, count, rows), **rows_of(kwargs, count, rows))
+        rows = runs.nonzero()[:, 0]
+        args, kwargs = self.rows.taken(given, f"{name} takes", len(x), rows, call)
+        part = own(*args, **kwargs)
         return x.index_copy(0, rows, part.to(x.dtype))
 
     def penalty(self) -> Tensor:
@@ -248,7 +257,7 @@ def skipnet(model: nn.Module, example: Any, *, target: str = "flops 30%", cost: 
     call = call_of(example)
     places = find_places(model, call)
     chosen = _residual(model, places, call)
-    one = some_of(call, torch.arange(1))
+    one = some_of(call, torch.arange(1), having(model, call))
     work = flops(model, *one[0], **one[1])
     first = next(p for p in model.parameters())
     gates = {n: Gate(places.width[k], places.axis[k]) for k, n in enumerate(places.paths) if n in chosen}

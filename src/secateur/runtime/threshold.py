@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+#: How far, in percent of the dense FLOPs, halves of the validation data may be apart before that is told.
+_SURE = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,51 @@ def cheapest(points: Sequence[Point], fewest: float) -> Point:
 def within(points: Sequence[Point], limit: float) -> Point:
     """The first point whose cost is within a limit, or the last."""
     return next((p for p in points if p.cost <= limit), points[-1])
+
+
+def point_at(points: Sequence[Point], threshold: float) -> Point:
+    """What a threshold does on the data that the points are of."""
+    return [p for p in points if p.threshold <= threshold][-1]
+
+
+def notes(point: Point, points: Sequence[Point], least: float, record: Mapping[str, Any]) -> list[str]:
+    """What should be told of a threshold of exits that was chosen.
+
+    Args:
+        least: the least doubt in the data.
+        record: of the exits.
+    """
+    return [n for n in (_note(point, points, least, record), _unsure(point, record)) if n]
+
+
+def _note(point: Point, points: Sequence[Point], least: float, record: Mapping[str, Any]) -> str:
+    """A sentence for a threshold at which nothing leaves, or everything at the first exit."""
+    inputs = sum(point.left)
+    if point.left[-1] == inputs:
+        if record["threshold"] is not None:
+            return (
+                f"no input leaves: the threshold {record['threshold']:g} is below the least entropy of the validation "
+                f"data, {least:.3g} nats"
+            )
+        return (
+            f"no input leaves: every threshold at which one does costs more than the drop of {record['drop']:g}; "
+            "train longer, or allow more"
+        )
+    if point.left[0] == inputs and len(points) > 1:
+        return (
+            "every input leaves at the first exit: the later blocks are not needed at this threshold, and a shorter "
+            "network does the same for all"
+        )
+    return ""
+
+
+def _unsure(point: Point, record: Mapping[str, Any]) -> str:
+    """A sentence where data that the threshold was not chosen on would leave in another way."""
+    share, other = (100 * x / record["flops"]["before"] for x in (point.cost, record["apart"]))
+    if abs(share - other) <= _SURE:
+        return ""
+    return (
+        f"what is executed on other inputs is not sure: a threshold for {share:.0f} % of the FLOPs on one half of the "
+        f"validation data executes {other:.0f} % on the other; exits that are trained little doubt all inputs alike: "
+        "train longer, or give more validation data"
+    )

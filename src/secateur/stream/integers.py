@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..formats import Grid, OnGrid
 from ..formats.integers import described, packed
-from ..recipe import Recipe
 
 _END = ".weight_packed"
 
@@ -39,20 +38,22 @@ def rewrite(folder: Path, grids: Mapping[str, OnGrid], model: nn.Module) -> None
         part.replace(file)
 
 
-def enter_config(file: Path, recipe: Recipe, names: Mapping[str, Any], model: nn.Module) -> None:
+def enter_config(
+    file: Path, bits: int, group: int, symmetric: bool, names: Mapping[str, Any], model: nn.Module
+) -> None:  # fmt: skip
     """Say in ``config.json`` what is packed, so that stock loaders read it.
 
     Args:
+        bits, group, symmetric: of every layer's grid; a group of 0 is a whole row.
         names: of all tensors in the files.
     """
     layers = packed_layers(names)
     forget(file)
     if not layers:
         return
-    knobs = recipe.knobs_of("solver")
     others = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} - layers
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["quantization_config"] = described(knobs["bits"], knobs["group"], knobs["symmetric"], others)
+    config["quantization_config"] = described(bits, group, symmetric, others)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

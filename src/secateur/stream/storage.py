@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ class Layout(Protocol):
 
     def rewrite(self, output: Output, grids: Mapping[str, OnGrid], model: nn.Module) -> None:
         """The same for all files that ``save_pretrained`` wrote."""
+
+    def lasting(self, grids: Mapping[str, OnGrid], model: nn.Module) -> dict[str, OnGrid]:
+        """Of the grids that a directory had, those that weights are written on again, if they still lie on them."""
 
     def close(self, output: Output, recipe: Recipe, model: nn.Module) -> None:
         """Write what lets the directory be loaded."""
@@ -81,8 +85,13 @@ class Stock:
             tensors = integers.with_codes(load_file(file), grids, model)
             output.write(file.name, tensors)
 
+    def lasting(self, grids: Mapping[str, OnGrid], model: nn.Module) -> dict[str, OnGrid]:
+        return {}
+
     def close(self, output: Output, recipe: Recipe, model: nn.Module) -> None:
-        integers.enter_config(output.part / "config.json", recipe, output.state["weight_map"], model)
+        knobs = recipe.knobs_of("solver")
+        told = (knobs.get("bits", 8), knobs.get("group", 0), knobs.get("symmetric", True))
+        integers.enter_config(output.part / "config.json", *told, output.state["weight_map"], model)
         output.index(output.state["weight_map"])
 
     def coded(self, output: Output) -> set[str]:
@@ -104,6 +113,17 @@ class Smallest:
 
     def rewrite(self, output: Output, grids: Mapping[str, OnGrid], model: nn.Module) -> None:
         output.state["stored"] = rewrite(output.part, grids, model)
+
+    def lasting(self, grids: Mapping[str, OnGrid], model: nn.Module) -> dict[str, OnGrid]:
+        stored = {x.name: (x.weight(), x.stored.dtype) for x in find_layers(model, ("*",))[0]}
+        stored |= {f"{name}.weight": told for name, told in stored.items()}
+        stored |= {n: (p.detach(), p.dtype) for n, p in model.named_parameters() if n not in stored}
+        found = {}
+        for name, grid in grids.items():
+            weight, dtype = stored.get(name, (None, None))
+            if weight is not None and torch.equal(grid.round(weight.float()).to(dtype), weight.to(dtype)):
+                found[name] = grid
+        return found
 
     def close(self, output: Output, recipe: Recipe, model: nn.Module) -> None:
         seal(output.part, output.state.get("stored", {}), format="transformers", **{"class": type(model).__name__})

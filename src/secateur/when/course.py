@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats import OnGrid
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
@@ -68,6 +69,7 @@ class Course:
         shared: a folder of dense runs.
         target, multiple: of units of the whole model.
         score: the split that the figures before and after are measured on.
+        grids: what weights were rounded to, where the recipe's solver does that.
         earlier: seconds of training that was read: before an interruption, or by another run with the same dense model.
     """
 
@@ -87,6 +89,7 @@ class Course:
     multiple: int = 8
     score: Split = "test"
     masks: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, OnGrid] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -253,13 +256,14 @@ class Course:
             return self._healed(self._learned("gates" if self.recipe.gate != "none" else "penalty", model))
         recipe = self.recipe.override(driver="once")
         if not trains(recipe):
-            self.masks = dict(prune(model, recipe, **self._evidence()).masks)
+            done = prune(model, recipe, **self._evidence())
+            self.masks, self.grids = dict(done.masks), done.grids
             return model
         for k in range(1, recipe.steps + 1):
             share = sparsity_at(recipe.schedule, k / recipe.steps, recipe.sparsity)
             one = recipe.override(steps=1, schedule="one-shot", recovery="none", sparsity=share)
             done = prune(model, one, masks=self.masks or None, **self._evidence())
-            self.masks = dict(done.masks)
+            self.masks, self.grids = dict(done.masks), done.grids
             self._heal(model, f"round-{k}", k)
         return model
 
@@ -288,7 +292,7 @@ class Course:
 
         return Healing(
             self.task, model, self.masks, self.epochs, self.recipe.seed, leg, self._teacher,
-            None if self.early is None else lambda to: self.early or {}, self._doing(name),
+            None if self.early is None else lambda to: self.early or {}, self._doing(name), grids=self.grids,
         )  # fmt: skip
 
     def _heal(self, model: nn.Module, name: str, number: int) -> None:

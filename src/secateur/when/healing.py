@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecipeError
+from ..formats import OnGrid
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure.flops import effective_flops
@@ -42,6 +43,7 @@ class Healing:
         leg: makes the next leg.
         rows: what was seen on the way, a row for each epoch.
         stored: what a teacher said, where that was kept.
+        grids: what weights lie on, and stay on, where they were quantized.
         earlier: seconds of training that was done before an interruption.
     """
 
@@ -57,6 +59,7 @@ class Healing:
     rows: list[dict[str, Any]] = field(default_factory=list)
     untrained: float | None = None
     stored: Stored | None = None
+    grids: Mapping[str, OnGrid] = field(default_factory=dict)
     earlier: float = 0.0
 
     @property
@@ -72,16 +75,20 @@ class Healing:
     ) -> None:  # fmt: skip
         """Train with the masks held; without ``masks`` whoever asks keeps the zeros.
 
-        A hold that rounds works on all layers where there are no masks.
+        A hold that rounds works on all layers where there are no masks, and on those that have grids.
         """
         self.untrained = self.task.measure(self.model)
         kept = self.kept
         if hold != "zero" and not kept:
             kept = {x.name: torch.ones(x.shape, dtype=torch.bool) for x in find_layers(self.model)[0]}
+        if hold != "zero" and self.grids:
+            layers = {x.name: x for x in find_layers(self.model, only=("*",))[0]}
+            whole = {n: torch.ones(layers[n].shape, dtype=torch.bool) for n in self.grids if n in layers}
+            kept = {**whole, **kept}
 
         def held(optimizer: Any, steps: int) -> Live:
             axes = {"hold": hold, "knobs": {"hold": knobs}} if knobs else {"hold": hold}
-            return attach(self.model, optimizer=optimizer, masks=kept, seed=self.seed, **axes)
+            return attach(self.model, optimizer=optimizer, masks=kept, seed=self.seed, grids=self.grids or None, **axes)
 
         leg = self.leg(length * self.epochs, begin=begin, rate=rate, loss=loss)
         begun = time.perf_counter()

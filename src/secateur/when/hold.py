@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ModelError, RecipeError
-from ..formats import grid
-from ..formats.grid import check_grid
+from ..formats import OnGrid
 from ..layers import Layer
 from ..recipe import Recipe
 from ..registry import get
 from ..solve import layer_generator
 from .history import History
+from .rounded import Rounded, Tied
 
 
 class Place(Protocol):
@@ -43,7 +43,10 @@ class Holding:
         reach: what gets gradients, in the stored shape, where the hold asks for it.
     """
 
-    def __init__(self, recipe: Recipe, optimizer: Optimizer | None, places: Iterable[Place], steps: int) -> None:
+    def __init__(
+        self, recipe: Recipe, optimizer: Optimizer | None, places: Iterable[Place], steps: int,
+        grids: Mapping[str, OnGrid] | None = None,
+    ) -> None:  # fmt: skip
         part = get("hold", recipe.hold)
         self._part, self._knobs, self._recipe = part, recipe.knobs_of("hold"), recipe
         self._optimizer, self.places, self._steps = optimizer, list(places), steps
@@ -52,7 +55,6 @@ class Holding:
         self.first = bool(part.facts.get("first"))
         self.backward: str = part.facts["backward"]
         self.finish: str | None = part.facts.get("finish")
-        self._rounds = bool(part.facts.get("rounds"))
         self.dense: dict[str, Tensor] = {}
         self.reach: dict[str, Tensor] = {}
         self._lifted = False
@@ -66,8 +68,12 @@ class Holding:
                 f"hold '{recipe.hold}' lets weights shrink by weight decay alone: give the optimizer a "
                 f"weight_decay, or set hold.{knob}"
             )
-        for layer in self._rounded():
-            check_grid(layer.shape, layer.name, bits=self._knobs["bits"], group=self._knobs["group"])
+        layers = [p for p in self.places if isinstance(p, Layer)]
+        self._few: Rounded | Tied | None = None  # of weights that take few values
+        if part.facts.get("rounds"):
+            self._few = Rounded(layers, grids or {}, **self._knobs)
+        elif part.facts.get("ties"):
+            self._few = Tied(layers)
         if self.weight == "dense":
             self.dense = {p.name: p.stored.detach().clone() for p in self.places}
 
@@ -134,6 +140,8 @@ class Holding:
                 "reach": self.reach.get(layer.name), "rate": rates.get(id(whole), 0.0), "steps": self._steps,
                 **past,
             }  # fmt: skip
+            if isinstance(self._few, Tied):
+                facts["cluster"] = layer.from_oi(self._few.cluster[layer.name])
             if "generator" in self._part.needs:
                 facts["generator"] = layer_generator(seed, f"{layer.name} hold", layer.stored.device)
             weight, new = self._part(facts, **self._knobs)
@@ -161,14 +169,9 @@ class Holding:
             place.stored.masked_fill_(gone, 0.0)
             if forget:
                 self._forget(place, gone)
-        for layer in self._rounded():
-            weight = layer.weight().float()
-            layer.write(grid(weight, self._knobs["bits"], self._knobs["group"], clip="absmax").round(weight))
+        if self._few is not None:
+            self._few.write()
         self._lifted = False
-
-    def _rounded(self) -> list[Layer]:
-        """The layers whose weights the model reads from a grid."""
-        return [p for p in self.places if isinstance(p, Layer)] if self._rounds else []
 
     def _forget(self, place: Place, gone: Tensor) -> None:
         assert self._optimizer is not None
@@ -195,7 +198,9 @@ class Holding:
         self._lifted = False
 
     def close(self) -> None:
-        """Nothing is kept any more, and the optimizer is as it was."""
+        """Nothing is kept any more, and the optimizer and the model's modules are as they were."""
+        if self._few is not None:
+            self._few.close()
         if self._remove is not None:
             self._remove()
         self.dense, self.reach = {}, {}

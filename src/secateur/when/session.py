@@ -14,6 +14,7 @@ from .. import granularity
 from ..calibrate import Loss
 from ..drivers import Update
 from ..errors import ModelError, RecipeError
+from ..formats import OnGrid
 from ..layers import find_layers
 from ..masks import Masks
 from ..recipe import TRAINING, Recipe
@@ -41,6 +42,7 @@ def attach(
     target: str | None = None,
     multiple: int = 8,
     masks: Mapping[str, Tensor] | None = None,
+    grids: Mapping[str, OnGrid] | None = None,
     state: Mapping[str, Any] | None = None,
     **axes: Any,
 ) -> Session:
@@ -60,6 +62,7 @@ def attach(
         target: for those, what goes, such as ``"flops 50%"``; without it ``sparsity`` is the share of the parameters.
         multiple: for those, sizes that remain are multiples of it.
         masks: held as they are in place of a method, e.g. the ``masks`` of `Pruned`: to fine-tune what was pruned.
+        grids: for hold ``integers``, the grids that the weights of layers lie on, and stay on (`Pruned.grids`).
         state: of a session to go on with, ``session.state_dict()``; the model and the optimizer have been loaded.
         axes: fields of the recipe that override the method's: ``sparsity``, ``granularity``, ``knobs``, ...
 
@@ -89,7 +92,7 @@ def attach(
             f"'{recipe.granularity}': choose gradual-structured, sfp, or granularity coupled"
         )
     units = {"example": example, "target": target, "multiple": multiple} if coupled else None
-    given = {"data": data, "loss": loss, "units": units, "masks": masks, "state": state}
+    given = {"data": data, "loss": loss, "units": units, "masks": masks, "grids": grids, "state": state}
     return Session(model, recipe, optimizer=optimizer, steps=steps, **given)
 
 
@@ -105,7 +108,7 @@ class Session:
     def __init__(
         self, model: nn.Module, recipe: Recipe, *, optimizer: Optimizer | None, steps: int, data: Any = None,
         loss: Loss | None = None, units: Mapping[str, Any] | None = None, masks: Mapping[str, Tensor] | None = None,
-        state: Mapping[str, Any] | None = None,
+        grids: Mapping[str, OnGrid] | None = None, state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.steps, self.at = model, recipe, steps, 0
         self._driver = get("driver", recipe.driver)
@@ -125,7 +128,7 @@ class Session:
         else:
             recipe.check(self.layers if units is None else ())
             self._masks = Matrices(recipe, self.layers, optimizer, history, "reach" in hold.needs)
-        self._history, self._holding = history, Holding(recipe, optimizer, self._masks.places, steps)
+        self._history, self._holding = history, Holding(recipe, optimizer, self._masks.places, steps, grids)
         self._ledger, self._ever = Ledger(self.layers), dict[str, Tensor]()
         soft = self._holding.weight == "free" and not self._holding.first
         self._settles = int(self._knobs.get("until", 1.0) * steps) if soft else None
