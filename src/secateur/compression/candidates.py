@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
 from ..formats import KINDS, Grid, Packed, pack
+from ..kernels.int4 import GROUPS
 from ..kernels.library import library
 from ..kernels.ops import FEW
 from ..layers import evaluating
 from ..measure import machine
 from .dense import DenseLinear, has_dense
-from .int4 import GROUPS, Int4Linear, available, found_grid
+from .int4 import Int4Linear, found_grid
 from .modules import Installed, Sparse, SparseConv2d, SparseLinear
 
 #: Kinds of values that may be asked for; ``int4`` is of layers that a quantizer has put on a grid of 4 bits.
@@ -67,8 +68,8 @@ class Site:
 
     @cached_property
     def grid(self) -> Grid | None:
-        """The grid of 4 bits that its weight lies on, where there is one and a product for it."""
-        return found_grid(self.matrix()) if self.linear and available() else None
+        """The grid of 4 bits that its weight lies on, where there is one."""
+        return found_grid(self.matrix()) if self.linear else None
 
     def dense(self, kind: str) -> bool:
         """Whether it has a dense form of such values on this machine."""
@@ -168,9 +169,8 @@ def _few_zeros(site: Site, kinds: Sequence[str]) -> str:
         return ""
     reason = f"{share:.0%} zeros" if sparse else ""
     if "int4" in kinds:
-        groups = f"in groups of {', '.join(map(str, GROUPS))} inputs"
-        fits = f"no integers of 4 bits {groups}" if available() else "this torch has no product of 4 bits"
-        reason += f"{', and ' if reason else ''}{fits}"
+        groups = ", ".join(map(str, GROUPS))
+        reason += f"{', and ' if reason else ''}no integers of 4 bits in groups of {groups} inputs"
     return reason
 
 

@@ -10,27 +10,25 @@ from torch import Tensor
 from ..errors import ModelError
 from ..formats.grid import Grid, grid_of
 from ..kernels import int4, ops
+from ..kernels.library import ACTIVATIONS
 from .modules import Installed
-
-#: Inputs that share a scale, and whether this torch has the product.
-GROUPS, available = int4.GROUPS, int4.available
 
 _product = torch.ops.secateur.dense_int4.default
 
 
 def found_grid(weight: Tensor) -> Grid | None:
-    """The grid of 4 bits or less on which a matrix lies exactly, with the widest groups that torch's kernel knows."""
-    fits = (grid_of(weight, group) for group in GROUPS)
+    """The grid of 4 bits or less on which a matrix lies exactly, with the widest groups that the kernel knows."""
+    fits = (grid_of(weight, group) for group in int4.GROUPS)
     return next((found for found in fits if found is not None), None)
 
 
 class Int4Linear(Installed):
-    """``y = x W^T + b`` for W of integers of 4 bits with a scale for each group of inputs; x is rounded to bfloat16.
+    """``y = x W^T + b`` for W of integers of 4 bits with a scale for each group of inputs.
 
     Args:
         weight: ``(outputs, inputs)`` of floats that lie on the grid: nothing is rounded here.
         bias: ``(outputs,)`` or None.
-        grid: of 4 bits, in groups that torch's kernel knows; found where it is not given.
+        grid: of 4 bits, in groups that the kernel knows; found where it is not given.
         activation: ``none`` or ``relu``.
 
     Raises:
@@ -89,14 +87,9 @@ class Int4Linear(Installed):
         return int(self.weight.count_nonzero()) + (0 if self.bias is None else int(self.bias.count_nonzero()))
 
     @property
-    def unseen_bytes(self) -> int:
-        """Bytes that are held beside the buffers: torch's kernel reads values in an order of its own."""
-        return self.values.numel() + 4 * self.scale.numel() if available() else 0
-
-    @property
     def weight(self) -> Tensor:
         """The weight in float32: a copy."""
-        return int4.floats(self.values, self.scale, self.zero, torch.float32)
+        return int4.floats(self.values, self.scale, self.zero)
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file keeps: scales in bfloat16 where that holds them, as those of secateur's grids."""
@@ -107,8 +100,8 @@ class Int4Linear(Installed):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., inputs)`` to ``(..., outputs)``, in the dtype of x."""
         multiply = int4.dense_int4 if ops.direct(x) else _product
-        y: Tensor = multiply(x, self.values, self.scale, self.zero, self.bias)
-        return y.relu() if self.activation == "relu" else y
+        y: Tensor = multiply(x, self.values, self.scale, self.zero, self.bias, ACTIVATIONS[self.activation])
+        return y
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

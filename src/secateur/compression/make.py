@@ -98,7 +98,7 @@ def compress(
             workloads, such as a prompt and a single token.
         kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``,
             ``int8-dynamic`` (activations of single tokens, and of dense layers, become int8 too), ``int4`` (layers
-            that have been quantized to 4 bits or 3 in groups keep their integers; activations become bfloat16).
+            that were quantized to 4 bits or fewer keep their integers; activations of many tokens become bfloat16).
         fresh: measure again what an earlier run measured on this machine.
         cache: keep the measurements for later runs.
         progress: called with (layers done, layers).

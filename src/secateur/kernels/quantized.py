@@ -45,7 +45,7 @@ class _Known:
             zero = torch.zeros(len(scale), dtype=torch.long, device="cpu")
             made = torch._make_per_channel_quantized_tensor(values, scale.double(), zero, 0)
         self.packed: Any = torch.ops.quantized.linear_prepack(made, bias)
-        self.parts = state(values, scale, bias)
+        self.parts = _state(values, scale, bias)
 
     def __deepcopy__(self, memo: object) -> None:
         """A copy of the values makes its own."""
@@ -54,7 +54,7 @@ class _Known:
         return (type(None), ())
 
 
-def state(*parts: Tensor | None) -> list[tuple[int, int]]:
+def _state(*parts: Tensor | None) -> list[tuple[int, int]]:
     """Which tensors they are, and how often they have been changed."""
     return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in parts if t is not None]
 
@@ -78,7 +78,7 @@ def dense_int8(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) ->
     if not available() or not bool(given.sum().isfinite()):
         return F.linear(given, values.float() * scale[:, None], bias).to(x.dtype)
     known: _Known | None = getattr(values, "_secateur_dense", None)
-    if known is None or known.parts != state(values, scale, bias):
+    if known is None or known.parts != _state(values, scale, bias):
         known = _Known(values, scale, bias)
         values._secateur_dense = known  # type: ignore[attr-defined]
     narrow = not {"avx512_vnni", "avx_vnni"} & instructions()
