@@ -166,11 +166,11 @@ def factor_int8_bits(model: nn.Module, budget: float) -> float:
 
 ROWS = (
     Row("sparsegpt", "pruning", pruned, mask_bits(lambda budget: 16)),
-    Row("gptq", "quantization", quantized, grid_bits, ("float32", "int8", "int8-dynamic")),
+    Row("gptq", "quantization", quantized, grid_bits, ("float32", "int8", "int8-dynamic", "int4")),
     Row("low-rank", "low-rank", low_rank, factor_bits),
     Row("sparsegpt+int8", "fusion", joint(8), joint_bits(8), ("float32", "int8", "int8-dynamic")),
     Row("sparsegpt+int6", "fusion", joint(6), joint_bits(6), ("float32", "int8", "int8-dynamic")),
-    Row("sparsegpt+int4", "fusion", joint(4), joint_bits(4), ("float32", "int8", "int8-dynamic")),
+    Row("sparsegpt+int4", "fusion", joint(4), joint_bits(4), ("float32", "int8", "int8-dynamic", "int4")),
     Row("low-rank+int8", "fusion", low_rank_int8, factor_int8_bits, ("float32", "int8", "int8-dynamic")),
     Row("low-rank+sparse", "fusion", low_rank_sparse, factor_bits),
 )

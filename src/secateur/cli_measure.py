@@ -20,7 +20,7 @@ def compress(
     target: Annotated[str, typer.Option("--for", help="What it is to run on: cpu or cuda.")] = "cpu",
     values: Annotated[
         str,
-        typer.Option("--values", help="Kinds allowed, by commas: float32, bfloat16, int8, int8-dynamic."),
+        typer.Option("--values", help="Kinds allowed, by commas: float32, bfloat16, int8, int8-dynamic, int4."),
     ] = "float32",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="On a GPU: bfloat16 (default), float16 or float32.")

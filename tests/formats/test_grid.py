@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.errors import ModelError, RecipeError
-from secateur.formats.grid import Grid, grid, parse_integers, short, steps_of
+from secateur.formats.grid import Grid, grid, grid_of, parse_integers, short, steps_of
 from secateur.formats.integers import described, pack_words, packed, unpack_words, unpacked
 
 
@@ -164,3 +164,25 @@ def test_other_rows_have_no_step() -> None:
     assert steps_of(torch.randn(3, 50)).tolist() == [0, 0, 0]
     assert steps_of(torch.tensor([[1e-30, 1e30, 0.0]])).tolist() == [0]
     assert steps_of(torch.tensor([[200.0, 1.0], [127.0, 1.0]])).tolist() == [0, 1]
+
+
+@given(matrices(), st.integers(2, 4), st.booleans())
+def test_a_matrix_of_integers_in_groups_is_known_again(given: tuple[Tensor, int], bits: int, symmetric: bool) -> None:
+    """Whatever was rounded to a grid of 4 bits or fewer lies on the one that is found, with scales as short."""
+    weight, group = given
+    values = grid(weight, bits, group, symmetric=symmetric).round(weight)
+    found = grid_of(values, group)
+    assert found is not None and found.bits == 4 and found.group == group
+    codes = found.codes(values)
+    assert torch.equal(found.values(codes), values) and torch.equal(short(found.scale), found.scale)
+    assert int(codes.min()) >= -8 and int(codes.max()) <= 7
+    if found.zero is not None:
+        assert not symmetric and int(found.zero.min()) >= -8 and int(found.zero.max()) <= 7
+
+
+def test_other_matrices_have_no_grid() -> None:
+    assert grid_of(torch.tensor([[15.0, 1.0]]), 2) is not None  # 0 to 15
+    assert grid_of(torch.tensor([[15.0, -1.0]]), 2) is None  # -1 to 15 are 17 values
+    assert grid_of(torch.tensor([[1.0, 2.0], [1.0, 16.0]]), 2) is None, "one row of two"
+    for bad in (torch.randn(2, 4), torch.ones(1, 3), torch.tensor([[1.0, math.inf]]), torch.empty(0, 2)):
+        assert grid_of(bad, 2) is None

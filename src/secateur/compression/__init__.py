@@ -3,6 +3,7 @@
 from .choose import Choice
 from .dense import DenseLinear
 from .gpu_layers import GpuLinear, SemiLinear
+from .int4 import Int4Linear
 from .make import Compression, compress
 from .modules import Installed, Sparse, SparseConv2d, SparseLinear
 from .store import dense_again, is_compressed, load_compressed, save_compressed
@@ -13,6 +14,7 @@ __all__ = [
     "DenseLinear",
     "GpuLinear",
     "Installed",
+    "Int4Linear",
     "SemiLinear",
     "Sparse",
     "SparseConv2d",

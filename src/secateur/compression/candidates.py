@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RecipeError
-from ..formats import Packed, pack
+from ..formats import KINDS, Grid, Packed, pack
+from ..kernels.int4 import GROUPS
 from ..kernels.library import library
 from ..kernels.ops import FEW
 from ..layers import evaluating
 from ..measure import machine
 from .dense import DenseLinear, has_dense
+from .int4 import Int4Linear, found_grid
 from .modules import Installed, Sparse, SparseConv2d, SparseLinear
 
+#: Kinds of values that may be asked for; ``int4`` is of layers that a quantizer has put on a grid of 4 bits.
+VALUES = (*KINDS, "int4")
 #: Zeros below which nothing is tried: a half is about where kernels begin to win.
 _LEAST = 0.3
 #: Weights of this many bytes do not stay in a processor's caches from one token to the next; twice as many are
@@ -61,15 +66,24 @@ class Site:
             return weight.T
         return weight.flatten(1)
 
+    @cached_property
+    def grid(self) -> Grid | None:
+        """The grid of 4 bits that its weight lies on, where there is one."""
+        return found_grid(self.matrix()) if self.linear else None
+
+    def dense(self, kind: str) -> bool:
+        """Whether it has a dense form of such values on this machine."""
+        return self.grid is not None if kind == "int4" else has_dense(kind, self.module)
+
     def ways(self, kinds: Sequence[str], few: bool) -> list[str]:
         """The candidates beside ``dense``, as ``kind.index``; ``few``: single tokens, which can be read by bits."""
         indexes = [*(("col", "bits") if few else ("col",))] if zeros(self.matrix()) >= _LEAST else []
         found, kernels = [], library()
         quads = indexes and self.linear and not few and kernels is not None and kernels.quads
         for kind in kinds:
-            found += [f"{kind}.{index}" for index in indexes]
+            found += [f"{kind}.{index}" for index in indexes if kind in KINDS]
             found += [f"{kind}.quad"] if quads and kind == "int8-dynamic" else []
-            found += [f"{kind}.dense"] if has_dense(kind, self.module) else []
+            found += [f"{kind}.dense"] if self.dense(kind) else []
         return found
 
     def made(self, kind: str, index: str, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Installed:
@@ -80,6 +94,8 @@ class Site:
             index: ``col``, ``bits``, ``col+bits``, ``quad`` (with bits, for few tokens) or ``dense``.
             weight: ``(outputs, inputs)``.
         """
+        if kind == "int4":
+            return Int4Linear(weight, bias, self.grid, activation).eval()
         if index == "dense":
             return DenseLinear(weight, bias, kind, activation).eval()
         parts = index.split("+")
@@ -140,10 +156,22 @@ def sites(model: nn.Module, kinds: Sequence[str] = (), device: str = "cpu") -> I
             site.reason = "hooks are attached to it"
         if not site.reason and module.weight.device.type != device:
             site.reason = f"it is on {module.weight.device}: these kernels are for {device.replace('cpu', 'the CPU')}"
-        dense = any(has_dense(kind, module) for kind in kinds)
-        if not site.reason and not dense and (share := zeros(site.matrix())) < _LEAST:
-            site.reason = f"{share:.0%} zeros"
+        if not site.reason and not any(site.dense(kind) for kind in kinds):
+            site.reason = _few_zeros(site, kinds)
         yield site
+
+
+def _few_zeros(site: Site, kinds: Sequence[str]) -> str:
+    """Why a layer without a dense form of these kinds stays as it is; empty where its zeros are worth a try."""
+    share = zeros(site.matrix())
+    sparse = not kinds or any(kind in KINDS for kind in kinds)
+    if sparse and share >= _LEAST:
+        return ""
+    reason = f"{share:.0%} zeros" if sparse else ""
+    if "int4" in kinds:
+        groups = ", ".join(map(str, GROUPS))
+        reason += f"{', and ' if reason else ''}no integers of 4 bits in groups of {groups} inputs"
+    return reason
 
 
 def zeros(weight: Tensor) -> float:
@@ -212,6 +240,8 @@ class Table:
         few = site.linear and shape[0] <= FEW
         wanted = site.ways(kinds, few)
         key = _key(site, shape, cold and few)
+        if "int4.dense" in wanted and site.grid is not None:
+            key += f" int4 in groups of {site.grid.group}"
         row = self.rows.get(key, {})
         if {"dense", *wanted} - set(row):
             row = self.rows[key] = _measure(site, shape, wanted, cold and few, self.repeats)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError, RecipeError
-from ..formats import KINDS
 from ..kernels.library import BUILD, library
 from ..layers import evaluating
 from ..measure import machine
@@ -20,7 +19,7 @@ from ..measure.latency import latency
 from ..measure.size import bytes_in_memory
 from ..models import cache_directory
 from ..structured.plan import inputs
-from .candidates import Site, Table, is_cold, sites, watch
+from .candidates import VALUES, Site, Table, is_cold, sites, watch
 from .choose import Choice, choose
 from .fuse import Tail, folded, tails
 
@@ -98,7 +97,8 @@ def compress(
         example: inputs of a forward pass: a tensor, a tuple or a dict; a list of them where the model has several
             workloads, such as a prompt and a single token.
         kinds: of values that may be used: ``float32`` (the same outputs up to rounding), ``bfloat16``, ``int8``,
-            ``int8-dynamic`` (activations of single tokens, and of dense layers, become int8 too).
+            ``int8-dynamic`` (activations of single tokens, and of dense layers, become int8 too), ``int4`` (layers
+            that were quantized to 4 bits or fewer keep their integers; activations of many tokens become bfloat16).
         fresh: measure again what an earlier run measured on this machine.
         cache: keep the measurements for later runs.
         progress: called with (layers done, layers).
@@ -113,8 +113,8 @@ def compress(
     """
     if example is None:
         raise RecipeError("compress times layers on what they are given: give inputs of a forward pass with example=")
-    if unknown := set(kinds) - set(KINDS):
-        raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(KINDS)}")
+    if unknown := set(kinds) - set(VALUES):
+        raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(VALUES)}")
     loads = [inputs(x) for x in (example if isinstance(example, list) else [example])]
     if any(p.is_cuda for p in model.parameters()):
         from .gpu import compress_gpu

@@ -22,6 +22,7 @@ from ..models import blank
 from .candidates import Site
 from .dense import DenseLinear
 from .gpu_layers import gpu_for, restored
+from .int4 import Int4Linear
 from .make import Compression
 from .modules import GEOMETRY, Installed, SparseConv2d, SparseLinear
 
@@ -152,7 +153,11 @@ def _layer(name: str, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], p
     bias = own.pop("bias", None)
     index, activation = list(facts["index"]), str(facts["activation"])
     if index == ["dense"]:
-        dense = DenseLinear.restored(own["values"], own.get("scale"), bias, activation)
+        dense: DenseLinear | Int4Linear
+        if facts["kind"] == "int4":
+            dense = Int4Linear.restored(own["values"], own["scale"], own.get("zero"), bias, activation)
+        else:
+            dense = DenseLinear.restored(own["values"], own.get("scale"), bias, activation)
         if activation not in ACTIVATIONS or (bias is not None and bias.shape != (dense.rows,)):
             raise ValueError(f"layer '{name}'")
         return dense

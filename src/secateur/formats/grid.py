@@ -134,6 +134,44 @@ def steps_of(weight: Tensor, most: int = 127) -> Tensor:
     return _steps_of(weight, most)
 
 
+def grid_of(weight: Tensor, group: int, bits: int = 4) -> Grid | None:
+    """The grid that a matrix lies on exactly, with as many bits; None where it lies on none.
+
+    It is how a model that was quantized in groups is known again by its values: whatever `Grid.round` gave is found,
+    up to a common factor of the codes of a group.
+
+    Args:
+        weight: ``(o, i)`` of floats.
+        group: inputs that share a scale.
+
+    >>> weight = torch.tensor([[1.5, -2.0, 0.0, 3.5]])
+    >>> found = grid_of(weight, 4)
+    >>> found.scale.tolist(), found.codes(weight).tolist(), grid_of(weight, 4, 3)
+    ([[0.5]], [[3, -4, 0, 7]], None)
+    """
+    if 0 in weight.shape or weight.shape[1] % group or not bool(weight.isfinite().all()):
+        return None
+    o, half, most = weight.shape[0], 1 << (bits - 1), (1 << bits) - 1
+    for some in (weight[:1], weight):  # a row of floats tells that there are no integers
+        runs = some.detach().float().reshape(-1, group)
+        scale = _steps_of(runs, most)
+        if not bool((scale > 0).all()):
+            return None
+        low, high = (runs / scale[:, None]).round().aminmax(dim=1)
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        if bool((high - low > most).any()):
+            return None
+    for factor in range(2, most + 1):  # the whole step of codes with a common factor may have more digits than theirs
+        finer = scale / factor
+        fits = (high - low) * factor <= most
+        take = fits & (short(scale) != scale) & (short(finer) == finer) & (finer * factor == scale)
+        scale, low, high = (
+            torch.where(take, a, b) for a, b in ((finer, scale), (low * factor, low), (high * factor, high))
+        )
+    zero = torch.where((low >= -half) & (high < half), 0.0, -low - half)
+    return Grid(bits, group, scale.view(o, -1), zero.view(o, -1) if bool(zero.any()) else None)
+
+
 def _steps_of(weight: Tensor, most: int) -> Tensor:
     mantissa, exponent = torch.frexp(weight.detach().float())
     there = mantissa != 0

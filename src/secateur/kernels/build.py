@@ -40,7 +40,9 @@ def compiler() -> str | None:
     return named or next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
-def compile_one(cxx: str, out: Path, flags: Sequence[str], source: Sequence[str] = ("sparse.cpp",)) -> str | None:
+def compile_one(
+    cxx: str, out: Path, flags: Sequence[str], source: Sequence[str] = ("sparse.cpp", "int4.cpp")
+) -> str | None:
     """Compile to ``out``, which appears only when it is whole; what the compiler said where it could not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

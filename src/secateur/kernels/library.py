@@ -46,6 +46,21 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Int4(ctypes.Structure):
+    """``Int4`` of ``native/int4.h``."""
+
+    _fields_ = (
+        ("rows", _Long),
+        ("cols", _Long),
+        ("group", _Int),
+        ("activation", _Int),
+        ("values", _Pointer),
+        ("scale", _Pointer),
+        ("zero", _Pointer),
+        ("bias", _Pointer),
+    )
+
+
 class Convolution(ctypes.Structure):
     """``Convolution`` of ``native/sparse.h``."""
 
@@ -97,6 +112,17 @@ class Library:
         for scratch in (self.scratch_linear, self.scratch_vector):
             scratch.argtypes = (matrix, _Long)
             scratch.restype = _Long
+        self.int4_vector, self.int4_floats, self.scratch_int4 = (
+            loaded.int4_vector,
+            loaded.int4_floats,
+            loaded.scratch_int4,
+        )
+        int4 = ctypes.POINTER(Int4)
+        self.int4_vector.argtypes = (int4, _Pointer, _Long, _Pointer, _Pointer, _Int)
+        self.int4_floats.argtypes = (int4, _Long, _Long, _Pointer, _Int, _Int)
+        self.int4_vector.restype = self.int4_floats.restype = None
+        self.scratch_int4.argtypes = (int4, _Long)
+        self.scratch_int4.restype = _Long
         loaded.sparse_isa.restype = ctypes.c_char_p
         self.isa = str(loaded.sparse_isa().decode())
         self.lanes = int(loaded.sparse_lanes())

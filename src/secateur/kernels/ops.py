@@ -162,7 +162,7 @@ class _Scratch(threading.local):
         return self.held.data_ptr()
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def linear(
@@ -188,11 +188,11 @@ def linear(
         room = known.scratch.get((few, count))
         if room is None:
             room = known.scratch[few, count] = need(known.place, count) + SLACK
-        scratch, threads = _scratch.address(room), torch.get_num_threads()
+        memory, threads = scratch.address(room), torch.get_num_threads()
         source, target = given.data_ptr(), y.data_ptr()
         for first in range(0, n, count):
             part = min(count, n - first)
-            multiply(known.place, source + 4 * first * cols, part, target + 4 * first * rows, scratch, threads)
+            multiply(known.place, source + 4 * first * cols, part, target + 4 * first * rows, memory, threads)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -228,8 +228,8 @@ def conv2d(
     for part, target in zip(x.split(max(1, _FLOATS // room)), y.split(max(1, _FLOATS // room)), strict=True):
         given = part.float().contiguous()
         about = _geometry(found, tuple(given.shape), rows, nonzeros, tuple(sizes), *how, _COPIED)
-        scratch = _scratch.address(about.room)
-        found.convolution(place, about.place, given.data_ptr(), target.data_ptr(), scratch, torch.get_num_threads())
+        memory = scratch.address(about.room)
+        found.convolution(place, about.place, given.data_ptr(), target.data_ptr(), memory, torch.get_num_threads())
     return y.to(x.dtype)
 
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
-static GompParallel gomp_parallel = nullptr;
+inline GompParallel gomp_parallel = nullptr;
 
 template <class Body>
 static void parallel(int64_t count, int32_t threads, const Body& body) {

@@ -248,8 +248,15 @@ inline void transpose(vec (&tile)[LANES]) {
     if constexpr (H > 1) transpose<H / 2>(tile);
 }
 
-inline float sum(vec v) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += v[lane];
-    return total;
+template <int N = LANES, class Vector>
+inline float sum(Vector v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        typedef float half __attribute__((vector_size(N * 2)));
+        half low, high;
+        memcpy(&low, &v, sizeof low);
+        memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+        return sum<N / 2>(low + high);
+    }
 }
