@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..disk import beside
+from ..errors import RecipeError
 from ..masks import Masks
 from ..measure import Peak, count_parameters, machine, versions
 from ..record import dumps
@@ -141,7 +142,11 @@ def train_dynamic(
     joint = part.facts.get("joint")
     loss = None if joint is None else partial(joint, found.loss)
     with own_generators(), Peak() as peak:
-        own = dict(knobs or {}) | ({} if target is None else {"target": target})
+        own = dict(knobs or {})
+        if target is not None:
+            if own.get("target") is not None:
+                raise RecipeError(f"'{method}' has one target: give --target, or --set {method}.target")
+            own["target"] = target
         if "seed" in part.knobs:
             own.setdefault("seed", run.seed)
 
