@@ -20,6 +20,7 @@ from .prune import prune
 from .record import dumps
 from .registry import get
 from .runtime import Dynamic, save
+from .runtime.knobs import check
 from .runtime.measured import call_of_batch, measured, table
 from .runtime.store import stock
 from .tasks import names_a_task
@@ -54,6 +55,10 @@ def prune_runtime(
         )
     if others := sorted(set(knobs) - {method}):
         raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
+    own = dict(knobs.get(method, {}))
+    check(get("transform", method), own)
+    if target is not None and own.get("target") is not None:
+        raise RecipeError(f"'{method}' has one target: give --target, or --set {method}.target")
     if names_a_task(source):
         raise RecipeError(f"'{method}' needs a model that is trained already: {source} is a task")
     refuse(out, force, way="choose another directory or --force")
@@ -68,7 +73,7 @@ def prune_runtime(
         inputs = kwargs or args[0]
         _check(net, args, kwargs)
         gates: Dynamic = prune(
-            net, method, example=inputs, data=batches or None, target=target, **knobs.get(method, {})
+            net, method, example=inputs, data=batches or None, **({} if target is None else {"target": target}), **own
         )
         found = get("transform", method).facts.get("measured", measured)(gates, batches or [inputs])
         gates.record |= {"source": source, "command": command()}

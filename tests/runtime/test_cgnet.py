@@ -73,9 +73,18 @@ def test_open_positions_are_counted() -> None:
     wanted = before[""] - sum(before[p.conv] * 3 / 4 for p in gated.places)
     assert gated.record["flops"]["after"] == wanted and set(gated.record["open"].values()) == {0.0}
     assert "0.0 % of the positions open" in gated.told() and "masked" in gated.told()
+    gated = closed(gated)
+    y = pictures(2, seed=5)
+    gated.settle([(x, torch.zeros(2)), (y, torch.zeros(2))])
+    both = gated.record["open"]
+    gated.settle([(torch.cat([x, y]), torch.zeros(4))])
+    assert both == gated.record["open"]  # all batches count
+    gated.settle([(x, torch.zeros(2))])
+    assert both != gated.record["open"]
 
 
-def test_thresholds_are_learned(tmp_path: Path) -> None:
+def test_thresholds_are_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.runtime.measured.SINGLES", 4)
     net, x = plain(), pictures(4)
     gated = cgnet(net, x[:1], goal=2.0, pull=0.5).train()
     torch.testing.assert_close(gated.penalty().detach(), torch.tensor(0.5 * 4.0 * sum(p.outputs for p in gated.places)))

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
 import secateur
-from secateur.errors import ModelError, RecipeError
+from secateur.errors import DataError, ModelError, RecipeError
 from secateur.measure.flops import flops
 from secateur.runtime import ChannelGates, fbs, is_runtime
 from secateur.runtime.alive import Alive, smaller
 from secateur.runtime.measured import measured
 from secateur.runtime.places import find
 
-from .cnns import odd, pictures, plain, residual, taught
+from .cnns import odd, pictures, plain, residual, taught, used
 from .models import vit
 
 NETS: dict[str, Callable[[], nn.Module]] = {"plain": plain, "residual": residual, "odd": odd}
@@ -189,6 +189,7 @@ def test_what_is_known_of_zeros_is_true() -> None:
         "cat": lambda x: torch.cat([x, x + 1], 1),
         "below": lambda x: torch.cat([x, x], 0), "sigmoid": lambda x: x.sigmoid(),
         "in a view": lambda x: (x.view(-1).add_(1), x)[1],
+        "under another name": lambda x: (x.flatten(1), x.add_(1))[0],
         "set": lambda x: (x.__setitem__((0, 1), 5.0), x)[1], "softmax": lambda x: x.softmax(1),
         "under": lambda x: torch.ones_like(x) / x.abs().add(1),
 
@@ -288,3 +289,68 @@ def test_a_linear_layer_over_positions_reads_all_of_them() -> None:
             found = gated(x)
             gated.executes = False
             torch.testing.assert_close(found, gated(x), rtol=1e-4, atol=1e-5)
+
+
+class Words(nn.Module):
+    """Calls everything by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        F, n = nn.functional, self.norm
+        x = x if scale is None else x * scale
+        x = F.conv2d(input=x, weight=self.conv.weight, bias=self.conv.bias)
+        x = F.batch_norm(
+            input=x, running_mean=n.running_mean, running_var=n.running_var, weight=n.weight, bias=n.bias,
+            training=self.training,
+        )  # fmt: skip
+        x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)
+        return F.linear(input=x, weight=self.linear.weight, bias=self.linear.bias)
+
+
+def test_arguments_by_keyword() -> None:
+    torch.manual_seed(0)
+    net, x = used(Words()), pictures(4)
+    assert [(p.conv, p.norm, p.rectified) for p in find(net, call(x))] == [("conv", True, True)]
+    gated = taught(fbs(net, x[:1], density=0.5))
+    out = gated(x)
+    assert flops(gated, x[:1]).total == 2 * (1 * 6 + 36 * 9 * 3 + 3 * 3)  # its gate, half of both products
+    gated.executes = False
+    torch.testing.assert_close(gated(x), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fbs", "ftwt", "manidp", "cgnet"])
+def test_a_model_in_evaluation_gets_gates_in_evaluation(method: str) -> None:
+    """Before any call of eval() or train(): nothing is learned from the first inputs."""
+    net, x = residual(), pictures(4)
+    knobs = {"cgnet": {}, "ftwt": {"mass": 0.7}}.get(method, {"density": 0.5})
+    gated = secateur.runtime.made(net, method, x, [x], **knobs)
+    state = {k: v.clone() for k, v in gated.state_dict().items()}  # type: ignore[attr-defined]
+    gated(x)
+    assert all(torch.equal(v, gated.state_dict()[k]) for k, v in state.items())  # type: ignore[attr-defined]
+    assert gated(x[:0]).shape == (0, 10)  # of no inputs no answers
+
+
+@pytest.mark.parametrize("method", ["fbs", "ftwt", "manidp", "cgnet"])
+def test_mixed_precision_and_channels_last(method: str) -> None:
+    net, x = plain(8), pictures(4)
+    knobs = {"cgnet": {}, "ftwt": {"mass": 0.7}}.get(method, {"density": 0.5})
+    gated: Any = secateur.runtime.made(net, method, x, [x], **knobs)
+    out = gated(x)
+    torch.testing.assert_close(gated(x.contiguous(memory_format=torch.channels_last)), out, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(gated(x)).all()
+        gated.train()
+        loss = gated(x).float().square().mean() + gated.penalty()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in gated.parameters() if p.grad is not None)
+
+
+def test_what_all_inputs_share_is_not_cut_and_numbers_are_no_classes() -> None:
+    gated = taught(fbs(used(Words()), pictures(1), density=0.5))
+    found = measured(gated, [{"x": pictures(3), "scale": torch.full((1,), 2.0), "labels": torch.rand(3)}], repeats=1)
+    assert found["inputs"] == 3 and "accuracy" not in found["gated"]
+    with pytest.raises(DataError, match="a row for each input"):
+        measured(gated, [{"x": torch.zeros(())}], repeats=1)

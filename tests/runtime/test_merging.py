@@ -53,6 +53,8 @@ def test_matching_is_that_of_a_plain_loop(tokens: int, protected: int, batch: in
         wanted, weight = merged_by_hand(x[b].float(), key[b], size[b].tolist(), protected, r)
         torch.testing.assert_close(out[b], wanted)
         assert sizes[b].tolist() == weight
+        exact = act(x, Seen(key, None, size, protected), r)[0]
+        torch.testing.assert_close(exact[b], merged_by_hand(x[b], key[b], size[b].tolist(), protected, r)[0])
 
 
 @pytest.mark.parametrize("special", [0, 1])

@@ -112,6 +112,11 @@ def test_bad_input_is_said_before_any_training(options: dict[str, Any], match: s
         run(stop=("train", 1), **options)
 
 
+def test_one_target() -> None:
+    with pytest.raises(RecipeError, match="has one target"):
+        run(stop=("train", 1), target="flops 50%", knobs={"fbs": {"target": "flops 30%"}})
+
+
 def test_a_method_that_is_not_trained_says_so() -> None:
     with pytest.raises(RecipeError, match="works at run time and is not trained"):
         secateur.train(find("digits", images=100), "tome", target="flops 50%")

@@ -105,6 +105,11 @@ def take(x: Tensor, at: Tensor, real: Tensor | None = None) -> Tensor:
     return found if real is None else found * real[..., None]
 
 
+def wide(x: Tensor) -> Tensor:
+    """As it is summed: in float32, or in more where it has more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _sizes(size: Tensor, at: Tensor, real: Tensor | None) -> Tensor:
     found = size.gather(1, at)
     return found if real is None else found * real
@@ -136,7 +141,7 @@ class Merge:
         leaving = None if isinstance(leave, int) else list(leave)
         gone, moves = positions(~stays & real, leaving)
         into = 2 * nearest(take(seen.key, gone), seen.key, free)[1] + 1
-        weighted = x.float() * seen.size[..., None]
+        weighted = wide(x) * seen.size[..., None]
         moved = take(weighted, gone, moves)
         rows = _rows(into, n)  # sums of whole rows
         weighted = weighted.flatten(0, 1).index_add(0, rows, moved.flatten(0, 1)).view_as(weighted)
@@ -180,5 +185,6 @@ class Fuse:
         if not self.fuse:
             return kept, size
         gone = ~mask & (seen.size > 0)
-        fused = ((score * gone)[:, None] @ x.float()).to(x.dtype)
+        exact = wide(x)
+        fused = ((score * gone).to(exact)[:, None] @ exact).to(x.dtype)
         return torch.cat([kept, fused], 1), torch.cat([size, (seen.size * gone).sum(1, keepdim=True)], 1)

@@ -54,17 +54,16 @@ class Alive:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """What a function means for what is known."""
         given = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x in self._masks]
-        if not given:
+        changed = _changed(func, args, kwargs)
+        if not given and changed is None:
             return
         mask = self._rule(func, args, kwargs, out)
-        name = _name(func)
-        changes = (
-            name in ("__setitem__", "__set__") or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
-        )
-        changes = changes or name.startswith("__i")
-        storages = {x.untyped_storage().data_ptr() for x in tree_iter(out) if isinstance(x, Tensor)}
+        storages = {_storage(x) for x in tree_iter(out) if isinstance(x, Tensor)}
         for x in given:
-            if changes or x.untyped_storage().data_ptr() in storages:
+            if _storage(x) in storages:
+                del self._masks[x]
+        if changed is not None:  # also under other names
+            for x in [x for x in self._masks if _storage(x) == _storage(changed)]:
                 del self._masks[x]
         if mask is not None:
             self._masks[out] = mask
@@ -121,6 +120,18 @@ class Alive:
         return torch.cat(masks, 1)
 
 
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _changed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a function changes in place; None for one that changes nothing."""
+    name = _name(func)
+    own = name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
+    into = kwargs.get("out", (args[0] if args else kwargs.get("input")) if own or kwargs.get("inplace") else None)
+    return into if isinstance(into, Tensor) else None
+
+
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
 
@@ -138,6 +149,9 @@ def smaller(
         product: ``product(x, weight, bias)``.
     """
     rows = torch.cat([m for m in (reads, makes) if m is not None], 1)
+    if len(x) == 0:
+        whole: Tensor = product(x, weight, bias)
+        return whole
     if len(x) == 1 or bool((rows == rows[:1]).all()):
         return _one(x, weight, bias, _first(reads, 0), _first(makes, 0), product)
     _, group = torch.unique(rows, dim=0, return_inverse=True)

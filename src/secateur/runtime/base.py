@@ -57,7 +57,8 @@ class Learning(Dynamic, Protocol):
     """One whose gates are trained, with the model: the part's fact ``trained`` says so.
 
     Where gates have a loss of their own that takes labels, the fact ``joint`` is ``joint(loss, gates, batch)``, the
-    loss that is trained with, given the task's.
+    loss that is trained with, given the task's; it may ask for the losses of single inputs (`losses_of_inputs`). It is
+    asked of one batch before the dense run, so that a task that it cannot be had of is refused in time.
 
     In training mode a forward pass is differentiable, and may mask where evaluation leaves work out; both give the same
     answers for the same decisions. What masks in evaluation also while its attribute ``executes`` is False has that

@@ -52,9 +52,9 @@ class Partial(nn.Module):
     def convolve(self, product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, executes: bool) -> Tensor:
         """The convolution, gated."""
         b = self.base
-        part = product(x[:, :b], weight[:, :b], bias)
-        sums = part if bias is None else part - bias.view(-1, *[1] * (part.dim() - 2))
-        normed = batch_norm(sums.float(), self.mean, self.var, None, None, self.training, _MOMENTUM)
+        sums = product(x[:, :b], weight[:, :b], None)
+        part = sums if bias is None else sums + bias.view(-1, *[1] * (sums.dim() - 2)).to(sums.dtype)
+        normed = batch_norm(sums.float(), self.mean.float(), self.var.float(), None, None, self.training, _MOMENTUM)
         above = normed - self.threshold.view(-1, *[1] * (part.dim() - 2))
         is_open = above > 0
         if not self.training:

@@ -134,7 +134,7 @@ class Pass(TorchFunctionMode):
     """One forward pass of a gated network.
 
     Args:
-        counts: count what is left out, ``saved``, or would be where the pass masks instead: operations of each input.
+        counts: count what is left out, or would be where the pass masks instead: ``saved``, operations of all inputs.
     """
 
     def __init__(self, gates: ChannelGates, counts: bool = False) -> None:
@@ -174,7 +174,7 @@ class Pass(TorchFunctionMode):
             for mask in (reads, makes):
                 part = part if mask is None else part * mask.sum(1).clamp_min(1) / mask.shape[1]
             whole = 2 * y[:1].numel() * weight[:1].numel()
-            self.saved = self.saved.to(part) + whole * (1 - part)
+            self.saved = self.saved.to(part) + whole * (1 - part).sum()
         return y  # type: ignore[no-any-return]
 
     def _convolve(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:

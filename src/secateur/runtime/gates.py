@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError, RecipeError
 from ..select import keep_count
-from .act import Act, Seen
+from .act import Act, Seen, wide
 from .packed import attend_packed, is_limited, packed_arguments
 from .padding import padding, sizes, told
 from .structure import ADDS, Call, Structure, attention_arguments, first_tensor, is_operand
@@ -271,7 +271,7 @@ def mean_of_tokens(args: Any, kwargs: Any, size: Tensor, structure: Structure) -
     if not 0 <= without <= structure.protected or x.shape[2] != structure.width:
         return None
     weight = size[:, without:, None]
-    found = ((x.float() * weight).sum(1) / weight.sum(1).clamp_min(1)).to(kwargs.get("dtype") or x.dtype)
+    found = ((wide(x) * weight).sum(1) / weight.sum(1).clamp_min(1)).to(kwargs.get("dtype") or x.dtype)
     keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
     return found[:, None] if keep else found
 

@@ -68,7 +68,7 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
             dense, gated = answers["dense"], answers["gated"]
             if dense is not None and gated is not None:
                 same, answered = same + int((dense == gated).sum()), answered + dense.numel()
-            count += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+            count += inputs_in((args, kwargs))
     if not count:
         raise DataError("there is no batch to measure on")
     result: dict[str, Any] = {name: {k: decoding.spread(v) for k, v in facts.items()} for name, facts in found.items()}
@@ -84,21 +84,40 @@ def measured(gates: Dynamic, batches: Iterable[Any], repeats: int = 3) -> dict[s
 def _singles(batches: Iterable[Any]) -> Iterator[Any]:
     """Each input of each batch as a batch of one."""
     for batch in batches:
-        count = len(next(x for x in tree_leaves(batch) if isinstance(x, Tensor)))
-        for k in range(count):
-            yield tree_map(lambda x, k=k: x[k : k + 1] if isinstance(x, Tensor) else x, batch)
+        for k in range(count := inputs_in(batch)):
+            yield tree_map(lambda x, k=k, n=count: x[k : k + 1] if is_of_inputs(x, n) else x, batch)
+
+
+def inputs_in(batch: Any) -> int:
+    """How many inputs a batch has: the rows of its first tensor.
+
+    Raises:
+        DataError: no tensor in it has rows.
+    """
+    for x in tree_leaves(batch):
+        if isinstance(x, Tensor) and x.dim():
+            return len(x)
+    raise DataError("a batch has no tensor with a row for each input")
+
+
+def is_of_inputs(x: Any, count: int) -> bool:
+    """Whether something is a tensor with a row for each input; what all inputs share is not."""
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == count
 
 
 def call_of_batch(batch: Any) -> tuple[Call, Tensor | None]:
     """How a model is called on a batch, and the classes of its inputs, where a batch is a pair of both."""
     if isinstance(batch, Mapping):
         given = dict(batch)
-        labels = given.pop("labels", None)
-        return ((), given), labels if isinstance(labels, Tensor) and labels.dim() == 1 else None
+        return ((), given), _labels(given.pop("labels", None))
     if isinstance(batch, (tuple, list)):
-        labels = batch[1] if len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim() == 1 else None
-        return ((batch[0],), {}), labels
+        return ((batch[0],), {}), _labels(batch[1]) if len(batch) == 2 else None
     return ((batch,), {}), None
+
+
+def _labels(x: Any) -> Tensor | None:
+    """Class indices; None for what is no such thing."""
+    return x if isinstance(x, Tensor) and x.dim() == 1 and not x.is_floating_point() else None
 
 
 def _classes(out: Any) -> Tensor | None:

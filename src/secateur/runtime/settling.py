@@ -1,4 +1,4 @@
-"""What gates of channels execute for inputs, and thresholds that are raised until it is what was asked for."""
+"""What gates of channels execute for inputs, and thresholds that are moved until it is what was asked for."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..layers import evaluating
 from ..measure.flops import flops
 from ..structured import Target
+from .base import answering
 from .channels import ChannelGates, Pass, inputs_of
+from .measured import inputs_in, is_of_inputs
 from .structure import Call
 
-#: Inputs that thresholds are settled on, at most, and how often the way to the highest ones is halved.
+#: Inputs that thresholds are settled on, at most, and how often their way is halved.
 INPUTS, _HALVINGS = 1024, 16
 
 
-def executed(gates: ChannelGates, call: Call) -> tuple[Tensor, int]:
-    """Operations that each input of a batch takes, ``(inputs,)``, and those of the dense network for one.
+def whole(gates: ChannelGates, call: Call) -> tuple[int, int]:
+    """Operations for one input where nothing is left out, and those of the dense network alone."""
+    inputs = inputs_in(call)
+    one = tree_map(lambda x: x[:1] if is_of_inputs(x, inputs) else x, call)
+    with answering(gates):
+        found, dense = (flops(net, *one[0], **one[1]).total for net in (gates, gates.model))
+    return found, dense
 
-    One pass for all: nothing is left out in it, and what would be is counted.
-    """
-    args, kwargs = call
-    one = tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, call)
-    was, gates.executes = gates.executes, False
-    try:
-        whole, dense = (flops(net, *one[0], **one[1]).total for net in (gates, gates.model))
-        run = Pass(gates, counts=True)
-        with evaluating(gates), torch.no_grad(), run:
-            gates.model(*args, **kwargs)
-    finally:
-        gates.executes = was
-    return whole - run.saved, dense
+
+def saved(gates: ChannelGates, call: Call) -> float:
+    """Operations that an input of a batch does without, on average, counted in one pass that leaves out nothing."""
+    run = Pass(gates, counts=True)
+    run.executes = False
+    with evaluating(gates), torch.no_grad(), run:
+        gates.model(*call[0], **call[1])
+    return float(run.saved) / inputs_in(call)
 
 
 def settled(gates: ChannelGates, batches: Iterable[Any], target: str | None, move: Callable[[float], None]) -> float:
-    """Move thresholds from where training left them (0) as far to their ends (1) as a target needs; how far it was.
+    """Move thresholds from the lowest (0) as far to the highest (1) as a target needs, and say how far.
 
     What is executed then, the mean over up to `INPUTS` inputs, goes into the record, and a note where it is too much.
 
@@ -48,7 +49,7 @@ def settled(gates: ChannelGates, batches: Iterable[Any], target: str | None, mov
     calls, count = [], 0
     for batch in batches:
         calls.append(inputs_of(batch))
-        count += len(next(x for x in (*calls[-1][0], *calls[-1][1].values()) if isinstance(x, Tensor)))
+        count += inputs_in(calls[-1])
         if count >= INPUTS:
             break
     notes: list[str] = []
@@ -57,11 +58,15 @@ def settled(gates: ChannelGates, batches: Iterable[Any], target: str | None, mov
         notes.append("there is no validation data: thresholds are as training left them, whatever the target is")
         return 0.0
 
+    sizes = [whole(gates, call) for call in calls]
+
     def share(way: float) -> float:
         """What is executed, in operations of the dense network."""
         move(way)
-        found = [executed(gates, call) for call in calls]
-        return float(torch.cat([x.double() / dense for x, dense in found]).mean())
+        done = 0.0
+        for call, (full, dense) in zip(calls, sizes, strict=True):
+            done += inputs_in(call) * (full - saved(gates, call)) / dense
+        return done / count
 
     before = gates.record["flops"]["before"]
     limit = 1.0 if target is None else Target.parse(target).remaining(before) / before

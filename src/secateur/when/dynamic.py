@@ -125,7 +125,11 @@ def train_dynamic(task: Any, method: str, asked: Asked) -> TrainedDynamic:
     if not own.length > 0:
         raise RecipeError(f"the gates of '{method}' are learned: length is above 0, not {own.length:g}")
     found, seed, place = own.task, asked.seed, own.device
-    given = dict(asked.knobs or {}) | ({} if asked.target is None else {"target": asked.target})
+    given = dict(asked.knobs or {})
+    if asked.target is not None:
+        if given.get("target") is not None:
+            raise RecipeError(f"'{method}' has one target: give --target, or --set {method}.target")
+        given["target"] = asked.target
     if "seed" in own.part.knobs:
         given.setdefault("seed", seed)
 
