@@ -136,7 +136,11 @@ def wide_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Itera
     """The same on a wider model, of random weights."""
     large = wide(args.hidden, args.layers)
     ids = torch.randint(0, 1024, (2, 64 + args.steps), generator=torch.Generator().manual_seed(1))
-    made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=args.sparsity) for m in SPARSE}
+    made = {
+        f"{m} {share}": secateur.prune(large, m, example=ids, data=[ids], sparsity=share)
+        for share in args.shares
+        for m in SPARSE
+    }
     merge(rows, speed({"dense": large, **made}, ids[:1], args.steps))
     yield
 
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="tokens at once, under a budget")
     parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of teal, cats and deja-vu")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="the same, of the wide model")
     parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for these")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=2)
