@@ -77,7 +77,7 @@ def speed(models: dict[str, Any], ids: Tensor, steps: int) -> dict[str, dict[str
                 if at >= prompt + 2:
                     found[name].append(time.perf_counter() - begun)
     return {
-        name: {"seconds": statistics.median(took), "tokens_per_second": 1 / statistics.median(took),
+        name: {"seconds": statistics.median(took), "tokens_per_second": len(ids) / statistics.median(took),
                "bytes": nbytes(caches[name])}
         for name, took in found.items()
     }  # fmt: skip
@@ -92,6 +92,11 @@ def wide(hidden: int, layers: int) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def merge(rows: dict[str, Any], more: dict[str, dict[str, float]]) -> None:
+    for name, row in more.items():
+        rows.setdefault(name, {}).update(row)
+
+
 def cache_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Iterator[None]:
     """Budgets of the cache, behind a long prompt; then the perplexity of the whole text under each."""
     long = text(EVALUATION, args.texts, args.length)
@@ -99,11 +104,13 @@ def cache_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Iter
     for budget in args.budgets:
         for method in ("streaming", "h2o"):
             models[f"{method} {budget}"] = secateur.prune(net, method, example=long[:, :64], budget=budget)
-    for name, row in speed(models, long[:1], args.steps).items():
-        rows.setdefault(name, {}).update(row)
-    yield
+    if args.speed:
+        merge(rows, speed(models, long[:1].repeat(args.batch, 1), args.steps))
+        yield
+    if not args.perplexity:
+        return
     for name, model in models.items():
-        rows[name]["perplexity"] = under_budget(model, long, None if name == "dense" else args.chunk)
+        rows.setdefault(name, {})["perplexity"] = under_budget(model, long, None if name == "dense" else args.chunk)
         yield
 
 
@@ -114,9 +121,12 @@ def weight_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Ite
     models: dict[str, Any] = {"dense": net}
     for method in SPARSE:
         models[method] = secateur.prune(net, method, example=long[:, :64], data=data, sparsity=args.sparsity)
-    rows |= speed(models, long[:1, : 128 + args.steps], args.steps)
+    if args.speed:
+        merge(rows, speed(models, long[:1, : 128 + args.steps], args.steps))
     for name, model in models.items():
-        rows[name] |= {"left_out": getattr(model, "left_out", 0.0), "perplexity": second_half(model, long)}
+        rows.setdefault(name, {})["left_out"] = getattr(model, "left_out", 0.0)
+        if args.perplexity:
+            rows[name]["perplexity"] = second_half(model, long)
         if "recall" in getattr(model, "record", {}):
             rows[name] |= {k: statistics.mean(v) for k, v in model.record["recall"].items()}
     yield
@@ -126,36 +136,48 @@ def wide_rows(net: Any, args: argparse.Namespace, rows: dict[str, Any]) -> Itera
     """The same on a wider model, of random weights."""
     large = wide(args.hidden, args.layers)
     ids = torch.randint(0, 1024, (2, 64 + args.steps), generator=torch.Generator().manual_seed(1))
-    made = {m: secateur.prune(large, m, example=ids, data=[ids], sparsity=args.sparsity) for m in SPARSE}
-    rows |= speed({"dense": large, **made}, ids[:1], args.steps)
+    made = {
+        f"{m} {share}": secateur.prune(large, m, example=ids, data=[ids], sparsity=share)
+        for share in args.shares
+        for m in SPARSE
+    }
+    merge(rows, speed({"dense": large, **made}, ids[:1], args.steps))
     yield
 
 
 SPARSE = ("teal", "cats", "deja-vu")
-PARTS = {"cache": cache_rows, "weights": weight_rows, "wide": wide_rows}
+PARTS = {"cache": cache_rows, "batch": cache_rows, "weights": weight_rows, "wide": wide_rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "decoder.json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch", type=int, default=1, help="texts decoded at once, for the cache")
+    parser.add_argument("--perplexity", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--length", type=int, default=1024, help="of the texts")
     parser.add_argument("--texts", type=int, default=1)
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--chunk", type=int, default=16, help="tokens at once, under a budget")
     parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of teal, cats and deja-vu")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="the same, of the wide model")
     parser.add_argument("--calibration", type=int, default=4, help="windows of 512 tokens, for these")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     net = load_module("demo").eval()
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "parts")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "parts", "perplexity", "speed")}
     for part in args.parts:
-        rows: dict[str, Any] = {}
+        rows = found.get(part, {}).get("rows", {})  # what is not measured now stays
         for _ in PARTS[part](net, args, rows):
-            found[part] = {"settings": settings, "environment": environment(), "rows": rows}
+            old = found.get(part, {})
+            of = environment() if args.speed else old.get("environment", environment())
+            found[part] = {"settings": settings, "environment": of, "rows": rows}
             write_json(args.out, found)  # what is there, should it be stopped
     print(text_of(found))
 
@@ -164,9 +186,9 @@ def text_of(found: dict[str, Any]) -> str:
     lines = []
     for part, content in found.items():
         for name, row in content["rows"].items():
-            held = f"{row['bytes'] / 2**20:.2f}"
+            held = f"{row.get('bytes', 0) / 2**20:.2f}"
             perplexity = f"{row['perplexity']:.2f}" if "perplexity" in row else ""
-            lines.append((f"{part}: {name}", f"{row['tokens_per_second']:.2f}", held, perplexity))
+            lines.append((f"{part}: {name}", f"{row.get('tokens_per_second', 0):.2f}", held, perplexity))
     return table(("model", "tokens/s", "MiB of the cache", "perplexity"), lines)
 
 

@@ -91,7 +91,9 @@ def prune(
         str, typer.Option("--data", help="Calibration: text:FILE, jsonl:FILE#field, hf:DATASET.")
     ] = CALIBRATION,
     windows: Windows = 64,
-    length: Length = 512,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help="Tokens in a window.", show_default="512")
+    ] = None,
     evaluate: Annotated[
         str | None, typer.Option("--eval", help="Held-out text: also measure dense and pruned.")
     ] = None,
@@ -125,6 +127,7 @@ def prune(
             model, method, out, axes, part_knobs(knobs or []), target=target, example=example, data=data, count=windows,
             length=length, force=force, as_json=as_json,
         )  # fmt: skip
+    length = cli_runtime.WINDOW if length is None else length
     if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
         not names_a_task(model)
     ):

@@ -26,6 +26,9 @@ from .runtime.store import stock
 from .tasks import names_a_task
 from .terminal import command, interruptible, out_console
 
+#: Tokens in a window, where no length is asked for; the latter where a text goes through the model many times.
+WINDOW, SHORT = 512, 128
+
 
 def prune_runtime(
     source: str,
@@ -38,13 +41,16 @@ def prune_runtime(
     example: str | None,
     data: str | None,
     count: int,
-    length: int,
+    length: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Put a method of run time that needs no training into a model, write it, and print what it brings.
 
     It is measured on the batches of the data, or on the example.
+
+    Args:
+        length: tokens in a window; None for what is usual for the method.
 
     Raises:
         RecipeError: options that such a method does not have.
@@ -66,8 +72,10 @@ def prune_runtime(
         net = _model(source)
         part = get("transform", method)
         decodes = bool(part.facts.get("decodes"))
+        if length is None:
+            length = WINDOW if decodes else SHORT
         given = data if "data" in part.needs or data != CALIBRATION or (decodes and example is None) else None
-        batches = batches_of(source, given, net, count, length if decodes else 128)[0] if given else []
+        batches = batches_of(source, given, net, count, length)[0] if given else []
         inputs = batches[0] if batches and example is None else example_inputs(example, net)
         args, kwargs = call_of_batch(inputs)[0]
         inputs = kwargs or args[0]

@@ -171,6 +171,17 @@ def test_products(tokens: int, inputs: int, outputs: int, bias: bool, seed: int)
     torch.testing.assert_close(found, nn.functional.linear(x, w, b)[rows], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 300, 301])
+def test_the_sum_for_one_token_is_made_in_pieces(count: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 400, generator=g), torch.randn(7, 400, generator=g)
+    keep = torch.zeros(1, 400, dtype=torch.bool)
+    keep[0, torch.randperm(400, generator=g)[:count]] = True
+    kept = Kept.of(keep)
+    out = columns_product(kept.of_rows(x), kept, w.T.contiguous(), torch.ones(7))
+    torch.testing.assert_close(out, nn.functional.linear(x * keep, w, torch.ones(7)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded(method: str, tmp_path: Path) -> None:
     net, ids = tiny.build(), tiny.ids(2, 12)

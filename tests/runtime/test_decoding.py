@@ -312,3 +312,37 @@ def test_a_mask_may_be_given_by_position() -> None:
 def test_one_tensor_of_ids_is_one_batch() -> None:
     ids = windows()[0]
     assert skip_decoding(llama(), ids, ids, skip=1).record == skip_decoding(llama(), ids, [ids], skip=1).record
+
+
+def test_padded_texts_are_refused() -> None:
+    from secateur.runtime.decoding import decoded
+
+    ids = windows()[0]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    for make in (skip_decoding, exit_decoding):
+        with pytest.raises(DataError, match="texts of the data are padded"):
+            make(llama(), ids, [{"input_ids": ids, "attention_mask": mask}])
+    fast: Any = secateur.prune(llama(), "h2o", budget=6, example=ids)
+    with pytest.raises(DataError, match="texts of the data are padded"):
+        decoded(fast, [{"input_ids": ids, "attention_mask": mask}])
+
+
+@pytest.mark.parametrize(("method", "given", "length"), [
+    ("skip-decoding", [], 128), ("skip-decoding", ["--length", "40"], 40), ("skip-decoding", ["--length", "512"], 512),
+    ("cats", [], 512), ("cats", ["--length", "40"], 40),
+])  # fmt: skip
+def test_length_is_what_was_asked_for(
+    method: str, given: list[str], length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def batches(source: str, data: Any, net: Any, count: int, tokens: int) -> tuple[list[Any], None]:
+        asked.append(tokens)
+        raise DataError("enough")
+
+    monkeypatch.setattr("secateur.cli_runtime.batches_of", batches)
+    llama().save_pretrained(tmp_path / "net")
+    words = ["prune", str(tmp_path / "net"), "--method", method, "--data", "text:some", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, [*words, *given]).exit_code != 0
+    assert asked == [length]

@@ -230,6 +230,81 @@ def test_counts_are_exact(
             assert len(set(entries)) == len(entries) and must <= set(entries)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(2, 9), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 2), st.integers(0, 99)
+)
+def test_the_least_is_the_one_that_is_not_chosen(heads: int, budget: int, recent: float, sinks: int, seed: int) -> None:
+    """One too many, found without a sort: also of scores that are equal, and wherever entries stand."""
+    g = torch.Generator().manual_seed(seed)
+    policy = Policy("attention-received", max(budget, sinks + 1), recent=recent, sinks=sinks)
+    n = policy.count(10**6) + 1
+    order = torch.rand(2, heads, 3 * n, generator=g).argsort(2)[..., :n]
+    order[..., 0] = 3 * n  # the last of all is there
+    score, first = torch.randint(0, 3, order.shape, generator=g).float(), torch.zeros(2, dtype=torch.long)
+    stays = policy.chosen(order, first, 3 * n + 1, score, None)
+    one = policy.least_of(order, first, 3 * n + 1, score)
+    assert torch.equal((~stays).sum(2), torch.ones(2, heads, dtype=torch.long))
+    assert bool((~stays).gather(2, one).all())
+
+
+@pytest.mark.parametrize("method", ["streaming", "h2o"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_short_ways_change_nothing(method: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries leave in the ring, or by the least score, as they do when all of them are looked at."""
+    net, ids = model(num_hidden_layers=1), tiny.ids(3, 30)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :9] = mask[2, :4] = 0
+    more = {"attention_mask": mask, "max_new_tokens": 9, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
+    short = PrunedLayer._one_leaves
+    for knobs in ({"budget": 9}, {"keep": 0.3}):
+        fast = secateur.prune(net, method, example=ids, **knobs)
+        calls: list[bool] = []
+
+        def noted(layer: PrunedLayer, count: int, calls: list[bool] = calls) -> bool:
+            calls.append(short(layer, count))
+            return calls[-1]
+
+        monkeypatch.setattr(PrunedLayer, "_one_leaves", noted)
+        one, used = fast.generate(ids, do_sample=False, **more), fast.used
+        assert any(calls)
+        monkeypatch.setattr(PrunedLayer, "_one_leaves", lambda s, c: False)
+        assert torch.equal(one, fast.generate(ids, do_sample=False, **more))
+        assert positions(used) == positions(fast.used)
+        for x, y in zip(used.layers, fast.used.layers, strict=True):
+            at, to = (layer.position.argsort(2)[..., None].expand_as(layer.keys) for layer in (x, y))
+            torch.testing.assert_close(x.keys.gather(2, at), y.keys.gather(2, to))
+            torch.testing.assert_close(x.values.gather(2, at), y.values.gather(2, to))
+
+
+def test_a_fraction_of_a_text_leaves_by_age() -> None:
+    layer, keep = PrunedLayer(Policy("token-recency", keep=0.4, sinks=2), None), []
+    for seen in range(1, 41):
+        key = torch.full((2, 2, 1, 4), float(seen - 1))
+        layer.update(key, -key)
+        layer.settle(None, None)
+        count = max(3, int(0.4 * seen + 0.5))
+        keep = sorted([*keep, seen - 1], key=lambda i: (i >= 2, -i if i >= 2 else i))[: min(count, len(keep) + 1)]
+        assert layer.position.sort(2).values.tolist() == [[sorted(keep)] * 2] * 2
+        assert torch.equal(layer.keys[..., 0], layer.position.float())
+
+
+def test_pieces_and_what_is_asked_of_them() -> None:
+    net, ids = tiny.build(), tiny.ids(2, 20)
+    fast = secateur.prune(net, "h2o", example=ids, budget=8, chunk=6)
+    whole = fast(ids).logits
+    assert torch.equal(fast(ids, logits_to_keep=3).logits, whole[:, -3:])
+    assert torch.equal(fast(ids, logits_to_keep=torch.tensor([2, 9])).logits, whole[:, [2, 9]])
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(RecipeError, match=f"leave out {name}"):
+            fast(ids, **{name: True})
+    with pytest.raises(RecipeError, match="leave out return_dict"):
+        fast(ids, return_dict=False)
+    with pytest.raises(RecipeError, match="is a DynamicCache, which entries do not leave: give what cache"):
+        fast(ids, cache=transformers.DynamicCache(config=net.config))
+
+
 def test_half_precision_and_a_window_alone() -> None:
     net, ids = tiny.build().bfloat16(), tiny.ids(1, 20)
     for method in KNOBS:

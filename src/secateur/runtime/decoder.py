@@ -65,13 +65,18 @@ class PrunedDecoder(nn.Module):
 
     @contextmanager
     def _running(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        from .cache import attending, configs
+        from .attend import attending, configs
+        from .cache import PrunedCache
 
         if self._known is None:
             self._known = cache_name(self.model), configs(self.model)
         name, known = self._known
         if kwargs.get(name) is None:
             kwargs[name] = self.cache()
+        if not isinstance(kwargs[name], PrunedCache):
+            raise RecipeError(
+                f"{name} is a {type(kwargs[name]).__name__}, which entries do not leave: give what cache() makes"
+            )
         self.used = kwargs[name]
         with attending(known), torch.no_grad():
             yield
@@ -85,9 +90,14 @@ class PrunedDecoder(nn.Module):
             pieces = self._pieces(kwargs)
             outs = [self.model(**piece) for piece in pieces]
         out = outs[-1]
+        if len(outs) == 1:
+            return out
         for name in ("logits", "last_hidden_state"):
-            if len(outs) > 1 and getattr(out, name, None) is not None:
+            if getattr(out, name, None) is not None:
                 out[name] = torch.cat([getattr(o, name) for o in outs], 1)
+        wanted = kwargs.get("logits_to_keep", 0)  # of the whole input
+        if getattr(out, "logits", None) is not None and (isinstance(wanted, Tensor) or wanted):
+            out["logits"] = out.logits[:, wanted if isinstance(wanted, Tensor) else slice(-wanted, None)]
         return out
 
     def _pieces(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,12 +108,18 @@ class PrunedDecoder(nn.Module):
             return [kwargs]
         if kwargs.get("labels") is not None:
             raise RecipeError("an input in chunks has no loss of its own: leave out labels, and use the logits")
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise RecipeError(f"an input in chunks has logits alone: leave out {name}, or make it with chunk=None")
+        if kwargs.get("return_dict") is False:
+            raise RecipeError("an input in chunks is answered by an object with logits: leave out return_dict")
         mask = kwargs.get("attention_mask")
         before = 0 if mask is None else mask.shape[-1] - tokens
         found = []
         for begin in range(0, tokens, self.chunk):
             end = min(tokens, begin + self.chunk)
-            piece = {**kwargs, **{n: x[:, begin:end] for n, x in given.items()}}
+            piece = {n: x for n, x in kwargs.items() if n != "logits_to_keep"}
+            piece |= {n: x[:, begin:end] for n, x in given.items()}
             if mask is not None:
                 piece["attention_mask"] = mask[..., : before + end]
             found.append(piece)

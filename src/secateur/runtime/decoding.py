@@ -16,6 +16,7 @@ from ..errors import DataError, ModelError
 from ..layers import evaluating
 from ..measure.latency import seconds
 from .base import Decoding, Dynamic
+from .padding import unpadded
 
 #: Texts that are measured, at most, and tokens of each that are decoded.
 TEXTS, STEPS = 4, 64
@@ -106,7 +107,7 @@ def _ids(batch: Any) -> Tensor:
     ids = found[0] if isinstance(found, (tuple, list)) else found
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.shape[1] < 2:
         raise DataError("a decoder is measured on token ids, (batch, tokens) with two tokens or more")
-    return ids
+    return unpadded(batch, ids)
 
 
 def spread(values: list[float]) -> dict[str, float]:

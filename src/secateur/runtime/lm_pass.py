@@ -16,7 +16,9 @@ from ..layers import evaluating
 from ..measure.flops import Flops, flops
 from ..measure.latency import seconds
 from .between import find_places, hidden, in_place_of, mask_of
+from .decoder import generation
 from .decoding import spread
+from .padding import unpadded
 from .structure import Call, call_of
 
 #: Windows that a setting is chosen on, and that it is measured on, at most.
@@ -70,7 +72,7 @@ class Decoder(nn.Module):
         if int(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1:
             raise RecipeError(f"{self.record['method']} follows each sequence by itself: beam search is not possible")
         with self.inside():
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return generation(self.model)(*args, **kwargs)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -122,7 +124,7 @@ def windows_of(data: Iterable[Any]) -> list[Tensor]:
         DataError: there are none, or they have fewer than four tokens: half is the prompt.
     """
     given = [data] if isinstance(data, (Tensor, Mapping)) else data  # one batch
-    found = [ids_of(batch) for _, batch in zip(range(WINDOWS), given, strict=False)]
+    found = [unpadded(batch, ids_of(batch)) for _, batch in zip(range(WINDOWS), given, strict=False)]
     if not found or min(x.shape[1] for x in found) < 4:
         raise DataError("there are no windows of at least four tokens: half of each is read as the prompt")
     return found

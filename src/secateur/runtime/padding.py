@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 
 #: What is added to the attention that must not be is this or less; models add -10,000, or the least number there is.
 _NEVER = -1e4
@@ -59,3 +59,18 @@ def told(call: Iterable[Any], valid: Tensor) -> list[Tensor]:
         if isinstance(x, Tensor) and x.shape == valid.shape and bool(((x == valid) & ((x == 0) | (x == 1))).all()):
             found.append(x)
     return found
+
+
+def unpadded(batch: Any, ids: Tensor) -> Tensor:
+    """Token ids of texts of one length.
+
+    Raises:
+        DataError: the batch says that some of them are padding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and not bool(mask.bool().all()):
+        raise DataError(
+            "texts of the data are padded, and what is continued must be text: give windows of one length, without "
+            "padding"
+        )
+    return ids

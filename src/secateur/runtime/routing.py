@@ -18,6 +18,7 @@ from ..measure.flops import flops
 from ..registry import get, register
 from ..surgery.experts import mixtures
 from .decoder import dense_cache, generation
+from .sparse import tokens_of
 from .structure import Call, call_of
 
 #: Routing weights of each token's experts, ``(tokens, k)``, and the number of the mixture -> which experts run, bool.
@@ -230,14 +231,15 @@ def expert_skipping(
     call, paths = call_of(example), _paths(model)
     shares: list[list[Tensor]] = [[] for _ in paths]
 
-    def look(number: int, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        share = get("criterion", "routing-share")({"expert_weight": weight})
+    def look(batch: Any, number: int, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        share = get("criterion", "routing-share")({"expert_weight": tokens_of(batch, weight)})
         shares[number].append(share.sort(-1, descending=True).values[:, 1:].flatten())
         return weight, index
 
-    with evaluating(model), torch.no_grad(), _looking(model, paths, look):
+    with evaluating(model), torch.no_grad():
         for batch in batches_of(data):
-            run_model(model, batch)
+            with _looking(model, paths, partial(look, batch)):
+                run_model(model, batch)
     least = [min(2.0, edge(torch.cat(found), skip)) for found in shares]  # no share is above 1
     record = {"method": "expert-skipping", "skip": skip, "least": least, "renormalize": renormalize}
     return _made(model, call, ExpertGates(model, paths, Share(least), renormalize, record), batches_of(data))

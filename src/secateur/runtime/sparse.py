@@ -18,6 +18,9 @@ from ..stream import find_blocks
 from .decoder import dense_cache, generation
 from .structure import first_tensor
 
+#: In so many pieces the sum for one token is made, where each has at least so many features.
+_PIECES, _LEAST = 8, 16
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -57,7 +60,12 @@ def columns_product(values: Tensor, kept: Kept, columns: Tensor, bias: Tensor | 
     >>> columns_product(kept.of_rows(x), kept, w.T.contiguous(), None).tolist()
     [[2.0, 10.0]]
     """
-    out: Tensor = torch.embedding_bag(columns, kept.at, kept.start, False, 0, False, values)[0]
+    start, count = kept.start, len(kept.at)
+    if pieces := len(start) == 1 and count >= _PIECES * _LEAST:  # one bag is summed by one thread
+        start = torch.arange(_PIECES, device=start.device) * count // _PIECES
+    out: Tensor = torch.embedding_bag(columns, kept.at, start, False, 0, False, values)[0]
+    if pieces:
+        out = out.sum(0, keepdim=True)
     return out if bias is None else out + bias
 
 
