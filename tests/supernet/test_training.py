@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SecateurError
 from secateur.recipe import Recipe
 from secateur.structured.targets import Target
 from secateur.supernet import Elastic, Supernet, sandwich
@@ -20,6 +20,7 @@ from secateur.supernet.course import Course
 from secateur.supernet.goal import Goal, facts_of, fitted, nonnegative
 from secateur.supernet.shrinking import chosen
 from secateur.tasks.base import cross_entropy
+from secateur.when.own import own_options
 
 from .nets import TASK, TINY, Convolutional, X, batches, perceptron, tiny
 
@@ -220,13 +221,55 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
         assert torch.equal(a, b)
 
 
-def test_a_target_that_cannot_be_had_is_refused_before_the_supernet_is_trained() -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target": "flops 99%"}, "the smallest sub-network has flops"),
+        ({"target": "memory 50%"}, "flops, params, bytes or latency"),
+        ({"budget": 0}, "budget is a whole number, at least 1, not 0"),
+        ({"calibration": 0}, "calibration is a whole number, at least 1"),
+        ({"random": -1}, "random is a whole number, at least 0"), ({"multiple": 2.5}, "multiple is a whole number"),
+        ({"order": "nothing"}, "no method named 'nothing'"), ({"strategy": "luck"}, "no search named 'luck'"),
+        ({"low": 0.0}, "low is a share"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_before_any_training(given: dict[str, Any], message: str) -> None:
     seen: list[str] = []
-    with pytest.raises(RecipeError, match="the smallest sub-network has flops"):
-        secateur.train(
-            TINY, "supernet", target="flops 99%", epochs=0.25, knobs=FAST, progress=lambda name, *_: seen.append(name)
-        )
-    assert set(seen) == {"train"}  # the dense run
+    target = given.get("target", "flops 50%")
+    knobs = {**FAST, **{k: v for k, v in given.items() if k != "target"}}
+    with pytest.raises(SecateurError, match=message):
+        secateur.train(TINY, "supernet", target=target, knobs=knobs, progress=lambda name, *_: seen.append(name))
+    assert seen == []
+
+
+def test_options_of_train_that_are_knobs_here() -> None:
+    assert own_options("supernet", {"multiple": 4, "knobs": {"budget": 2}})["knobs"] == {"multiple": 4, "budget": 2}
+    assert own_options("supernet", {"multiple": 4, "knobs": {"multiple": 2}})["knobs"] == {"multiple": 2}
+    with pytest.raises(RecipeError, match="'fbs' has no multiple"):
+        secateur.train("digits", "fbs", target="flops 50%", multiple=4)
+
+
+def test_a_search_that_is_repeated_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured of those that were too slow is kept: the second search is the same, the clock is not."""
+    clock, searches = Clock(), []
+    monkeypatch.setattr("secateur.supernet.goal.latency", lambda models, *a, **k: clock(models, *a))
+
+    def progress(name: str, done: int, of: int) -> None:
+        searches.append(name)
+        if name == "search" and clock.surprise == 1.0:
+            clock.surprise = 2.0  # the machine has become slower for small ones
+        if name == "search-2" and clock.surprise == 2.0:
+            clock.surprise = 2.1
+            raise Stop
+
+    given: dict[str, Any] = {"target": "latency 30%", "epochs": 0.5, "knobs": {**FAST, "budget": 6}, "every": 0.0}
+    given |= {"out": tmp_path / "a", "progress": progress}
+    with pytest.raises(Stop):
+        secateur.train(TINY, "supernet", **given)
+    made = secateur.train(TINY, "supernet", **given)
+    found = made.run["supernet"]
+    assert "search-2" in searches and found["reached"] <= 1.05 * found["limit"]
+    assert made.run["tried"] == len(found["trials"]) > 1
 
 
 @pytest.mark.parametrize(
@@ -234,6 +277,7 @@ def test_a_target_that_cannot_be_had_is_refused_before_the_supernet_is_trained()
     [
         ({}, "give one, such as --target"),
         ({"target": "flops 50%", "knobs": {"span": 0.0}}, "span is how long"),
+        ({"target": "flops 50%", "length": -1.0}, "length is at least 0"),
         ({"target": "flops 50%", "knobs": {"wdith": 1}}, "has no knob 'wdith'"),
         ({"target": "flops 50%", "knobs": {"order": "taylor"}}, "ranks by data"),
         ({"target": "flops 50%", "knobs": {"strategy": "amc"}}, "looks at layers"),

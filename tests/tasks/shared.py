@@ -7,11 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur import Task, train
+from secateur.errors import RecipeError, SecateurError, UnknownName
+from secateur.processes import decided
 from secateur.supernet import goal
 from secateur.tasks.nets import VisionTransformer
 
@@ -124,4 +127,14 @@ def member(rank: int, world: int, folder: str) -> None:
         save_file(state, Path(folder, f"{name}.{rank}.safetensors"))
         if found.masks:
             found.masks.save(Path(folder, f"{name}.{rank}.masks.safetensors"))
+    for error in (RecipeError, UnknownName):  # what the first one refuses, all do
+        with pytest.raises(SecateurError, match="no way") as seen:
+            decided(lambda e=error: refuse(e, rank))
+        assert rank == 0 or type(seen.value) in (RecipeError, SecateurError)
+    assert decided(lambda: {"rank": rank, "x": [0.1, None]}) == {"rank": 0, "x": [0.1, None]}
     torch.distributed.destroy_process_group()
+
+
+def refuse(error: type[SecateurError], rank: int) -> None:
+    assert rank == 0  # nobody else is asked
+    raise UnknownName("way", "no way", ()) if error is UnknownName else error("no way")

@@ -172,6 +172,8 @@ def run_own(spec: Mapping[str, Any], work: Path, name: str) -> tuple[dict[str, A
         "epochs": epochs, "options": dict(spec["options"]), "dense": _dense(work, spec["code"], budget),
         "device": budget.get("device", "cpu"),
     }  # fmt: skip
+    if "calibration" in get("transform", method).knobs:
+        asked["calibration"] = budget["samples"]
     made = train(spec["source"], method, out=out, target=spec["target"], **as_dense, **asked)
     leave()
     if own:

@@ -13,6 +13,8 @@ from .base import Gate, Now, Values
 _SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: By how much scores of the best and the last unit of a pool differ where a width says the same of both.
 _TIE = 1e-4
+#: Of a draw whose logarithm is taken: zeros are possible.
+_TINY = 1e-30
 
 
 def sizes_of(units: int) -> list[int]:
@@ -53,9 +55,9 @@ def tas(
     behind a batch norm of its own for each width; here units keep their places and the narrower width has zeros, since
     the weights stay, where the paper trains new ones. The first filters stay there, here the largest. Widths learn
     there from half of the data, which weights do not see, by Adam at 0.001; their cost is twice the log of the expected
-    FLOPs, up while the likeliest network is above the target, down while it is more than 5 % below, and no cost between
-    (here what the recipe says: lagrangian). Depths, which the code mixes in the same way from the outputs of a stage's
-    last blocks, are not searched: supernet does.
+    FLOPs while the likeliest network is above the target, minus that while it is below by more than 5 % of the whole,
+    and nothing between (here what the recipe says: lagrangian). Depths, which the code mixes in the same way from the
+    outputs of a stage's blocks, are not searched: supernet does.
     """
     pools, units = pool_shape
     if pools != 1 or len(weight) != units:
@@ -74,7 +76,7 @@ def tas(
 
     def settle(w: Tensor, learned: Values, now: Now) -> dict[str, Tensor]:
         logits = learned["width"].detach()
-        gumbel = -torch.empty_like(logits).exponential_(generator=now.generator).log()
+        gumbel = -torch.empty_like(logits).exponential_(generator=now.generator).clamp_min_(_TINY).log()
         tau = hot + (cold - hot) * min(1.0, now.progress)
         p = ((logits.log_softmax(-1) + gumbel) / tau).softmax(-1)
         drawn = torch.multinomial(p + 1e-7, min(2, len(sizes)), generator=now.generator)

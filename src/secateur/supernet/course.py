@@ -105,7 +105,7 @@ class Course:
 
     def example(self) -> Any:
         """Inputs of one forward pass."""
-        return placed(self.task.example_input(), self.device)
+        return placed(self.task.example_input(), next(self.model.parameters()).device)
 
     def few(self, count: int) -> list[Any]:
         """Training batches."""

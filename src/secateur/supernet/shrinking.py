@@ -28,9 +28,43 @@ _FACTS = ("amc", "graph")
 _MEASURED = 8
 
 
+def foreseen(run: Course, **knobs: Any) -> None:
+    """Say before any training what cannot be; a latency is not foreseen.
+
+    Args:
+        run: with a fresh model.
+
+    Raises:
+        RecipeError, ModelError: with one sentence.
+    """
+    elastic = _elastic(run, **knobs)
+    if run.target.quantity != "latency":
+        _promised(run, elastic)
+
+
+def _elastic(
+    run: Course, *, span: float, random: int, low: float, depth: float, kernel: int, multiple: int, order: str,
+    budget: int, strategy: str, calibration: int, **_: Any,
+) -> Elastic:  # fmt: skip
+    """What may vary in the model, where all that was asked for can be."""
+    if not span > 0:
+        raise RecipeError(f"supernet: span is how long all sub-networks are trained, above 0, not {span:g}")
+    counts = {"random": (random, 0), "multiple": (multiple, 1), "budget": (budget, 1), "calibration": (calibration, 1)}
+    for name, (count, least) in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise RecipeError(f"supernet: {name} is a whole number, at least {least}, not {count!r}")
+    get("search", strategy)
+    if strategy in _FACTS:
+        raise RecipeError(f"supernet: strategy '{strategy}' looks at layers; choose evolution, bayesian, random-search")
+    recipe = Recipe.of(order, seed=run.seed, recovery="none", allocation="uniform")
+    if recipe.needs_data:
+        raise RecipeError(f"supernet: order '{order}' ranks by data; choose one that does not, such as l1-norm")
+    return Elastic(run.model, recipe, run.example(), low=low, depth=depth, kernel=kernel, multiple=multiple)
+
+
 @register(
     "transform", paper="1908.09791", survey=("A3.4", "B2", "D3"), when="during", trains=train_supernet, span="span",
-    length=0.25, quantities=QUANTITIES,
+    length=0.25, quantities=QUANTITIES, foreseen=foreseen,
 )  # fmt: skip
 def supernet(
     run: Course,
@@ -76,15 +110,10 @@ def supernet(
     random widths in each layer, four networks a step): the sandwich rule, distillation in place, and statistics of
     batch norms after training, as means over batches. There the first channels stay.
     """
-    if not span > 0:
-        raise RecipeError(f"supernet: span is how long all sub-networks are trained, above 0, not {span:g}")
-    get("search", strategy)
-    if strategy in _FACTS:
-        raise RecipeError(f"supernet: strategy '{strategy}' looks at layers; choose evolution, bayesian, random-search")
-    recipe = Recipe.of(order, seed=run.seed, recovery="none", allocation="uniform")
-    if recipe.needs_data:
-        raise RecipeError(f"supernet: order '{order}' ranks by data; choose one that does not, such as l1-norm")
-    elastic = Elastic(run.model, recipe, run.example(), low=low, depth=depth, kernel=kernel, multiple=multiple)
+    elastic = _elastic(
+        run, span=span, random=random, low=low, depth=depth, kernel=kernel, multiple=multiple, order=order,
+        budget=budget, strategy=strategy, calibration=calibration,
+    )  # fmt: skip
     known = run.kept("goal.json", lambda: _promised(run, elastic))  # refused before all of them are trained
     elastic.rank(run.model)
     net = Supernet(run.model, elastic)

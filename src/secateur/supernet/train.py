@@ -15,6 +15,7 @@ from ..recipe import Recipe
 from ..record import run_record
 from ..structured.targets import Target
 from ..tasks.checkpoint import own_generators
+from ..when.healing import fresh_model
 from ..when.own import Asked, Own
 from ..when.result import Trained
 from .course import Course
@@ -33,11 +34,15 @@ def train_supernet(task: Any, method: str, asked: Asked) -> Trained:
         raise RecipeError(f"'{method}' searches within a target: give one, such as --target 'flops 50%'")
     found, target = own.task, Target.parse(asked.target)
     with own_generators(), Peak() as peak:
+        if asked.model is None:
+            fresh = fresh_model(found, asked.seed).to(own.device)
+            own.part.facts["foreseen"](Course(found, fresh, target, own.epochs, asked.seed), **own.knobs)
         net = own.dense()
         before = _figures(own, net)
         course = Course(
-            found, net, target, own.epochs, asked.seed, own.length, asked.rate, own.device, own.work, asked.every,
-            {**own.tags(net, own.knobs), "target": asked.target}, own.say, own.curves,
+            found, net, target, own.epochs, asked.seed, length=own.length, rate=asked.rate, device=own.device,
+            folder=own.work, every=asked.every, tags={**own.tags(net, own.knobs), "target": asked.target},
+            progress=own.say, curves=own.curves,
         )  # fmt: skip
         small = own.part.function(course, **own.knobs).eval()
         after = _figures(own, small)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..disk import refuse
 from ..errors import RecipeError
-from ..processes import agree_on_model, rank
+from ..processes import agree_on_model, decided, rank
 from ..registry import Part, get, parts
 from ..tasks import find
 from ..tasks.base import Split
@@ -27,6 +27,8 @@ from .result import digest_of
 
 #: How long the run behind the dense one is, in lengths of that, where the part's fact ``length`` says nothing else.
 LENGTH = 0.5
+#: Options of `train` that are knobs of such a method.
+_PLAIN = ("multiple", "calibration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,9 @@ class Own:
             raise RecipeError(f"length is at least 0 and rate above 0: not {self.length:g}, {asked.rate:g}")
         self.folder = None if asked.out is None else Path(asked.out)
         self.work = None if self.folder is None else self.folder.with_name(self.folder.name + ".run")
-        if self.folder is not None and rank() == 0:
-            refuse(self.folder)
+        if self.folder is not None:
+            there = self.folder
+            decided(lambda: refuse(there))
         self.curves: list[dict[str, Any]] = []
         self.earlier = 0.0
         self._begun = time.perf_counter()
@@ -152,12 +155,14 @@ def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: with the first that such a method does not have.
     """
     given = {k: v for k, v in axes.items() if v not in (None, [], ())}
+    part = parts("transform")[method]
+    plain = {k: given.pop(k) for k in _PLAIN if k in given and k in part.knobs}
     if unused := sorted(set(given) - {"seed", "knobs", "length", "rate"}):
         raise RecipeError(f"'{method}' has no {unused[0]}: give --target, or --set {method}.KNOB=VALUE")
     knobs = given.pop("knobs", {})
     if others := sorted(k for k, v in knobs.items() if k != method and isinstance(v, Mapping)):
         raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
-    own, part = dict(knobs.get(method, knobs)), parts("transform")[method]
+    own = {**plain, **knobs.get(method, knobs)}
     for name in {"length", "rate"} & (own.keys() - part.knobs.keys()):  # of the run, also as --set METHOD.length
         given[name] = own.pop(name)
     part.knobs_with(own)

@@ -18,7 +18,7 @@ from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
 from ..measure import Peak
-from ..processes import alone, rank
+from ..processes import alone, decided, rank
 from ..prune import Several
 from ..recipe import Recipe
 from ..registry import get, parts
@@ -62,7 +62,8 @@ def train(
     Without a method the training is dense. A method of before or during training keeps its masks through the whole
     run (`attach`). One of after training trains densely first; then each of its rounds (``steps``) prunes and recovers:
     by fine-tuning, distillation, rewinding, or from scratch. A method of run time whose gates are learned (fbs) trains
-    densely, then with its gates, and gives a `TrainedDynamic`.
+    densely, then with its gates, and gives a `TrainedDynamic`; a supernet trains densely, then as all its sub-networks,
+    and gives the best of them.
 
     Under ``torchrun``, with a process group, the processes make one run: each takes its share of every training batch,
     and the first one writes.
@@ -103,6 +104,7 @@ def train(
         _refuse_storage(storage)
         if masks is not None or when not in (None, parts("transform")[method].facts["when"]):
             raise RecipeError(f"'{method}' has a way of training of its own: leave out masks and when")
+        axes |= {k: v for k, v in (("multiple", multiple), ("calibration", calibration)) if v != 8}
         return runner(task, method, Asked(
             epochs=epochs, out=out, model=model, target=target, device=device, every=every, dense=dense, score=score,
             options=options, progress=progress, command=command, **own_options(method, axes),
@@ -140,8 +142,8 @@ def train(
     rewinds = "keeps" in get("recovery", recipe.recovery).facts and recipe.knobs_of("recovery")["weights"]
     if rewinds and (moment != "after" or model is not None or parse(recipe.granularity).coupled):
         raise RecipeError(NO_WAY_BACK)
-    if folder is not None and rank() == 0:
-        refuse(folder)
+    if folder is not None:
+        decided(lambda: refuse(folder))
     with own_generators(), Peak() as peak:
         run = Course(
             found, recipe, moment, length, None if folder is None else folder.with_name(folder.name + ".run"),
