@@ -123,7 +123,7 @@ class ManifoldGates(ChannelGates):
         """The losses of the inputs of the last pass, from which their weights follow; see `penalty`."""
         limit = self.record["easy"] * self.level
         self.weight = (1 - losses / limit.clamp_min(1e-12)).clamp_min(0)
-        mean = losses.mean()
+        mean = losses.mean().to(self.level)
         self.level.copy_(self.level.lerp(mean, _FOLLOWS) if float(self.level) else mean)
 
     def penalty(self) -> Tensor:
