@@ -135,7 +135,8 @@ class ManifoldGates(ChannelGates):
         if not each:
             return found
         sizes = torch.stack(each).sum(0)
-        return found + self.record["lasso"] * (sizes if weight is None else sizes * weight).mean()
+        lasso: Tensor = self.record["lasso"] * (sizes if weight is None else sizes * weight).mean()
+        return found + lasso
 
     def settle(self, batches: Iterable[Any]) -> None:
         first = self.record["density"] if self.record["target"] is None else 1.0
