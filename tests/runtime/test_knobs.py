@@ -60,10 +60,11 @@ def test_what_is_said() -> None:
 
 
 def test_an_annotation_of_another_kind_takes_anything() -> None:
-    def own(model: Any, example: Any, *, any_of: Any = None, plain=1, number: int | None = None) -> None: ...  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: ANN001, E501
+    def own(model: Any, *, any_of: Any = None, words: list[str] | None = None, number: int | None = None) -> None: ...
 
-    part = Part("transform", "own", own, ("model", "example"), {"any_of": None, "plain": 1, "number": None}, Card(""))
-    check(part, {"any_of": object(), "plain": "x", "number": 3})
+    knobs = {"any_of": None, "words": None, "number": None, "untold": 1}
+    part = Part("transform", "own", own, ("model",), knobs, Card(""))
+    check(part, {"any_of": object(), "words": ["a"], "number": 3, "untold": "x"})
     with pytest.raises(RecipeError, match="^own: number is 'x'"):
         check(part, {"number": "x"})
 
