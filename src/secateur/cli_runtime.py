@@ -61,16 +61,16 @@ def prune_runtime(
         )
     if others := sorted(set(knobs) - {method}):
         raise RecipeError(f"'{method}' has no part '{others[0]}': write --set {method}.KNOB=VALUE")
-    own = dict(knobs.get(method, {}))
-    check(get("transform", method), own)
+    part, own = get("transform", method), dict(knobs.get(method, {}))
+    check(part, own)
     if target is not None and own.get("target") is not None:
         raise RecipeError(f"'{method}' has one target: give --target, or --set {method}.target")
+    own |= {} if target is None else {"target": target}
     if names_a_task(source):
         raise RecipeError(f"'{method}' needs a model that is trained already: {source} is a task")
     refuse(out, force, way="choose another directory or --force")
     with interruptible(f"stopped: {out} was not written"):
         net = _model(source)
-        part = get("transform", method)
         decodes = bool(part.facts.get("decodes"))
         if length is None:
             length = WINDOW if decodes else SHORT
@@ -80,10 +80,8 @@ def prune_runtime(
         args, kwargs = call_of_batch(inputs)[0]
         inputs = kwargs or args[0]
         _check(net, args, kwargs)
-        gates: Dynamic = prune(
-            net, method, example=inputs, data=batches or None, **({} if target is None else {"target": target}), **own
-        )
-        found = get("transform", method).facts.get("measured", measured)(gates, batches or [inputs])
+        gates: Dynamic = prune(net, method, example=inputs, data=batches or None, **own)
+        found = part.facts.get("measured", measured)(gates, batches or [inputs])
         gates.record |= {"source": source, "command": command()}
         save(gates, out, force)
         run = {**gates.record, "measured": found, "versions": versions(), "machine": machine()}

@@ -90,8 +90,14 @@ def test_thresholds_are_raised_to_the_target_and_never_lowered(tmp_path: Path) -
     for gate in gated.gates:
         gate.threshold.fill_(-5.0)  # too much passes
     assert flops(gated, x).total / 6 > limit
+    gated.settle([(x[:1], torch.zeros(1)), (x[1:], torch.zeros(5))])  # all batches count
+    found = flops(gated, x).total / 6
+    assert found <= limit and gated.record["raised"] > 0 and gated.record["flops"]["after"] == round(found)
+    for gate in gated.gates:
+        gate.threshold.fill_(-200.0)  # too much passes, however far they are raised
     gated.settle([(x, torch.zeros(6))])
-    assert flops(gated, x).total / 6 <= limit and gated.record["raised"] > 0
+    assert "target 'flops 60%' is not met: with the highest thresholds" in gated.record["notes"][0]
+    assert gated.record["notes"][0] in gated.told()
     for gate in gated.gates:
         gate.threshold.fill_(11.0)  # nothing passes: the answer is one for all
     gated.settle([(x, torch.zeros(6))])

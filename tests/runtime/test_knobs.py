@@ -13,7 +13,7 @@ import secateur
 from secateur.cli import app
 from secateur.compound import Compound
 from secateur.errors import RecipeError
-from secateur.registry import parts
+from secateur.registry import Card, Part, parts
 from secateur.runtime import is_runtime
 from secateur.runtime.knobs import check
 
@@ -57,6 +57,16 @@ def test_what_is_said() -> None:
     check(parts("transform")["fbs"], {"density": 1, "lasso": 0, "target": None})  # a whole number is a number
     check(parts("transform")["tome"], {"at": 2, "r": 3, "keep": None})
     check(parts("transform")["tome"], {"at": [0, 1]})
+
+
+def test_an_annotation_of_another_kind_takes_anything() -> None:
+    def own(model: Any, *, any_of: Any = None, words: list[str] | None = None, number: int | None = None) -> None: ...
+
+    knobs = {"any_of": None, "words": None, "number": None, "untold": 1}
+    part = Part("transform", "own", own, ("model",), knobs, Card(""))
+    check(part, {"any_of": object(), "words": ["a"], "number": 3, "untold": "x"})
+    with pytest.raises(RecipeError, match="^own: number is 'x'"):
+        check(part, {"number": "x"})
 
 
 def test_all_doors_ask() -> None:

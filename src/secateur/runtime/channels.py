@@ -154,9 +154,9 @@ class Pass(TorchFunctionMode):
             return self._convolve(func, convolution_arguments(args, kwargs))
         if func is linear and self.follows:
             given = linear_arguments(args, kwargs)
-            reads = self.alive.of(given["input"])
-            if reads is not None and given["input"].dim() == 2:  # else it does not read channels
-                return self._product(*given.values(), reads, None, linear)
+            x = given["input"]
+            if (reads := self.alive.of(x)) is not None and x.dim() == 2:  # else it does not read channels
+                return self._product(x, given["weight"], given["bias"], reads, None, linear)
         out = func(*args, **kwargs)
         if func is batch_norm and (x := first(args, kwargs)) in self._waiting:
             return self._gated(out, *self._waiting.pop(x))
@@ -175,7 +175,7 @@ class Pass(TorchFunctionMode):
                 part = part if mask is None else part * mask.sum(1).clamp_min(1) / mask.shape[1]
             whole = 2 * y[:1].numel() * weight[:1].numel()
             self.saved = self.saved.to(part) + whole * (1 - part).sum()
-        return y  # type: ignore[no-any-return]
+        return y
 
     def _convolve(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor:
         x, weight, bias = given["input"], given["weight"], given["bias"]

@@ -18,7 +18,8 @@ _WORDS: dict[Any, str] = {
 def check(part: Part, given: Mapping[str, Any]) -> None:
     """Refuse a knob that the part does not have, and a value of another type than its annotation's.
 
-    A whole number is a number as well; one may stand for several. None says that an option is left out.
+    A whole number is a number as well; one may stand for several. None says that an option is left out. An annotation
+    of another kind, or none, takes anything.
 
     Raises:
         RecipeError: with the first that is wrong.
@@ -26,6 +27,8 @@ def check(part: Part, given: Mapping[str, Any]) -> None:
     part.knobs_with(given)
     hints = get_type_hints(part.function)
     for name, value in given.items():
+        if name not in hints:
+            continue
         kinds = get_args(hints[name]) if type(None) in get_args(hints[name]) else (hints[name],)
         wanted = [get_origin(kind) or kind for kind in kinds if kind is not type(None)]
         if value is None and len(wanted) < len(kinds):
@@ -36,10 +39,12 @@ def check(part: Part, given: Mapping[str, Any]) -> None:
 
 
 def _said(kinds: list[Any]) -> str:
-    return " or ".join(_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds)
+    return " or ".join(_WORDS[kind] for kind in kinds)
 
 
 def _is(value: Any, kind: Any) -> bool:
+    if kind not in _WORDS:
+        return True
     if kind is tuple:
         return all(_is(x, int) for x in (value if isinstance(value, (tuple, list)) else (value,)))
     if kind is float:

@@ -123,7 +123,7 @@ class ManifoldGates(ChannelGates):
         """The losses of the inputs of the last pass, from which their weights follow; see `penalty`."""
         limit = self.record["easy"] * self.level
         self.weight = (1 - losses / limit.clamp_min(1e-12)).clamp_min(0)
-        mean = losses.mean()
+        mean = losses.mean().to(self.level)
         self.level.copy_(self.level.lerp(mean, _FOLLOWS) if float(self.level) else mean)
 
     def penalty(self) -> Tensor:
@@ -135,7 +135,8 @@ class ManifoldGates(ChannelGates):
         if not each:
             return found
         sizes = torch.stack(each).sum(0)
-        return found + self.record["lasso"] * (sizes if weight is None else sizes * weight).mean()
+        lasso: Tensor = self.record["lasso"] * (sizes if weight is None else sizes * weight).mean()
+        return found + lasso
 
     def settle(self, batches: Iterable[Any]) -> None:
         first = self.record["density"] if self.record["target"] is None else 1.0

@@ -55,8 +55,8 @@ def convolution_arguments(args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
 
 
 def linear_arguments(args: tuple[Any, ...], kwargs: Any) -> dict[str, Any]:
-    """The arguments of ``linear`` by name, in its order."""
-    return {"input": None, "weight": None, "bias": None, **dict(zip(_NAMES, args, strict=False)), **kwargs}
+    """The arguments of ``linear`` by name."""
+    return {"bias": None, **dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
 def first(args: tuple[Any, ...], kwargs: Any) -> Any:
