@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .. import tiny
 
 pytest.importorskip("transformers")
 METHODS = ("teal", "cats")
+ALL = (*METHODS, "deja-vu")
 
 
 def decoded(net: Any, ids: Tensor, cache: Any, prompt: int = 8) -> Tensor:
@@ -191,6 +193,29 @@ def test_saved_and_loaded(method: str, tmp_path: Path) -> None:
     assert again.record == fast.record and again.told() == fast.told()
     one, other = decoded(again, ids, again.cache()), decoded(fast, ids, fast.cache())
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ALL)
+def test_any_precision_and_a_copy(method: str, dtype: torch.dtype) -> None:
+    net, ids = tiny.build(num_hidden_layers=2).to(dtype), tiny.ids(2, 12)
+    fast = secateur.prune(net, method, example=ids, data=ids, sparsity=0.25)
+    out = decoded(fast, ids, fast.cache())
+    assert out.dtype == dtype and bool(out.isfinite().all())
+    other = copy.deepcopy(fast)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    torch.testing.assert_close(decoded(other, ids, other.cache()), out, rtol=1e-2, atol=1e-2)
+
+
+def test_a_block_that_runs_twice_is_one_site() -> None:
+    net, ids = tiny.build(num_hidden_layers=2), tiny.ids(2, 12)
+    net.model.layers[1] = net.model.layers[0]
+    for method in ALL:
+        fast = secateur.prune(net, method, example=ids, data=ids, sparsity=0.0)
+        paths = [site.path for site in fast.sites]
+        assert len(paths) == len(set(paths))
 
 
 def test_weights_that_change_are_read_anew() -> None:

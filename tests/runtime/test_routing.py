@@ -149,3 +149,14 @@ def test_refused() -> None:
         secateur.prune(net, "expert-mass", example=ids, mass=0)
     with pytest.raises(RecipeError, match="pass data"):
         secateur.prune(net, "expert-skipping", example=ids)
+
+
+def test_padding_is_no_evidence() -> None:
+    net, ids = tiny.build("mixtral", num_hidden_layers=2), tiny.ids(2, 9)
+    mask = nn.functional.pad(torch.ones_like(ids), (4, 0))
+    batch = {
+        "input_ids": nn.functional.pad(ids, (4, 0)), "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }  # fmt: skip
+    one, other = (secateur.prune(net, "expert-skipping", example=ids, data=[d]).record["least"] for d in (ids, batch))
+    assert one == pytest.approx(other, rel=1e-4)

@@ -116,14 +116,16 @@ Call = tuple[str, nn.Module, Tensor, Tensor]
 
 
 def watched(model: nn.Module, ids: Tensor) -> list[Call]:
-    """All calls of modules in blocks, in the order in which they end."""
+    """The first calls of modules in blocks, in the order in which they end."""
     blocks = find_blocks(model)
     if blocks is None:
         raise ModelError(f"{type(model).__name__} has no list of blocks: give a decoder")
     calls: list[Call] = []
+    ran: set[str] = set()
 
     def hook(path: str, module: nn.Module, args: Any, out: Any) -> None:
-        if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+        if path not in ran and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+            ran.add(path)
             calls.append((path, module, args[0], out))
 
     handles = []

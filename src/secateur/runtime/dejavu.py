@@ -186,7 +186,8 @@ def _learned(
             finally:
                 for handle in handles:
                     handle.remove()
-    predictors, recall = [], {"predicted": [], "constant": []}
+    predictors: list[Predictor] = []
+    recall: dict[str, list[float]] = {"predicted": [], "constant": []}
     for number, part in enumerate(found):
         own = torch.cat(read[part.path])
         given = torch.cat(read[found[number - 1].path]) if ahead and number else own
@@ -234,10 +235,11 @@ def _trained(
     with torch.no_grad():
         held = counts[train:]
         often = counts[:train].float().mean(0, keepdim=True).expand(held.shape)
-        return predictor, *(
+        one, same = (
             float((select(ranks, count) & held).sum() / held.sum().clamp_min(1))
             for ranks in (predictor(given[train:]), often)
         )
+    return predictor, one, same
 
 
 def start(given: Tensor, counts: Tensor, rank: int) -> Predictor:

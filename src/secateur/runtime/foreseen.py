@@ -162,7 +162,7 @@ class Closes:
         down, chosen = self.opens.part.down, self.opens.chosen
         self.opens.chosen = None
         if not sparse:
-            return linear(x * chosen, down.weight, down.bias)
+            found: Tensor = linear(x * chosen, down.weight, down.bias)
+            return found
         columns = self.columns.of(down.weight)
-        out = columns_product(chosen.of_rows(x.flatten(0, -2)), chosen, columns, down.bias)
-        return out.view(*x.shape[:-1], -1)
+        return columns_product(chosen.of_rows(x.flatten(0, -2)), chosen, columns, down.bias).view(*x.shape[:-1], -1)
