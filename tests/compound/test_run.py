@@ -78,6 +78,8 @@ def test_a_stock_model_stays_one(tmp_path: Path) -> None:
     model = tiny.build("llama")
     made = secateur.prune(model, Compound.of([{"prune": {"method": "wanda", "sparsity": 0.5}}, {"quantize": "int8"}]), data=tokens())  # fmt: skip  # noqa: E501
     made.save(tmp_path / "out")
+    size = sum(x.nbytes for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert size == made.run["after"]["bytes"]
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "surgery.json").exists()
     again = secateur.load(tmp_path / "out")
     ids = tokens()[0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..formats import Grid, OnGrid
 from ..layers import find_layers
@@ -41,14 +41,17 @@ def figures(
 def smallest_bytes(model: nn.Module, grids: Mapping[str, OnGrid], element: int | None = None) -> int:
     """Bytes of the tensors of a model with each matrix in the form that takes the fewest."""
     kind = {2: torch.bfloat16, 4: torch.float32}.get(element or 0)
-    tensors = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {n: t.detach() for n, t in _kept(model)}
     stored = {n: t.to(kind) if kind is not None and t.is_floating_point() else t for n, t in tensors.items()}
     return sum(t.nbytes for t in encoded(stored, grids, model)[0].values())
 
 
 def stored_bytes(model: nn.Module, grids: Mapping[str, OnGrid], element: int | None = None) -> int:
     """Bytes of the tensors of a model on disk: integers packed, sparse terms as a bit for each and their values."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    surgery = getattr(model, "secateur_surgery", {"format": "transformers"})
+    stock = hasattr(model, "save_pretrained") and surgery["format"] == "transformers"
+    whole = (*model.parameters(), *model.buffers())  # our own format keeps every buffer
+    tensors = {id(t): t for t in ([t for _, t in _kept(model)] if stock else whole)}
     width = {i: element if element and t.is_floating_point() else t.element_size() for i, t in tensors.items()}
     total = sum(t.numel() * width[i] for i, t in tensors.items())
     model = whole_model(model)
@@ -68,6 +71,12 @@ def stored_bytes(model: nn.Module, grids: Mapping[str, OnGrid], element: int | N
         if name not in grids:
             total += min(0, kept + -(-weight.numel() // 8) - full)
     return total
+
+
+def _kept(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors of a state dict, each once."""
+    names = set(model.state_dict())
+    return [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in names)]
 
 
 def sparse_terms(model: nn.Module) -> list[str]:

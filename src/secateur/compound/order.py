@@ -41,7 +41,7 @@ def _after_integers(here: str, step: Step, earlier: str, shared: bool) -> None:
     if "integers" in takes:
         raise RecipeError(
             f"{here} comes after {earlier}: weights are quantized once; {{recover: "
-            f"{'codebooks' if shared else 'qat'}}}}} trains what they were rounded to"
+            f"{'codebooks' if shared else 'qat'}}} trains what they were rounded to"
         )
     if takes == {"training"}:
         raise RecipeError(
