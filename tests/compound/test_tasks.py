@@ -111,7 +111,7 @@ def test_a_task_from_the_command_line(tmp_path: Path) -> None:
             "smallest",
             "--out",
             f"{tmp_path}/out",
-        ],  # fmt: skip  # noqa: E501
+        ],
     )
     assert done.exit_code == 0 and (tmp_path / "out" / "stored.json").is_file(), done.output
     assert "accuracy, test" in done.output

@@ -49,7 +49,7 @@ def smallest_bytes(model: nn.Module, grids: Mapping[str, OnGrid], element: int |
 def stored_bytes(model: nn.Module, grids: Mapping[str, OnGrid], element: int | None = None) -> int:
     """Bytes of the tensors of a model on disk: integers packed, sparse terms as a bit for each and their values."""
     surgery = getattr(model, "secateur_surgery", {"format": "transformers"})
-    stock = hasattr(model, "save_pretrained") and surgery["format"] == "transformers"
+    stock = hasattr(model, "save_pretrained") and surgery.get("format") == "transformers"
     whole = (*model.parameters(), *model.buffers())  # our own format keeps every buffer
     tensors = {id(t): t for t in ([t for _, t in _kept(model)] if stock else whole)}
     width = {i: element if element and t.is_floating_point() else t.element_size() for i, t in tensors.items()}

@@ -39,8 +39,8 @@ def changed(values: Any, change: Callable[[str, Tensor], Tensor], path: str = ""
         taken = {name: changed(x, change, f"{path}.{name}") for name, x in values.items()}
         return taken if kind is dict else kind(**taken)
     if isinstance(values, (tuple, list)):
-        taken = [changed(x, change, f"{path}.{k}") for k, x in enumerate(values)]
-        return type(values)(*taken) if hasattr(values, "_fields") else type(values)(taken)
+        each = [changed(x, change, f"{path}.{k}") for k, x in enumerate(values)]
+        return type(values)(*each) if hasattr(values, "_fields") else type(values)(each)
     return values
 
 
