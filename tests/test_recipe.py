@@ -66,9 +66,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
         solver=solver,
         recovery=draw(
             st.sampled_from(
-                [n for n, p in parts("recovery").items() if p.facts.get("data") != "units" or granularity in whole]
+                [
+                    n
+                    for n, p in parts("recovery").items()
+                    if (p.facts.get("data") != "units" or granularity in whole) and p.facts.get("trains") != "shared"
+                ]
                 if solver not in integers
-                else ["none"]
+                else ["none", "codebooks" if solver == "share" else "qat"]
             )
         ),
         sparsity=1 - fixed[0] / fixed[1] if fixed else draw(st.floats(0, 1, exclude_max=True)),

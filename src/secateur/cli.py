@@ -131,10 +131,9 @@ def prune(
     if (compound := cli_compound.asked(method, recipe_file, axes, quantize=quantize, target=target, set=knobs)) and (
         not names_a_task(model)
     ):
-        _refuse_storage(storage)
         return cli_compound.prune(
             model, compound, out, example=example, data=data, count=windows, length=length, force=force,
-            as_json=as_json,
+            as_json=as_json, storage=storage,
         )  # fmt: skip
     if names_a_task(model):
         if quantize is not None:

@@ -51,14 +51,14 @@ def of_decomposition(
 
 def prune(
     source: str, compound: Compound, out: Path, *, example: str | None, data: str, count: int, length: int, force: bool,
-    as_json: bool,
+    as_json: bool, storage: str | None = None,
 ) -> None:  # fmt: skip
     """``secateur prune MODEL --recipe compound.yaml``."""
     named = None if data == CALIBRATION else data
     with interruptible(f"stopped: {out} was not written"):
         made = prune_source(
             source, compound, out, example=example, data=named, count=count, length=length, force=force,
-            command=command(),
+            storage=storage, command=command(),
         )  # fmt: skip
     _said(made, out, as_json)
 

@@ -106,7 +106,7 @@ def train_source(
     target = more.get("target")
     compound = cli_compound.asked(method, recipe_file, axes, target=target, masks=more.get("masks"), set=own)
     if compound := compound or cli_compound.of_decomposition(method, axes, own, target):
-        rest = {k: v for k, v in more.items() if k in ("epochs", "device", "score")}
+        rest = {k: v for k, v in more.items() if k in ("epochs", "device", "score", "storage")}
         return cli_compound.train_task(task, compound, out, options=options, force=force, as_json=as_json, **rest)
     chosen: str | Recipe | None = method
     if recipe_file is not None:

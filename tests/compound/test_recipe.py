@@ -78,7 +78,13 @@ def test_what_is_left_open_takes_the_target() -> None:
     "steps, said",
     [
         ([], "at least one step"),
-        ([{"quantize": "int8"}, {"recover": "finetune"}], "(quantize int8) and would train weights off their grid"),
+        ([{"quantize": "int8"}, {"recover": "finetune"}], "would train weights off what they were rounded to"),
+        ([{"quantize": "shared:4"}, {"recover": "finetune"}], "or {recover: codebooks}"),
+        ([{"quantize": "shared:4"}, {"recover": "qat"}], "weights are quantized once; {recover: codebooks} trains"),
+        ([{"quantize": "int8"}, {"recover": "codebooks"}], "weights are quantized once; {recover: qat} trains"),
+        ([{"recover": "codebooks"}], "write {quantize: shared:5} before it"),
+        ([{"quantize": "int4"}, {"recover": {"method": "qat", "bits": 4}}], "leave bits out"),
+        ([{"quantize": {"as": "shared:4", "method": "gptq"}}], "leave the method out"),
         ([{"quantize": "int8"}, {"prune": "wanda"}], "quantize last"),
         ([{"quantize": "int8"}, {"quantize": "int4"}], "quantized once"),
         ([{"prune": {"method": "sparsegpt", "quantize": "int4"}}, {"quantize": "int8"}], "quantized once"),
@@ -123,7 +129,20 @@ def test_knobs_are_of_the_solver_that_rounds() -> None:
         assert only.preview(net).steps[0]["after"]["bytes"] == layers + 4 * (64 + 8)
 
 
-@pytest.mark.parametrize("options", [{"quantize": "shared:4"}, {"method": "deep-compression"}, {"embeddings": "int8"}])
-def test_what_has_no_form_on_disk_is_refused(options: dict[str, Any]) -> None:
+def test_what_has_no_form_on_disk_is_refused() -> None:
     with pytest.raises(RecipeError, match="no form on disk"):
-        Compound.of([{"prune": {"method": "magnitude", "sparsity": 0.5, **options}}])
+        Compound.of([{"prune": {"method": "magnitude", "sparsity": 0.5, "embeddings": "int8"}}])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"prune": {"method": "magnitude", "quantize": "shared:4"}},
+        {"prune": "deep-compression"},
+        {"quantize": "shared:4"},
+    ],
+)
+def test_shared_values_are_a_step(step: dict[str, Any]) -> None:
+    made = Compound.of([step])
+    assert made.shares and Compound.of(made.to_dict()) == made
+    assert str(Compound.of([{"quantize": "shared:4"}]).steps[0]) == "quantize shared:4"

@@ -78,6 +78,8 @@ def test_a_stock_model_stays_one(tmp_path: Path) -> None:
     model = tiny.build("llama")
     made = secateur.prune(model, Compound.of([{"prune": {"method": "wanda", "sparsity": 0.5}}, {"quantize": "int8"}]), data=tokens())  # fmt: skip  # noqa: E501
     made.save(tmp_path / "out")
+    size = sum(x.nbytes for x in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert size == made.run["after"]["bytes"]
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "surgery.json").exists()
     again = secateur.load(tmp_path / "out")
     ids = tokens()[0]
@@ -180,6 +182,65 @@ def test_a_language_model_is_trained_on_its_integers_and_stays_a_stock_one(tmp_p
     assert (told["num_bits"], told["group_size"], told["symmetric"]) == (4, 16, True)
     with torch.no_grad():
         assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)
+
+
+@pytest.mark.parametrize("how", ["int4:16", "shared:3"])
+def test_the_smallest_form_of_a_compound(how: str, tmp_path: Path) -> None:
+    """Bytes are as told, by the plan too, and what is loaded is what was made."""
+    compound = Compound.of([{"prune": {"method": "wanda", "sparsity": 0.5}}, {"quantize": how}])
+    told = secateur.plan(tiny.build("llama"), compound, data=tokens(), storage="smallest")
+    made = secateur.prune(tiny.build("llama"), compound, data=tokens(), storage="smallest")
+    made.save(tmp_path / "out")
+    files = list((tmp_path / "out").glob("stored-*.safetensors"))
+    size = sum(x.nbytes for f in files for x in load_file(f).values())
+    assert size == made.run["after"]["bytes"] < made.run["steps"][0]["after"]["bytes"] < made.run["before"]["bytes"]
+    if how.startswith("int"):
+        assert told.steps[-1]["after"]["bytes"] == size
+        stock = secateur.prune(tiny.build("llama"), compound, data=tokens())
+        assert stock.run["after"]["bytes"] > size
+    assert not (tmp_path / "out" / "masks.safetensors").exists()
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(secateur.load(tmp_path / "out")(ids).logits, made.model(ids).logits)
+
+
+def test_shared_values_are_trained_as_a_step(tmp_path: Path) -> None:
+    steps: list[Any] = [HALF, {"quantize": "shared:3"}, {"recover": {"method": "codebooks", "epochs": 2}}]
+    plain = secateur.prune(net(), Compound.of(steps[:2]), data=batches(), loss=loss, example=batches()[0][0])
+    made = secateur.prune(net(), Compound.of(steps), data=batches(), loss=loss, example=batches()[0][0])
+    assert made.run["after"] == plain.run["after"] and made.run["steps"][1]["title"] == "quantize shared:3"
+    old, new = plain.model.state_dict(), made.model.state_dict()
+    for name in made.masks:
+        a, b = old[f"{name}.weight"], new[f"{name}.weight"]
+        assert not torch.equal(a, b) and torch.equal(a == 0, b == 0)
+        assert all(len(b[a == value].unique()) == 1 for value in a.unique())
+    made.save(tmp_path / "out")
+    x = batches()[0][0]
+    assert torch.equal(secateur.load(tmp_path / "out", net())(x), made.model(x))
+
+
+@pytest.mark.parametrize(
+    "steps, storage, said",
+    [
+        ([{"quantize": "shared:3"}], "stock", "no stock tool reads shared values"),
+        ([{"decompose": {"method": "svd", "sparsity": 0.2}}, {"quantize": "shared:3"}], None, "no smallest form"),
+        ([{"quantize": "int8"}], "tiny", "storage is stock or smallest, not 'tiny'"),
+    ],
+)
+def test_storages_that_cannot_be(steps: list[Any], storage: str | None, said: str) -> None:
+    with pytest.raises(SecateurError, match=said):
+        secateur.prune(net(), Compound.of(steps), data=batches(), example=batches()[0][0], storage=storage)
+
+
+def test_a_plan_counts_grids_that_are_not_symmetric() -> None:
+    knobs = {"solver": {"symmetric": False}}
+    for steps in (
+        [{"quantize": {"as": "int4:16", "knobs": knobs}}],
+        [{"prune": {"method": "sparsegpt", "sparsity": 0.5, "quantize": "int4:16", "knobs": knobs}}],
+    ):
+        told = secateur.plan(tiny.build("llama"), Compound.of(steps))
+        made = secateur.prune(tiny.build("llama"), Compound.of(steps), data=tokens())
+        assert told.steps[-1]["after"]["bytes"] == made.run["after"]["bytes"]
 
 
 def test_distilled(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     left, right = secateur.load(tmp_path / "out"), secateur.load(tmp_path / "hand")
     for name, weight in left.state_dict().items():
         assert torch.equal(weight, right.state_dict()[name]), name
+    done = CliRunner().invoke(app, ["prune", f"{tmp_path}/model", "--recipe", str(recipe), "--storage", "smallest", "--out", f"{tmp_path}/least"])  # fmt: skip  # noqa: E501
+    assert done.exit_code == 0 and (tmp_path / "least" / "stored.json").is_file(), done.output
+    again = secateur.load(tmp_path / "least").state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in left.state_dict().items())
     refused = CliRunner().invoke(app, ["prune", f"{tmp_path}/model", "--recipe", str(recipe), "--sparsity", "0.3", "--out", "x"])  # fmt: skip  # noqa: E501
     assert refused.exit_code == 2 or "write --sparsity into the step" in str(refused.exception)
 
@@ -95,9 +99,21 @@ def test_a_task_from_the_command_line(tmp_path: Path) -> None:
     recipe = tmp_path / "compound.yaml"
     recipe.write_text(json.dumps({"steps": STEPS}))
     done = CliRunner().invoke(
-        app, ["train", f"{TINY}:clouds", "--recipe", str(recipe), "--epochs", "1", "--out", f"{tmp_path}/out"]
+        app,
+        [
+            "train",
+            f"{TINY}:clouds",
+            "--recipe",
+            str(recipe),
+            "--epochs",
+            "1",
+            "--storage",
+            "smallest",
+            "--out",
+            f"{tmp_path}/out",
+        ],
     )
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and (tmp_path / "out" / "stored.json").is_file(), done.output
     assert "accuracy, test" in done.output
     done = CliRunner().invoke(
         app, ["plan", f"{TINY.parents[1]}/nets.py:small", "--method", "svd", "--sparsity", "0.3", "--json"]

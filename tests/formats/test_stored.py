@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secateur.errors import ModelError, RecipeError
 from secateur.formats import Grid, bytes_of, grid
+from secateur.formats.grid import grids_of
 from secateur.formats.integers import packed
 from secateur.formats.sharing import codebook
 from secateur.formats.stored import FORMS, decode, encode, pack_bits, unpack_bits
@@ -73,7 +74,7 @@ def test_which_is_smallest() -> None:
     assert encode(weight, found)[1]["form"] == "integers"
     weight, found = on_grid((64, 128), 4, 64, True, 0.5)
     assert encode(weight, found)[1]["form"] == "bitmask+integers"  # 1 + 4 / 2 bits, not 4
-    assert encode(weight)[1]["form"] == "bitmask"
+    assert encode(weight + 1e-3 * torch.randn(64, 128) * (weight != 0))[1]["form"] == "bitmask"
     assert encode(torch.randn(4, 4))[1]["form"] == "dense"
 
 
@@ -85,6 +86,33 @@ def test_integers_are_known_without_their_grid() -> None:
         assert facts["form"].endswith("integers") and facts["bits"] <= bits
         assert torch.equal(decode(tensors, facts), weight) and sizes(tensors) <= sizes(encode(weight, found)[0])
     assert encode(torch.tensor([[float("inf"), 0.0, 0.0, 0.0] * 4]))[1]["form"] == "bitmask"
+
+
+@given(
+    st.sampled_from([(6, 96, 32), (4, 128, 64), (3, 64, 16), (5, 48, 0)]), st.integers(2, 8), st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+)  # fmt: skip
+def test_groups_and_grids_that_are_not_symmetric_are_known_too(
+    sizes_of: tuple[int, int, int], bits: int, symmetric: bool, gone: float
+) -> None:
+    rows, columns, group = sizes_of
+    weight, found = on_grid((rows, columns), bits, group, symmetric, gone)
+    tensors, facts = encode(weight)
+    assert torch.equal(decode(tensors, facts), weight)
+    assert sizes(tensors) <= sizes(encode(weight, found)[0]) + 2 * tensors.get("scale", torch.zeros(0)).numel()
+    again = grids_of(weight, group, bits)
+    assert again and all(torch.equal(g.round(weight), weight) and g.bits == bits for g in again)
+    assert grids_of(torch.randn(8, columns), group) == []
+
+
+def test_values_that_many_share_are_known_too() -> None:
+    weight = torch.randn(64, 128)
+    weight[weight.abs() < 0.8] = 0
+    book = codebook(weight, 3)
+    weight = book.round(weight)
+    tensors, facts = encode(weight)
+    assert facts["form"] == "shared" and torch.equal(decode(tensors, facts), weight)
+    assert sizes(tensors) == sizes(encode(weight, book)[0])
 
 
 def test_shared_values_and_other_shapes() -> None:

@@ -137,6 +137,21 @@ def test_soft_targets_are_the_divergence(seed: int, temperature: float) -> None:
     assert float(soft(own, dense, temperature)) >= -1e-12
 
 
+def test_soft_targets_in_half_precision_and_with_masked_classes() -> None:
+    own, dense = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = soft(own, dense, 2.0)
+    assert found.dtype == torch.float32 and torch.equal(found, soft(own.float(), dense.float(), 2.0))
+    own, dense = own.float().requires_grad_(), dense.float()
+    dense[:, 3:5] = -torch.inf
+    lost = soft(own, dense, 1.0)
+    lost.backward()
+    lost = lost.detach()
+    assert own.grad is not None and bool(own.grad.isfinite().all()) and float(lost) > 0
+    q, p = dense.softmax(-1), own.detach().softmax(-1)
+    there = q > 0
+    assert float(lost) == pytest.approx(float((q[there] * (q[there] / p[there]).log()).sum()) / 3, rel=1e-5)
+
+
 def test_the_whole_loss_of_distillation() -> None:
     run = healing()
     dense = run.teacher()

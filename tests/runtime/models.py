@@ -62,7 +62,7 @@ def vectors(count: int = 3, tokens: int = 20, seed: int = 1) -> Tensor:
 
 
 class Biased(nn.Module):
-    """A block that is given what its attention adds to its scores: ``(tokens, tokens)`` or ``(heads, tokens, tokens)``."""
+    """A block that is given what its attention adds: ``(tokens, tokens)``, ``(heads, tokens, tokens)`` or more."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import RecipeError
 from secateur.formats.grid import Grid
 from secateur.granularity import parse
+from secateur.layers import find_layers
+from secateur.recipe import Recipe
 from secateur.solvers import Curvature, obc, obq, output_error, sparsegpt_gptq
 
 
@@ -144,5 +146,9 @@ def test_dead_inputs_and_what_is_too_large() -> None:
     assert not bool(made.weight[:, 2].any())
     with pytest.raises(RecipeError, match="is not a divisor of the 8 inputs"):
         obq(weight, curvature, 0.5, parse("row"), group=3)
+    for moves in (-1, 1.5, True):
+        recipe = Recipe.of("magnitude", criterion=None, solver="obq", sparsity=0.5, knobs={"solver": {"moves": moves}})
+        with pytest.raises(RecipeError, match="moves is how many a row may take"):
+            recipe.check(find_layers(nn.Linear(8, 3), only=("*",))[0])
     with pytest.raises(RecipeError, match="raise max_flops"):
         obq(weight, curvature, 0.5, parse("row"), max_flops=10)

@@ -184,7 +184,7 @@ def test_what_cannot_share() -> None:
 def test_values_that_meet_zero_stay_in_place() -> None:
     """A value that is zero for a moment moves on; what is gone does not come back with it."""
     model, masks = shared(1)
-    tied = Tied([x for x in attach(model, masks=masks).layers])
+    tied = Tied(attach(model, masks=masks).layers)
     which = tied.cluster["layer"]
     with torch.no_grad():
         model.layer.weight[which == 0] = 0.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..calibrate import batches_of
 from ..errors import RecipeError
-from ..formats import Grid
+from ..formats import OnGrid
 from ..frozen import thawed
 from ..fuse import decompose
 from ..granularity import parse
@@ -46,6 +46,7 @@ class Given:
         folder: where training leaves its checkpoints; None to keep none.
         seed: of steps that name none.
         element: bytes that a float takes on disk, where that is not what it takes now.
+        smallest: whether each matrix is to be stored in the fewest bytes.
     """
 
     data: Any = None
@@ -58,6 +59,7 @@ class Given:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     element: int | None = None
+    smallest: bool = False
     calibration: int = 8
     progress: Progress = lambda *_: None
 
@@ -68,7 +70,7 @@ class State:
 
     Attributes:
         masks: layer -> what earlier steps kept of its weights.
-        grids: layer -> the integers that it lies on.
+        grids: layer -> the integers, or the shared values, that it has.
         dense: the model as it was, where a later step learns from it.
         stored: what it said of the data, where that is enough.
         curves: of what trained.
@@ -76,7 +78,7 @@ class State:
 
     model: nn.Module
     masks: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
+    grids: dict[str, OnGrid] = field(default_factory=dict)
     dense: nn.Module | None = None
     stored: Stored | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)

@@ -16,7 +16,7 @@ from ..models import load_tokenizer, resolve
 from ..runtime import TokenGates
 from .plan import CompoundPlan, preview
 from .recipe import Compound
-from .run import Compounded, carry_out
+from .run import Compounded, carry_out, is_smallest
 
 
 def prune_source(
@@ -29,6 +29,7 @@ def prune_source(
     count: int = 64,
     length: int = 512,
     force: bool = False,
+    storage: str | None = None,
     command: str = "",
 ) -> Compounded:
     """Do all steps on a model, and write it in the type of the floats in which it is stored.
@@ -39,6 +40,7 @@ def prune_source(
     Args:
         source: what `coupled.load_module` takes.
         data: text for a language model, or ``FILE.py:callable`` that gives batches.
+        storage: see `Compounded.save`.
 
     Raises:
         OutputError: ``out`` exists.
@@ -46,8 +48,9 @@ def prune_source(
     refuse(out, force, way="choose another directory or --force")
     if Path(source).is_dir() and Path(source).resolve() == out.resolve():
         raise OutputError(f"--out {out} is the model itself: choose another directory")
+    is_smallest(compound, storage)  # what cannot be is said before a model is read
     net, stored, given = _loaded(source, example, data, count, length, compound.needs())
-    made = carry_out(net, compound, **given)
+    made = carry_out(net, compound, storage=storage, **given)
     made.run["command"], made.run["model"]["source"] = command, source
     own: Any = made.model.model if isinstance(made.model, TokenGates) else made.model
     for p in own.parameters():

@@ -23,27 +23,30 @@ def check_order(steps: Sequence[Step]) -> None:
         if "tokens" in first:
             raise RecipeError(f"{here} comes after {first['tokens']}, which wraps the model: let that be the last step")
         if "integers" in first and "tokens" not in takes:
-            _after_integers(here, step, first["integers"])
+            _after_integers(here, step, first["integers"], "shared" in first)
         if "weights" in first:
             _after_weights(here, step, first["weights"])
+        if step.kind == "recover" and "shared" in takes and "shared" not in first:
+            raise RecipeError(f"{here} trains values that survivors share: write {{quantize: shared:5}} before it")
         for what in takes:
             first.setdefault(what, f"step {number} ({step})")
 
 
-def _after_integers(here: str, step: Step, earlier: str) -> None:
+def _after_integers(here: str, step: Step, earlier: str, shared: bool) -> None:
     takes = step.takes
-    if step.kind == "recover" and "integers" in takes:
+    if step.kind == "recover" and "integers" in takes and shared == ("shared" in takes):
         if given := {"bits", "group"} & set(step.options):
             raise RecipeError(f"{here} trains on the grids of {earlier}: leave {min(given)} out")
         return
     if "integers" in takes:
         raise RecipeError(
-            f"{here} comes after {earlier}: weights are quantized once; {{recover: qat}} trains what they were rounded to"
+            f"{here} comes after {earlier}: weights are quantized once; {{recover: "
+            f"{'codebooks' if shared else 'qat'}}} trains what they were rounded to"
         )
     if takes == {"training"}:
         raise RecipeError(
-            f"{here} comes after {earlier} and would train weights off their grid of integers: train before quantizing, or "
-            "{recover: qat}"
+            f"{here} comes after {earlier} and would train weights off what they were rounded to: train before it, "
+            f"or {{recover: {'codebooks' if shared else 'qat'}}}"
         )
     raise RecipeError(f"{here} comes after {earlier} and would move weights off their grid of integers: quantize last")
 

@@ -15,10 +15,11 @@ from ..layers import evaluating
 from ..models import next_token_loss
 from ..recipe import Recipe
 from ..registry import get
+from ..stream.storage import shares
 from .apply import Given, State, apply
 from .figures import figures
 from .recipe import Compound
-from .run import refuse_axes, table
+from .run import is_smallest, refuse_axes, table
 from .steps import Step, trains
 
 
@@ -55,7 +56,7 @@ class CompoundPlan:
 
 def preview(
     model: nn.Module, compound: Compound, *, example: Any = None, data: Any = None, loss: Any = None,
-    element: int | None = None, source: str = "", **axes: Any,
+    element: int | None = None, source: str = "", storage: str | None = None, **axes: Any,
 ) -> CompoundPlan:  # fmt: skip
     """The counts after each step, on a copy of the model; nothing is trained, and nothing healed.
 
@@ -65,20 +66,21 @@ def preview(
         RecipeError, ModelError: a step cannot be done.
     """
     refuse_axes(axes)
+    smallest = is_smallest(compound, storage)
     if vocabulary(model):
         example = example_inputs(None, model) if example is None else example
         loss = next_token_loss if loss is None else loss
     given = Given(data, loss, example, seed=compound.seed, element=element)
     state = State(copy.deepcopy(model))
     with evaluating(model):
-        before = figures(model, {}, example, element)
+        before = figures(model, {}, example, element, smallest)
     steps: list[dict[str, Any]] = []
     for number, step in enumerate(compound.steps, 1):
         shown, why = _stand_in(step, data is not None, bool(state.grids))
         if shown is not None:
             apply(state, shown, given, number)
         with evaluating(state.model):
-            after = figures(state.model, state.grids, example, element)
+            after = figures(state.model, state.grids, example, element, smallest)
         steps.append({
             "title": str(step), "step": step.to_dict(), "needs": sorted(step.needs()), "after": after, "stands": why,
         })  # fmt: skip
@@ -114,8 +116,10 @@ def _stand_in(step: Step, data: bool, rounded: bool) -> tuple[Step | None, str]:
     why = "what goes is shown for magnitude" if shown.criterion != recipe.criterion else ""
     if step.options.get("quantize") is not None or get("solver", recipe.solver).facts.get("quantizes"):
         bits = recipe.knobs_of("solver")
-        more = {k: bits[k] for k in ("symmetric",) if k in bits}
-        shown = shown.quantized(f"int{bits['bits']}:{bits['group']}", more)
+        if shares(recipe):
+            shown = shown.quantized(f"shared:{bits['bits']}")
+        else:
+            shown = shown.quantized(f"int{bits['bits']}:{bits['group']}", {"symmetric": bits["symmetric"]})
     return _of_recipe(shown, options), why
 
 

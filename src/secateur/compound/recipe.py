@@ -116,6 +116,11 @@ class Compound:
         """Whether the dense model is needed until the end."""
         return bool(self.lessons())
 
+    @property
+    def shares(self) -> bool:
+        """Whether survivors share values, which no stock layout holds."""
+        return any("shared" in s.takes for s in self.steps)
+
     def lessons(self) -> list[Step]:
         """The steps that learn from the dense model."""
         return [s for s in self.steps if s.kind == "recover" and get("recovery", s.method).facts.get("teacher")]

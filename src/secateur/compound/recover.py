@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..calibrate import batches_of, run_model
 from ..data import Windows
 from ..errors import RecipeError
-from ..formats import Grid
+from ..formats import OnGrid
 from ..formats.grid import grids_of
 from ..frozen import thawed
 from ..layers import evaluating, find_layers
@@ -83,7 +83,7 @@ def _whole(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {x.name: torch.ones(x.shape, dtype=torch.bool) for x in layers} | dict(masks)
 
 
-def _grids(model: nn.Module, masks: Mapping[str, Tensor], bits: int, group: int) -> dict[str, Grid]:
+def _grids(model: nn.Module, masks: Mapping[str, Tensor], bits: int, group: int) -> dict[str, OnGrid]:
     """What weights lie on that were trained on rounded ones, by their values."""
     layers = {x.name: x for x in find_layers(model, only=("*",))[0]}
     return {name: grids_of(layers[name].weight(), group, bits)[0] for name in masks}

@@ -15,12 +15,13 @@ from ..coupled import example_inputs, vocabulary
 from ..data import Windows, windows
 from ..disk import beside
 from ..errors import DataError, RecipeError
-from ..formats import Grid
+from ..formats import OnGrid
 from ..layers import evaluating
 from ..masks import Masks
 from ..measure import Peak, machine, versions
 from ..models import next_token_loss
 from ..prune import MEMORY
+from ..stream.storage import STORAGES
 from ..when.result import check_zeros
 from .apply import Given, State, apply, dense_copy
 from .figures import figures, whole_model
@@ -35,7 +36,7 @@ class Compounded:
     Attributes:
         model: to be used from now on; the one that was given may have been changed on the way.
         masks: what single weights are left, of layers where some are gone.
-        grids: of layers that are stored as integers.
+        grids: of layers that are stored as integers, or as values that they share.
         run: the content of ``run.json``: before, after, and each step with its own record.
     """
 
@@ -43,23 +44,32 @@ class Compounded:
     compound: Compound
     masks: Masks
     run: dict[str, Any] = field(repr=False)
-    grids: dict[str, Grid] = field(default_factory=dict, repr=False)
+    grids: dict[str, OnGrid] = field(default_factory=dict, repr=False)
+    storage: str | None = None
 
     @property
     def sparsity(self) -> float:
         """Fraction of the weights under a mask that is zero."""
         return self.masks.sparsity
 
-    def save(self, out: str | Path, tokenizer: Any = None, force: bool = False) -> Path:
+    def save(
+        self, out: str | Path, tokenizer: Any = None, force: bool = False, storage: str | None = None
+    ) -> Path:  # fmt: skip
         """Write the model, its masks, ``recipe.yaml`` and ``run.json``; `secateur.load` reads it.
+
+        Args:
+            storage: ``stock``, or ``smallest``: each matrix in the fewest bytes, without masks; what the compound was
+                carried out for where it is not said.
 
         Raises:
             OutputError: ``out`` exists and is not empty, and is not to be replaced (``force``).
+            RecipeError: the model has no such form.
         """
         from .disk import write
 
+        smallest = is_smallest(self.compound, storage or self.storage)
         with beside(out, force) as part:
-            write(self, part)
+            write(self, part, smallest)
             if tokenizer is not None:
                 tokenizer.save_pretrained(part)
         return Path(out)
@@ -100,9 +110,13 @@ def carry_out(
     example: Any = None,
     memory: int = MEMORY,
     element: int | None = None,
+    storage: str | None = None,
     **axes: Any,
 ) -> Compounded:
     """Do all steps on a model; what `secateur.prune` does with a compound.
+
+    Args:
+        storage: that it will be saved in, see `Compounded.save`; bytes are counted by it.
 
     Raises:
         RecipeError: something that a step needs was not given; before the first step.
@@ -117,9 +131,30 @@ def carry_out(
         data = data if isinstance(data, Mapping) or hasattr(data, "shape") else list(data)
         if isinstance(data, list) and not data:
             raise DataError("the calibration data is empty: give at least one batch")
-    given = Given(data, loss, example, memory, seed=compound.seed, element=element)
+    smallest = is_smallest(compound, storage)
+    given = Given(data, loss, example, memory, seed=compound.seed, element=element, smallest=smallest)
     _check(compound, given)
     return finish(model, compound, given)
+
+
+def is_smallest(compound: Compound, storage: str | None) -> bool:
+    """Whether each matrix is stored in the fewest bytes: it was asked for, or nothing else holds shared values.
+
+    Raises:
+        RecipeError: the storage is not known, or what the steps make has no such form.
+    """
+    if storage is not None and storage not in STORAGES:
+        raise RecipeError(f"storage is {' or '.join(STORAGES)}, not '{storage}'")
+    if compound.shares and storage == "stock":
+        raise RecipeError("no stock tool reads shared values: leave storage out, or quantize to integers")
+    smallest = compound.shares or storage == "smallest"
+    for number, step in enumerate(compound.steps, 1):
+        if smallest and step.takes & {"factors", "tokens"}:
+            raise RecipeError(
+                f"step {number} ({step}) makes a model with a format of its own, which has no smallest form: leave "
+                "--storage out" + (", and quantize to integers" if compound.shares else "")
+            )
+    return smallest
 
 
 def refuse_axes(axes: Mapping[str, Any]) -> None:
@@ -156,7 +191,7 @@ def finish(model: nn.Module, compound: Compound, given: Given, metric: Any = Non
             state.stored = stored_teacher(model, lessons, given)
             state.dense = dense_copy(model) if state.stored is None else None
         with evaluating(model):
-            before = figures(model, {}, given.example, given.element)
+            before = figures(model, {}, given.example, given.element, given.smallest)
         before = before if metric is None else {**before, "metric": metric(model)}
         for number, step in enumerate(compound.steps, 1):
             given.progress(f"step {number}", number - 1, len(compound.steps))
@@ -164,7 +199,7 @@ def finish(model: nn.Module, compound: Compound, given: Given, metric: Any = Non
             record = apply(state, step, given, number)
             check_zeros(whole_model(state.model), state.masks)
             with evaluating(state.model):
-                after = figures(state.model, state.grids, given.example, given.element)
+                after = figures(state.model, state.grids, given.example, given.element, given.smallest)
             steps.append({
                 "title": str(step), "step": step.to_dict(), "after": after, "record": record,
                 **({} if metric is None else {"metric": metric(state.model)}),
@@ -192,4 +227,5 @@ def finish(model: nn.Module, compound: Compound, given: Given, metric: Any = Non
         "versions": versions(),
         "machine": machine(),
     }
-    return Compounded(state.model, compound, masks, run, dict(state.grids))
+    storage = "smallest" if given.smallest else None
+    return Compounded(state.model, compound, masks, run, dict(state.grids), storage)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import RecipeError, UnknownName
 from ..formats import parse_integers
+from ..formats.sharing import parse_shared
 from ..frozen import frozen, thawed
 from ..fuse.choose import asked
 from ..granularity import parse
@@ -83,7 +84,7 @@ class Step:
             raise RecipeError(f"step '{kind}' takes a method, or a mapping with one, not {given!r}")
         options = {str(k): v for k, v in given.items()}
         if kind == "quantize":
-            options = {"method": "gptq", **options}
+            options = {"method": "round" if _shared(options) else "gptq", **options}
         return Step(str(kind), options)
 
     @property
@@ -147,13 +148,13 @@ class Step:
             return frozenset({"factors", "weights"} if "sparse" in self.method else {"factors"})
         if self.kind == "recover":
             trained = get("recovery", self.method).facts.get("trains")
-            return frozenset({"training"} if trained is None else {"training", "integers"})
+            return frozenset({"training"} if trained is None else {"training", "integers", str(trained)})
         if self.kind == "runtime":
             return frozenset({"tokens"})
         recipe = self.recipe()
         found = {"units" if parse(recipe.granularity).coupled else "weights"} if recipe.sparsity > 0 else set()
         if get("solver", recipe.solver).facts.get("quantizes"):
-            found.add("integers")
+            found |= {"integers", "shared"} if shares(recipe) else {"integers"}
         if trains(recipe):
             found.add("training")
         return frozenset(found)
@@ -179,7 +180,8 @@ class Step:
 
     def __str__(self) -> str:
         if self.kind == "quantize":
-            return f"quantize {self.options['as']}" + ("" if self.method == "gptq" else f" by {self.method}")
+            usual = self.method == "gptq" or _shared(self.options)
+            return f"quantize {self.options['as']}" + ("" if usual else f" by {self.method}")
         more = ", ".join(str(x) for x in (self.amount, self.options.get("quantize")) if x is not None)
         return f"{self.kind} {self.method}" + (f", {more}" if more else "")
 
@@ -204,9 +206,8 @@ def _check_prune(step: Step) -> None:
         raise RecipeError(f"'{step.method}' is no method of pruning: write {{{other}: {{method: {step.method}, ...}}}}")
     _known(step, {*_FIELDS, "target", "quantize", "multiple"})
     recipe = step.recipe()
-    if shares(recipe) or recipe.embeddings != "none":
-        what = "embeddings" if recipe.embeddings != "none" else "values that survivors share"
-        raise RecipeError(f"a compound has no form on disk for {what}: prune what it wrote, with --storage smallest")
+    if recipe.embeddings != "none":
+        raise RecipeError("a compound has no form on disk for embeddings: prune what it wrote, with --storage smallest")
     if step.options.get("quantize") is not None and parse(recipe.granularity).coupled:
         raise RecipeError(
             "quantize goes with single weights: after units of the whole model, make it a step of its own"
@@ -222,11 +223,21 @@ def _check_decompose(step: Step) -> None:
         Target.parse(str(step.options["target"]))
 
 
+def _shared(options: Mapping[str, Any]) -> bool:
+    """Whether a quantization is to values that survivors share."""
+    return str(options.get("as", "")).startswith("shared")
+
+
 def _check_quantize(step: Step) -> None:
     _known(step, {"as", "method", "only", "skip", "knobs", "propagate"})
     if step.options.get("as") is None:
-        raise RecipeError("step 'quantize' says which integers: write {quantize: int8}, int4, or int4:128")
-    parse_integers(str(step.options["as"]))
+        raise RecipeError("step 'quantize' says which integers: write {quantize: int8}, int4, int4:128, or shared:5")
+    if _shared(step.options):
+        parse_shared(str(step.options["as"]))
+        if step.method != "round":
+            raise RecipeError("values that survivors share are found without data: leave the method out")
+    else:
+        parse_integers(str(step.options["as"]))
     if step.method not in ("gptq", "round"):
         raise UnknownName("method of quantization", step.method, ("gptq", "round"), "gptq, or round without data")
     step.recipe()

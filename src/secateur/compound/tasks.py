@@ -22,7 +22,7 @@ from ..when.healing import fresh_model
 from .apply import Given, Progress
 from .plan import CompoundPlan, preview
 from .recipe import Compound
-from .run import Compounded, finish, refuse_axes
+from .run import Compounded, finish, is_smallest, refuse_axes
 
 
 def train_on(
@@ -41,6 +41,7 @@ def train_on(
     command: str = "",
     seed: int | None = None,
     recovery_epochs: float | None = None,
+    storage: str | None = None,
     **axes: Any,
 ) -> Compounded:
     """Train a task densely, and do all steps; what `secateur.train` does with a compound.
@@ -49,12 +50,14 @@ def train_on(
         task, epochs, out, model, calibration, device, dense, score, options, progress, command: as `secateur.train` has
             them.
         seed: in place of the compound's.
+        storage: see `Compounded.save`.
         recovery_epochs: of steps that train and say no epochs of their own.
 
     Raises:
         RecipeError: a step cannot be done on a task.
     """
     refuse_axes({k: v for k, v in axes.items() if v is not None})
+    smallest = is_smallest(compound, storage)
     if seed is not None:
         compound = replace(compound, seed=seed)
     found: Task = find(task, **(options or {}))
@@ -77,7 +80,7 @@ def train_on(
     own = Given(
         data, found.loss, placed(found.example_input(), place), task=found,
         epochs=length if recovery_epochs is None else recovery_epochs, folder=folder, device=place, seed=compound.seed,
-        calibration=calibration, progress=progress or (lambda *_: None),
+        smallest=smallest, calibration=calibration, progress=progress or (lambda *_: None),
     )  # fmt: skip
     value = _measure(found)
     first = {"name": found.metric_name, "value": found.measure(net, score)}

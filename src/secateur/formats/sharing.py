@@ -153,7 +153,7 @@ def share(weight: Tensor, bits: int = 5) -> Shared:
 
     Source: Han, Mao and Dally, Deep compression, arXiv 1510.00149, sections 2 to 4: relative indices, k-means with
     linear initialization, Huffman codes of both. Where a gap is too long the paper stores a zero among the values;
-    here a gap of its own says so. The shared values are not trained further.
+    here a gap of its own says so.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
         raise RecipeError(f"only finite matrices of floats can be shared, not {tuple(weight.shape)} of {weight.dtype}")

@@ -113,8 +113,9 @@ def encode(weight: Tensor, grid: OnGrid | None = None, form: str = "") -> tuple[
     able = list(dict.fromkeys(f for f, _ in sizes))
     if form and form not in able:
         raise RecipeError(f"this weight can be stored as {', '.join(able)}, not '{form}'")
+    tries = form == "" and grid is None
     form, grid = min((k for k in sizes if form in ("", k[0])), key=lambda k: sizes[k])
-    if grid is None and n and (few := _few(matrix)):
+    if tries and grid is None and n and (few := _few(matrix)):
         shared = share(matrix, few)
         if shared.bytes() < sizes[form, None]:
             return shared.stored(), {**facts, "form": "shared"}
@@ -145,10 +146,10 @@ def _found(matrix: Tensor) -> list[Grid]:
 
 def _few(matrix: Tensor) -> int:
     """Bits that tell the values of a matrix apart, where there are no more than 8 bits can; else 0."""
-    flat = matrix.float().reshape(-1)
+    flat, distinct = matrix.float().reshape(-1), 0
     for part in (flat[: 1 << 12], flat):
         distinct = part[part != 0].unique().numel()
-        if distinct > 256:
+        if distinct > 256 or not bool(part.isfinite().all()):
             return 0
     return max(1, (distinct - 1).bit_length())
 

@@ -185,10 +185,16 @@ def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     >>> float(soft(z, z, 2.0))
     0.0
     """
-    log_p = (student / temperature).log_softmax(-1)
-    log_q = (teacher / temperature).log_softmax(-1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_p = (_wide(student) / temperature).log_softmax(-1)
+    log_q = (_wide(teacher) / temperature).log_softmax(-1)
+    each = log_q.exp() * (log_q - log_p)
+    divergence = torch.where(log_q == -torch.inf, 0.0, each).sum(-1)  # classes that the teacher masks
     return temperature**2 * divergence.mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Float32 where it was less: differences and sums of half precision are of nothing."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def chosen_layers(model: nn.Module, glob: str) -> list[str]:
@@ -256,12 +262,13 @@ def _relative(own: Any, dense: Any, name: str) -> Tensor:
             f"recovery 'distill': {name} gives {tuple(h.shape)}, the dense model {tuple(other.shape)} there: features "
             "need equal shapes; use the knob attention"
         )
+    h, other = _wide(h), _wide(other)
     return (h - other).square().sum() / other.square().sum().clamp_min(1e-12)
 
 
 def _map(output: Any) -> Tensor:
     """Where a layer is active ``(n, positions)``: channels are axis 1 of feature maps, the last one of tokens."""
-    h = _first(output)
+    h = _wide(_first(output))
     if h.dim() < 3:
         raise RecipeError("recovery 'distill': attention compares layers with positions, feature maps or tokens")
     positions = h.square().sum(1 if h.dim() > 3 else -1).flatten(1)

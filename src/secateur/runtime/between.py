@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..layers import evaluating
 from ..measure.flops import flops
-from .rows import changed, inputs_in, leaves
+from .rows import changed, leaves
+from .rows import inputs_in as inputs_in
 from .structure import Call
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

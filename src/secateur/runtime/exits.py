@@ -228,8 +228,10 @@ def early_exit(
     >>> net.places
     ('blocks.0', 'blocks.1', 'blocks.2')
 
-    Source: Teerapittayanon et al., BranchyNet, arXiv 1709.01686, section III. One threshold for all exits, where the
-    paper has one for each; its exits have convolutions of their own, and are placed by hand.
+    Source: Teerapittayanon et al., BranchyNet, arXiv 1709.01686, section III, and its official code: entropy in nats, a
+    weighted sum of all exits' losses, every exit trained on every input (its default). There a threshold is one for all
+    exits or one for each, screened by hand; here one, by validation data. Its exits have convolutions of their own, and
+    are placed by hand.
     """
     call = call_of(example)
     places = find_places(model, call)

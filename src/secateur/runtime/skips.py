@@ -163,7 +163,6 @@ class Skips(nn.Module):
             raise DataError("there is no validation batch to choose the gates' threshold on")
         limit, before = self.record["wanted"], self.record["flops"]["before"]
         with evaluating(self):
-            rate = self._rate(calls, 0.0)
             low, high = -30.0, 30.0
             for _ in range(_HALVINGS):
                 middle = (low + high) / 2

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from ..formats import Grid
 from ..formats.grid import check_grid, grid
 from ..granularity import Granularity
 from ..registry import register
 from .base import Solved
 from .curvature import Curvature
-from .integers import check
+from .integers import check as check_grids
 from .obc import obc
+
+
+def check(shape: tuple[int, int], name: str, pattern: Granularity, knobs: Mapping[str, Any]) -> None:
+    """Refuse a layer that the grid does not fit, and a number of moves that there is not."""
+    check_grids(shape, name, pattern, knobs)
+    if isinstance(knobs["moves"], bool) or not isinstance(knobs["moves"], int) or knobs["moves"] < 0:
+        raise RecipeError(f"moves is how many a row may take, 0 for none: not {knobs['moves']!r}")
 
 
 @register(

@@ -48,8 +48,10 @@ def kernel_patterns(
     >>> kernel_patterns(score, score, 0.5, parse("2:4"), patterns=1).mask.int().tolist()[3]
     [1, 1, 0, 0]
 
-    Source: Niu et al., PatDNN, arXiv 2001.00138, section 4.1 (candidate patterns by how often they occur, and the
-    nearest one for each kernel), as described there; Ma et al., PCONV, arXiv 1909.05073, for the center.
+    Source: Niu et al., PatDNN, arXiv 2001.00138, section 4.1, from descriptions and another's code (github.com/
+    7bvcxz/PatDNN): the center and the largest others are a kernel's pattern, the library the most frequent ones, and a
+    kernel takes that with the largest l2 norm; here the largest sum of scores, with magnitude the l1 norm. Ma et al.,
+    PCONV, arXiv 1909.05073, for the center.
     """
     pooled = granularity.pool(score)
     runs, width = pooled.shape

@@ -31,8 +31,8 @@ def share(weight: Tensor, score: Tensor, keep: float, granularity: Granularity, 
     Beware: for storage; weights are decoded before they are used. A layer has one set of values, so with 4 bits and
     less a language model loses more than by groups of integers.
 
-    Source: Han, Mao and Dally, Deep compression, arXiv 1510.00149, section 3: linear initialization; the shared values
-    are not trained further.
+    Source: Han, Mao and Dally, Deep compression, arXiv 1510.00149, section 3: linear initialization; recovery
+    codebooks trains the shared values further.
     """
     mask = granularity.unpool(select(granularity.pool(score), keep), (weight.shape[0], weight.shape[1]))
     found = codebook(weight * mask, bits)

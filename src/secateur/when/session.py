@@ -48,8 +48,7 @@ def attach(
 ) -> Session:
     """Prune a model while it trains.
 
-    The model stays as it is: same modules, same parameters, same ``state_dict`` keys; weights that are removed are
-    zero, and so is what the optimizer remembers of them.
+    Modules, parameters and ``state_dict`` keys stay; what is removed is zero, and so is the optimizer's memory of it.
 
     Args:
         model: any module; the first mask is applied at once.

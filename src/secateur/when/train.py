@@ -118,12 +118,11 @@ def train(
         from ..compound.tasks import train_method
 
         alone("a run of several steps, or of a decomposition,")
-        _refuse_storage(storage)
         if masks is not None or when not in (None, "after"):
             raise RecipeError("steps that change layers come after training, and with no masks of another run")
         return train_method(
             task, method, epochs=epochs, out=out, model=model, calibration=calibration, device=device, dense=dense,
-            target=target, score=score, options=options, progress=progress, command=command, **axes,
+            target=target, score=score, options=options, progress=progress, command=command, storage=storage, **axes,
         )  # fmt: skip
     found = find(task, **(options or {}))
     recipe, moment = recipe_and_moment(method, axes, masks, when)
