@@ -278,6 +278,42 @@ def test_a_model_that_gains_nothing_comes_back(monkeypatch: pytest.MonkeyPatch, 
     assert "not built" in compress(mlp(), torch.randn(3, 70), cache=False).compression.note
 
 
+def test_an_output_that_is_no_number_is_a_difference() -> None:
+    """A maximum would pass over it; what is not finite on both sides is none."""
+
+    class Odd(nn.Module):
+        def __init__(self, *rows: float) -> None:
+            super().__init__()
+            self.rows = torch.tensor(rows)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows * x
+
+    loads = [((torch.ones(1),), {})]
+    nan, inf = float("nan"), float("inf")
+    assert of_make._difference(Odd(1.0, 2.0), Odd(1.0, nan), loads) == inf
+    assert of_make._difference(Odd(3.0, -inf), Odd(3.3, -inf), loads) == pytest.approx(0.1)
+    assert of_make._difference(Odd(nan), Odd(nan), loads) == 0.0
+
+
+@needs_kernels
+def test_smaller_values_that_break_a_model_are_not_installed(
+    monkeypatch: pytest.MonkeyPatch, sparse_wins: None
+) -> None:
+    monkeypatch.setattr(of_make, "_difference", lambda *_: float("inf"))
+    model = mlp()
+    assert compress(model, torch.randn(3, 70), kinds=["int8"], cache=False) is model
+    assert "would differ by inf" in model.compression.note
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    table = Table(tmp_path / "file" / "layers.json")
+    table.rows = {"a": {"dense": 1.0}}
+    table.save()
+    assert not list(tmp_path.glob("*.new")) and (tmp_path / "file").read_text() == ""
+
+
 @needs_kernels
 def test_real_times_are_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path))
@@ -295,7 +331,7 @@ def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(RecipeError, match="give inputs"):
         compress(mlp())
     with pytest.raises(RecipeError, match="'float16' are not known"):
-        compress(mlp(), torch.randn(3, 70), kinds=["float16"])
+        compress(mlp(), torch.randn(3, 70), kinds="float16")  # one kind needs no list
     if library() is not None:
         with pytest.raises(ModelError, match="does not run on the example"):
             compress(mlp(), torch.randn(3, 7))

@@ -22,11 +22,11 @@ from secateur.compression.modules import SparseConv2d, SparseLinear
 from secateur.errors import SecateurError
 from secateur.formats import KINDS, pack
 from secateur.formats.packed import MOST_OF_QUADS
-from secateur.kernels import build, ops
+from secateur.kernels import build, int4, ops
 from secateur.kernels.library import BUILT, Library, openmp, supported
 from tests.kernels.sample import LAYERS, layers, sparse
 
-SOURCES = ("sparse.cpp", "sparse.h", "threads.h", "vectors.h")
+SOURCES = ("int4.cpp", "int4.h", "sparse.cpp", "sparse.h", "threads.h", "vectors.h")
 
 
 @dataclasses.dataclass
@@ -72,7 +72,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     path = compiled(request.param, tmp_path_factory.mktemp("kernels"))
     found = Kernels(request.param, path, Library(path))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "library", lambda: found.library)
+        for module in (ops, int4):
+            patch.setattr(module, "library", lambda: found.library)
         yield found
 
 
@@ -80,6 +81,30 @@ def test_each_library_is_what_it_says(kernels: Kernels) -> None:
     lanes = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "portable": 4, "wide": 16}[kernels.name]
     isa = {"wide": "avx2" if "avx2" in supported() else "portable"}.get(kernels.name, kernels.name)
     assert kernels.library.lanes == lanes and kernels.library.isa in (isa, "neon")
+
+
+@given(
+    st.integers(0, 1 << 32), st.integers(1, 70), st.sampled_from(int4.GROUPS), st.integers(1, 5), st.integers(1, 9),
+    st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1, 2]), st.booleans(),
+)  # fmt: skip
+def test_weights_of_4_bits(
+    kernels: Kernels, seed: int, rows: int, group: int, groups: int, tokens: int, zeros: bool, biased: bool, relu: bool,
+    threads: int, own: bool,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    x, scale = torch.randn(tokens, group * groups, generator=generator), torch.rand(rows, groups, generator=generator)
+    values = torch.randint(0, 256, (rows, group * groups // 2), dtype=torch.uint8, generator=generator)
+    zero = torch.randint(-8, 8, (rows, groups), dtype=torch.int8, generator=generator) if zeros else None
+    bias = torch.randn(rows, generator=generator) if biased else None
+    dense, many = int4.floats(values, scale, zero).double(), tokens > int4._FEW
+    with kernels.on(threads, own):
+        y = int4.dense_int4(x, values, scale, zero, bias, int(relu))
+    right, size = x.double() @ dense.T, x.double().abs() @ scale.double().repeat_interleave(group, 1).T * 16
+    if bias is not None:
+        right, size = right + bias.double(), size + bias.double().abs()
+    right = right.relu() if relu else right
+    allowed = 2**-7 * size if many else 1e-6 * size  # what is added up for few tokens is up to 16 times a scale
+    assert y.shape == right.shape and bool(((y.double() - right).abs() <= allowed + 1e-30).all())
 
 
 SEEDS = st.integers(0, 1 << 32)

@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,13 +228,14 @@ class Table:
                 self.rows = {}
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all; where nothing can be written, the next run measures again."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
-        part.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
-        part.replace(self.path)
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+            part.replace(self.path)
 
     def seconds(self, site: Site, shape: tuple[int, ...], kinds: Sequence[str], cold: bool) -> dict[str, float]:
         """Seconds of ``dense`` and of every candidate (``kind.index``) on inputs of this shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,7 @@ def compress(
     """
     if example is None:
         raise RecipeError("compress times layers on what they are given: give inputs of a forward pass with example=")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     if unknown := set(kinds) - set(VALUES):
         raise RecipeError(f"values of kind '{sorted(unknown)[0]}' are not known: {', '.join(VALUES)}")
     loads = [inputs(x) for x in (example if isinstance(example, list) else [example])]
@@ -160,7 +162,7 @@ def judged(
         times = latency({"dense": model, "fast": fast}, args, kwargs)
         report.workloads[_label(args, kwargs)] = (times["dense"], times["fast"])
     ratios = [small / dense for dense, small in report.workloads.values()]
-    if tolerance is not None and not report.error <= tolerance:
+    if not math.isfinite(report.error) or (tolerance is not None and report.error > tolerance):
         report.note = (
             f"the model stays dense: packed, its outputs would differ by {report.error:.1e}; please report this"
         )
@@ -213,6 +215,12 @@ def _difference(model: nn.Module, fast: nn.Module, loads: Sequence[tuple[tuple[A
             pairs = zip(tree_leaves(model(*args, **kwargs)), tree_leaves(fast(*args, **kwargs)), strict=True)
             for a, b in pairs:
                 if isinstance(a, Tensor) and a.is_floating_point():
+                    whole = a.isfinite()
+                    if not torch.equal(whole, b.isfinite()):
+                        return math.inf
+                    a, b = a[whole], b[whole]
+                    if not a.numel():
+                        continue
                     scale = float(a.double().square().mean().sqrt()) or 1.0
                     worst = max(worst, float((a.double() - b.double()).square().mean().sqrt()) / scale)
     return worst

@@ -14,6 +14,7 @@ from ..errors import RecipeError
 #: How the range of a grid is found: the largest weight, or the clipping with the least squared error.
 CLIPS = ("mse", "absmax")
 _FEW = 64  # columns that tell most rows of floats from rows of integers
+_AT_ONCE = 1 << 20  # weights whose common factors are looked for
 _FACTORS = [1 - k / 40 for k in range(21)]  # of the largest weight, that ``mse`` tries
 
 
@@ -152,7 +153,8 @@ def grid_of(weight: Tensor, group: int, bits: int = 4) -> Grid | None:
     if 0 in weight.shape or weight.shape[1] % group or not bool(weight.isfinite().all()):
         return None
     o, half, most = weight.shape[0], 1 << (bits - 1), (1 << bits) - 1
-    for some in (weight[:1], weight):  # a row of floats tells that there are no integers
+    found = []
+    for some in (weight[:1], *weight.split(max(1, _AT_ONCE // weight.shape[1]))):  # a row of floats tells soon enough
         runs = some.detach().float().reshape(-1, group)
         scale = _steps_of(runs, most)
         if not bool((scale > 0).all()):
@@ -161,6 +163,8 @@ def grid_of(weight: Tensor, group: int, bits: int = 4) -> Grid | None:
         low, high = low.clamp_max(0), high.clamp_min(0)
         if bool((high - low > most).any()):
             return None
+        found.append((scale, low, high))
+    scale, low, high = (torch.cat(parts) for parts in zip(*found[1:], strict=True))
     for factor in range(2, most + 1):  # the whole step of codes with a common factor may have more digits than theirs
         finer = scale / factor
         fits = (high - low) * factor <= most

@@ -154,13 +154,14 @@ def supported() -> list[str]:
     return [name for name in targets() if name not in missing]
 
 
-def instructions() -> set[str]:
+@lru_cache(maxsize=1)
+def instructions() -> frozenset[str]:
     """What Linux says that the processor has beyond what torch asks for; elsewhere nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
+        return frozenset()
+    return frozenset(flag for line in lines if line.startswith("flags") for flag in line.split())
 
 
 @lru_cache(maxsize=1)

@@ -127,11 +127,11 @@ def _matrix(
 def refuse(x: Tensor, cols: int, dim: int) -> None:
     """Raise SecateurError unless x is a tensor of floats with ``cols`` entries along ``dim``."""
     if not x.is_floating_point():
-        raise SecateurError(f"a sparse layer takes floats, not {x.dtype}")
+        raise SecateurError(f"a compressed layer takes floats, not {x.dtype}")
     if not x.dim():
-        raise SecateurError(f"a sparse layer of {cols} inputs was given a single number")
+        raise SecateurError(f"a compressed layer of {cols} inputs was given a single number")
     if x.shape[dim] != cols:
-        raise SecateurError(f"a sparse layer of {cols} inputs was given {x.shape[dim]} (shape {tuple(x.shape)})")
+        raise SecateurError(f"a compressed layer of {cols} inputs was given {x.shape[dim]} (shape {tuple(x.shape)})")
 
 
 def direct(x: Tensor) -> bool:
@@ -344,7 +344,7 @@ def _each_conv2d(info: object, dims: Sequence[int | None], x: Tensor, *rest: Any
 def first(dims: Sequence[int | None], x: Tensor) -> Tensor:
     """The input of a mapped operator with the mapped dimension in front; weights are not mapped over."""
     if dims[0] is None or any(d is not None for d in tree_leaves(tuple(dims[1:]))):
-        raise SecateurError("torch.vmap maps a sparse layer over its inputs, not over its weights")
+        raise SecateurError("torch.vmap maps a compressed layer over its inputs, not over its weights")
     return x.movedim(dims[0], 0)
 
 

@@ -1,5 +1,6 @@
 // The kernels against plain loops, on heap blocks of exactly the documented sizes: a sanitizer then sees every read and
 // write past one. Not part of a library; tests/kernels/test_sanitizers.py compiles and runs it.
+#include "int4.cpp"
 #include "sparse.cpp"
 
 #include <cmath>
@@ -184,9 +185,53 @@ void convolved(int64_t count, int64_t channels, int64_t high, int64_t wide, int 
     }
 }
 
+// Weights of 4 bits: products of one to four tokens, and the weights themselves.
+void of_4_bits(int64_t rows, int64_t cols, int32_t group, bool zeros, int32_t threads) {
+    const int64_t groups = cols / group;
+    Block<uint8_t> values(rows * cols / 2, 1);
+    Block<float> scale(rows * groups), bias(rows);
+    Block<int8_t> zero(rows * groups, 1);
+    for (int64_t i = 0; i < rows * cols / 2; i++) values[i] = uint8_t(generator());
+    for (int64_t i = 0; i < rows * groups; i++) scale[i] = 0.5f + uniform() / 4, zero[i] = int8_t(int(generator() % 16) - 8);
+    for (int64_t r = 0; r < rows; r++) bias[r] = uniform();
+    const Int4 w{rows, cols, group, zeros ? RELU : NONE, values.items, scale.items, zeros ? zero.items : nullptr, bias.items};
+    const Case about(1, 1, 1, 64, FLOAT32, NONE, 1000);
+    const auto weight = [&](int64_t r, int64_t c) {
+        const int nibble = values[(r * cols + c) / 2] >> 4 * (c % 2) & 15;
+        return double(scale[(r * cols + c) / group]) * (nibble - 8 - (zeros ? zero[(r * cols + c) / group] : 0));
+    };
+    for (int64_t n = 1; n <= 4; n++) {
+        Block<float> x(n * cols), y(n * rows), scratch(scratch_int4(&w, n));
+        for (int64_t i = 0; i < n * cols; i++) x[i] = uniform();
+        int4_vector(&w, x.items, n, y.items, scratch.items, threads);
+        for (int64_t i = 0; i < n * rows; i++) {
+            double right = bias[i % rows], size = 0;
+            for (int64_t c = 0; c < cols; c++) {
+                right += weight(i % rows, c) * x[i / rows * cols + c];
+                size += 16 * scale[(i % rows * cols + c) / group] * std::fabs(x[i / rows * cols + c]);
+            }
+            expect(y[i], zeros ? std::max(right, 0.0) : right, size, "4 bits", about, n, threads);
+        }
+    }
+    const int64_t first = rows / 3, last = rows - rows / 4;
+    Block<float> floats((last - first) * cols);
+    Block<uint16_t> halves((last - first) * cols);
+    int4_floats(&w, first, last, floats.items, 0, threads);
+    int4_floats(&w, first, last, halves.items, 1, threads);
+    for (int64_t i = 0; i < (last - first) * cols; i++) {
+        const double right = weight(first + i / cols, i % cols);
+        expect(floats[i], right, 0, "floats", about, rows, threads);
+        expect(number(bfloat16{halves[i]}), right, std::fabs(right) * 400 - 1, "halves", about, rows, threads);
+    }
+}
+
 }  // namespace
 
 int main() {
+    for (int32_t group : {32, 64, 128, 256})
+        for (int64_t rows : {1, 2, 7, 35})
+            for (int64_t groups : {1, 3, 4})
+                for (bool zeros : {false, true}) of_4_bits(rows, group * groups, group, zeros, 1 + rows % 2);
     const int64_t shapes[][2] = {{1, 1}, {1, 300}, {67, 1}, {3, 64}, {5, 65}, {17, 127}, {66, 257}};
     for (auto& shape : shapes)
         for (int32_t kind = FLOAT32; kind <= INT8_DYNAMIC; kind++)

@@ -147,7 +147,7 @@ void multiply(const Int4& w, const Rows& rows, int64_t first, const float* x, fl
 
 template <int N, int GROUPS, bool ZERO>
 void vectors(const Int4& w, const Rows& rows, const float* x, float* y, int32_t threads) {
-    constexpr int R = N == 1 || LANES == 16 ? 4 : 2;
+    constexpr int R = LANES == 8 && N <= 2 ? 8 : 4;  // so many chains of sums that none waits for itself
     parallel((w.rows + CHUNK - 1) / CHUNK, threads, [&](int64_t chunk) {
         const int64_t last = std::min<int64_t>((chunk + 1) * CHUNK, w.rows);
         for (int64_t first = chunk * CHUNK; first < last; first += R) {
@@ -162,21 +162,20 @@ void vectors(const Int4& w, const Rows& rows, const float* x, float* y, int32_t 
     });
 }
 
+template <int N, int GROUPS>
+void vectors(const Int4& w, const Rows& rows, const float* x, float* y, int32_t threads) {
+    if (w.zero) return vectors<N, GROUPS, true>(w, rows, x, y, threads);
+    vectors<N, GROUPS, false>(w, rows, x, y, threads);
+}
+
 template <int N>
 void vectors(const Int4& w, const float* x, float* y, float* scratch, int32_t threads) {
     const int64_t stride = blocks_of(w) * LAID;
     for (int t = 0; t < N; t++) lay_out(w, x + t * w.cols, scratch + t * stride);
     const Rows rows(w, scratch + N * stride);
-    const auto run = [&](auto groups) {
-        constexpr int GROUPS = decltype(groups)::value;
-        if (w.zero)
-            vectors<N, GROUPS, true>(w, rows, scratch, y, threads);
-        else
-            vectors<N, GROUPS, false>(w, rows, scratch, y, threads);
-    };
-    if (BLOCK >= 4 * w.group) return run(std::integral_constant<int, LANES == 16 ? 4 : 1>());
-    if (BLOCK >= 2 * w.group) return run(std::integral_constant<int, LANES >= 8 ? 2 : 1>());
-    run(std::integral_constant<int, 1>());
+    if (BLOCK >= 4 * w.group) return vectors<N, LANES == 16 ? 4 : 1>(w, rows, scratch, y, threads);
+    if (BLOCK >= 2 * w.group) return vectors<N, LANES >= 8 ? 2 : 1>(w, rows, scratch, y, threads);
+    vectors<N, 1>(w, rows, scratch, y, threads);
 }
 
 uint32_t pattern(float v) {
