@@ -139,7 +139,8 @@ class Opens:
         keep = self.foresight.keep(flat)
         if not sparse:
             self.chosen = keep.view(*x.shape[:-1], -1)
-            return linear(x, first.weight, first.bias) * self.chosen
+            opened: Tensor = linear(x, first.weight, first.bias) * self.chosen
+            return opened
         kept = self.chosen = Kept.of(keep)
         self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
         out = flat.new_zeros(keep.shape)
