@@ -197,8 +197,9 @@ def manidp(
 
     Choose it where inputs differ in how hard they are, and each should use as many channels as it needs.
 
-    Beware: the task's loss has to be a mean over inputs, or a sum; what is not is refused. How much is executed is an
-    average. The weights stay as many; inputs of a batch run one by one.
+    Beware: it wants long training (the official code has 400 epochs); in short runs fbs loses less. The task's loss has
+    to be a mean over inputs, or a sum; what is not is refused. How much is executed is an average. The weights stay as
+    many; inputs of a batch run one by one.
 
     >>> from secateur.tasks.nets import vgg
     >>> gated = manidp(vgg(width=4).eval(), torch.zeros(1, 1, 28, 28), target="flops 50%")
