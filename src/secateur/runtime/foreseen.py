@@ -138,8 +138,9 @@ class Opens:
         first, flat = self.part.first, x.flatten(0, -2)
         keep = self.foresight.keep(flat)
         if not sparse:
-            self.chosen = keep.view(*x.shape[:-1], -1)
-            return linear(x, first.weight, first.bias) * self.chosen
+            whole: Tensor = linear(x, first.weight, first.bias)
+            self.chosen = keep.view(whole.shape)
+            return whole * keep.view(whole.shape)
         kept = self.chosen = Kept.of(keep)
         self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
         out = flat.new_zeros(keep.shape)
