@@ -107,7 +107,7 @@ def on_test(net: Any, found: Any, trial: Any, case: dict[str, Any], common: Any,
     import copy
 
     import secateur
-    from secateur.search.subject import recalibrate
+    from secateur.calibrate import recalibrate
 
     table = {n: round(1 - k, 10) for n, k in zip(found.names, trial.keeps, strict=True)}
     recipe = found.recipe.override(knobs={"allocation": {"table": table}})

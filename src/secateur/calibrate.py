@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import granularity
@@ -132,3 +133,24 @@ def batches_of(data: Iterable[Any] | Tensor) -> list[Any]:
     if not batches:
         raise DataError("the calibration data is empty: give at least one batch")
     return batches
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Measure the statistics of batch norms anew, as the mean over batches (EagleEye, arXiv 2007.02491)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in batches:
+        run_model(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from torch import Tensor
 
+import secateur
+from secateur.calibrate import recalibrate
 from secateur.errors import RecipeError
 from secateur.learned import Gate, Now
 from secateur.learned.widths import sizes_of, tas
+from secateur.tasks import find
 from secateur.testing import check_gate
 
 from .test_units import trained, zero_channels
@@ -84,6 +89,16 @@ def test_a_session_ends_at_the_target_with_units_at_zero() -> None:
     assert sum(zero_channels(model)) > 0
     small = session.shrink()
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_batch_norms_are_those_of_the_widths_that_are_left() -> None:
+    """While it trains they see mixtures, on which statistics of a fixed width have no claim."""
+    options = {"images": 200, "width": 4}
+    made = secateur.train("digits", "tas", target="flops 30%", epochs=1, multiple=2, options=options)
+    batches = list(islice(find("digits", **options).batches("train", 0, 0), 8))
+    before = {k: v.clone() for k, v in made.model.named_buffers()}
+    recalibrate(made.model, batches)
+    assert len(before) > 3 and all(torch.equal(v, before[k]) for k, v in made.model.named_buffers())
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (1, 9)])

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import secateur
+from secateur.calibrate import recalibrate
 from secateur.errors import OutputError, RecipeError
 from secateur.graph.trace import stored_tensors
 from secateur.layers import find_layers
 from secateur.search.describe import edges_of_layers, facts_of
-from secateur.search.subject import recalibrate, restored
+from secateur.search.subject import restored
 from secateur.structured.make import Case
 from tests.conftest import Run
 from tests.nets import Residual, noise

@@ -257,9 +257,9 @@ def test_a_search_that_is_repeated_goes_on_where_it_was(tmp_path: Path, monkeypa
     def progress(name: str, done: int, of: int) -> None:
         searches.append(name)
         if name == "search" and clock.surprise == 1.0:
-            clock.surprise = 2.0  # the machine has become slower for small ones
-        if name == "search-2" and clock.surprise == 2.0:
-            clock.surprise = 2.1
+            clock.surprise = 1.6  # the machine has become slower for small ones
+        if name == "search-2" and clock.surprise == 1.6:
+            clock.surprise = 1.65
             raise Stop
 
     given: dict[str, Any] = {"target": "latency 30%", "epochs": 0.5, "knobs": {**FAST, "budget": 6}, "every": 0.0}

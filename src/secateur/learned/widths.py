@@ -26,7 +26,7 @@ def sizes_of(units: int) -> list[int]:
     return sorted({max(1, int(units * share + 1e-9)) for share in _SHARES})
 
 
-@register("gate", family="stochastic", paper="1905.09717", units=True, survey=("B2.4", "D3"))
+@register("gate", family="stochastic", paper="1905.09717", units=True, mixes=True, survey=("B2.4", "D3"))
 def tas(
     weight: Tensor, pool_shape: tuple[int, int], generator: torch.Generator, *, hot: float = 10.0, cold: float = 0.1,
     lr: float | None = 0.1,

@@ -84,9 +84,10 @@ method(
     "tas",
     "A distribution over the widths of each layer, learned with the weights, under an expected size.",
     choose="Choose it to learn by gradient how wide each layer is to be." + _SMALLER.format("group-norm"),
-    beware="in the paper the widths that are found are trained anew, with the dense network as a teacher (0.9 of the "
-    "loss at temperature 4, as recovery distill has it); here distill goes on with the weights, and scratch has no "
-    "teacher. The expected size counts the weights that the granularity counts of each unit, not FLOPs.",
+    beware="without a recovery its batch norms are measured anew, and nothing else. In the paper the widths found are "
+    "trained anew, with the dense network as a teacher (0.9 of the loss at temperature 4, as recovery distill has it); "
+    "here distill goes on with the weights, and scratch has no teacher. The expected size counts the weights that the "
+    "granularity counts of each unit, not FLOPs.",
     source="Dong and Yang, Network pruning via transformable architecture search, arXiv 1905.09717.",
     paper="1905.09717",
     family="learned",

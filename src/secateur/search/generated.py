@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..calibrate import batches_of
+from ..calibrate import batches_of, recalibrate
 from ..errors import RecipeError
 from ..graph.trace import stored_tensors
 from ..layers import located
@@ -25,7 +25,7 @@ from ..structured import Target
 from ..structured.plan import inputs
 from .families import Families
 from .space import Counts
-from .subject import Bounds, recalibrate
+from .subject import Bounds
 
 
 class Channels:

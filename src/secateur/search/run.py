@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import granularity
-from ..calibrate import Loss, batches_of
+from ..calibrate import Loss, batches_of, recalibrate
 from ..errors import OutputError, RecipeError
 from ..layers import evaluating
 from ..prune import recipe_of
@@ -23,7 +23,7 @@ from .explore import Trial, best_of, explore
 from .families import Families
 from .matrices import Matrices
 from .space import Counts
-from .subject import Bounds, Subject, recalibrate, restored
+from .subject import Bounds, Subject, restored
 
 Evaluate = Callable[[nn.Module], float]
 

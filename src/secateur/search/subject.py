@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from ..calibrate import run_model
 from ..errors import RecipeError
 from ..graph.trace import stored_tensors
 from ..recipe import Recipe
@@ -113,24 +112,3 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.training = training
         for norm, momentum in norms:
             norm.momentum = momentum
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
-    """Measure the statistics of batch norms anew, as the mean over batches (EagleEye, arXiv 2007.02491)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in batches:
-        run_model(model, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in modes:
-        module.training = training

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate import recalibrate
 from ..errors import ModelError
 from ..processes import decided, rank
 from ..search.explore import Trial, explore
 from ..search.run import Log
 from ..search.space import Counts, Space
-from ..search.subject import recalibrate
 from ..structured.targets import Target
 from ..tasks import Task, fit
 from ..tasks.base import placed

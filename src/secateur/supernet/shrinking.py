@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from ..calibrate import recalibrate
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..registry import get, register
 from ..search.explore import Trial
 from ..search.space import Counts, Space
-from ..search.subject import recalibrate
 from .course import Course, in_order
 from .elastic import Elastic
 from .extract import extracted

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from ..formats import OnGrid
+=======
+from ..calibrate import recalibrate
+>>>>>>> supernet
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
@@ -224,7 +228,10 @@ class Course:
         if penalized:
             return self._smaller(model)
         goal = self.target if self.target is not None else f"params {100 * recipe.sparsity:g}%"
-        return self._cut(plan_zeros(model, recipe, target=goal, example=example, multiple=self.multiple))
+        small = self._cut(plan_zeros(model, recipe, target=goal, example=example, multiple=self.multiple))
+        if gated and get("gate", recipe.gate).facts.get("mixes"):  # batch norms have seen other widths than are left
+            recalibrate(small, self._batches())
+        return small
 
     def _smaller(self, model: nn.Module) -> nn.Module:
         """Take coupled units away; what training heals is not healed by anything else first."""
