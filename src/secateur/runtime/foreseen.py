@@ -138,15 +138,9 @@ class Opens:
         first, flat = self.part.first, x.flatten(0, -2)
         keep = self.foresight.keep(flat)
         if not sparse:
-<<<<<<< HEAD
-            self.chosen = keep.view(*x.shape[:-1], -1)
-            opened: Tensor = linear(x, first.weight, first.bias) * self.chosen
-            return opened
-=======
             whole: Tensor = linear(x, first.weight, first.bias)
             self.chosen = keep.view(whole.shape)
             return whole * keep.view(whole.shape)
->>>>>>> contextual
         kept = self.chosen = Kept.of(keep)
         self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
         out = flat.new_zeros(keep.shape)

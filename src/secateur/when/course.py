@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from ..formats import OnGrid
-=======
 from ..calibrate import recalibrate
->>>>>>> supernet
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
