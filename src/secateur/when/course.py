@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import OnGrid
 from ..calibrate import recalibrate
+from ..formats import OnGrid
 from ..granularity import parse
 from ..layers import find_layers
 from ..masks import Masks
