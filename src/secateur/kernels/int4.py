@@ -140,7 +140,8 @@ def dense_int4(
 def _many(x: Tensor, known: _Known, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     small = bool({"avx512_bf16", "amx_bf16", "bf16"} & instructions())
     given, (rows, half) = x.to(torch.bfloat16 if small else torch.float32), values.shape
-    step, kernels, done = max(1, _PIECE // (2 * half)), library(), []
+    step, kernels = max(1, _PIECE // (2 * half)), library()
+    done: list[Tensor] = []
     for first in range(0, rows, step):
         last = min(first + step, rows)
         if kernels is None:
