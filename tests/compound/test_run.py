@@ -145,7 +145,7 @@ def test_zeros_stay_through_a_second_pruning_and_a_sweep() -> None:
 
 def test_sparse_terms_of_a_decomposition_hold() -> None:
     steps = [
-        {"decompose": {"method": "low-rank+sparse", "sparsity": 0.4, "iterations": 2}},
+        {"decompose": {"method": "low-rank+sparse", "sparsity": 0.4, "shares": [0.25, 0.5], "fit": 0}},
         {"prune": {"method": "magnitude", "sparsity": 0.7}},
     ]
     model = net()

@@ -277,7 +277,7 @@ def test_a_search_that_is_repeated_goes_on_where_it_was(tmp_path: Path, monkeypa
     [
         ({}, "give one, such as --target"),
         ({"target": "flops 50%", "knobs": {"span": 0.0}}, "span is how long"),
-        ({"target": "flops 50%", "length": -1.0}, "length is at least 0"),
+        ({"target": "flops 50%", "length": -1.0}, "length is -1.0: it is a number of 0 or more"),
         ({"target": "flops 50%", "knobs": {"wdith": 1}}, "has no knob 'wdith'"),
         ({"target": "flops 50%", "knobs": {"order": "taylor"}}, "ranks by data"),
         ({"target": "flops 50%", "knobs": {"strategy": "amc"}}, "looks at layers"),

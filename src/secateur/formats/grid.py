@@ -14,7 +14,6 @@ from ..errors import RecipeError
 #: How the range of a grid is found: the largest weight, or the clipping with the least squared error.
 CLIPS = ("mse", "absmax")
 _FEW = 64  # columns that tell most rows of floats from rows of integers
-_AT_ONCE = 1 << 20  # weights whose common factors are looked for
 _FACTORS = [1 - k / 40 for k in range(21)]  # of the largest weight, that ``mse`` tries
 
 
@@ -150,30 +149,9 @@ def grid_of(weight: Tensor, group: int, bits: int = 4) -> Grid | None:
     >>> found.scale.tolist(), found.codes(weight).tolist(), grid_of(weight, 4, 3)
     ([[0.5]], [[3, -4, 0, 7]], None)
     """
-    if 0 in weight.shape or weight.shape[1] % group or not bool(weight.isfinite().all()):
+    if 0 in weight.shape or weight.shape[1] % group:
         return None
-    o, half, most = weight.shape[0], 1 << (bits - 1), (1 << bits) - 1
-    found = []
-    for some in (weight[:1], *weight.split(max(1, _AT_ONCE // weight.shape[1]))):  # a row of floats tells soon enough
-        runs = some.detach().float().reshape(-1, group)
-        scale = _steps_of(runs, most)
-        if not bool((scale > 0).all()):
-            return None
-        low, high = (runs / scale[:, None]).round().aminmax(dim=1)
-        low, high = low.clamp_max(0), high.clamp_min(0)
-        if bool((high - low > most).any()):
-            return None
-        found.append((scale, low, high))
-    scale, low, high = (torch.cat(parts) for parts in zip(*found[1:], strict=True))
-    for factor in range(2, most + 1):  # the whole step of codes with a common factor may have more digits than theirs
-        finer = scale / factor
-        fits = (high - low) * factor <= most
-        take = fits & (short(scale) != scale) & (short(finer) == finer) & (finer * factor == scale)
-        scale, low, high = (
-            torch.where(take, a, b) for a, b in ((finer, scale), (low * factor, low), (high * factor, high))
-        )
-    zero = torch.where((low >= -half) & (high < half), 0.0, -low - half)
-    return Grid(bits, group, scale.view(o, -1), zero.view(o, -1) if bool(zero.any()) else None)
+    return next(iter(grids_of(weight, group, bits)), None)
 
 
 def _steps_of(weight: Tensor, most: int) -> Tensor:

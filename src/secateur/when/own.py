@@ -89,8 +89,8 @@ class Own:
         self.device = torch.device(asked.device)
         if asked.score not in get_args(Split)[1:]:
             raise RecipeError(f"score is valid or test, not '{asked.score}'")
-        if not (0 <= self.length < math.inf and 0 < asked.rate < math.inf):
-            raise RecipeError(f"length is at least 0 and rate above 0: not {self.length:g}, {asked.rate:g}")
+        if not _number(asked.rate) > 0:
+            raise RecipeError(f"{method}: rate is {asked.rate!r}: it is a number above 0")
         self.folder = None if asked.out is None else Path(asked.out)
         self.work = None if self.folder is None else self.folder.with_name(self.folder.name + ".run")
         if self.folder is not None:
@@ -145,7 +145,16 @@ class Own:
 
 
 def _length(part: Part, given: Any) -> float:
-    return float(part.facts.get("length", LENGTH) if given is None else given)
+    found = _number(part.facts.get("length", LENGTH) if given is None else given)
+    if not found >= 0:
+        raise RecipeError(f"{part.name}: length is {given!r}: it is a number of 0 or more")
+    return found
+
+
+def _number(given: Any) -> float:
+    """What is given as a finite number; else not a number."""
+    right = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+    return float(given) if right else math.nan
 
 
 def own_options(method: str, axes: Mapping[str, Any]) -> dict[str, Any]:
