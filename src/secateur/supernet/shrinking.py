@@ -63,7 +63,8 @@ def _elastic(
 
 
 @register(
-    "transform", paper="1908.09791", survey=("A3.4", "B2", "D3", "F5"), when="during", trains=train_supernet, span="span",
+    "transform", paper="1908.09791", survey=("A3.4", "B2", "D3", "F5"), when="during", trains=train_supernet,
+    span="span",
     length=0.25, quantities=QUANTITIES, foreseen=foreseen,
 )  # fmt: skip
 def supernet(
