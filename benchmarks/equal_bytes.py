@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="measure tokens/s of the first draw instead")
     parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--evidence", type=Path, help="write the rows that are recipes as evidence, and nothing else")
-    parser.add_argument("--models", type=Path, help="where models are kept as they are made, for the speed")
+    parser.add_argument("--models", type=Path, help="where decomposed models are kept as they are made, for the speed")
     parser.add_argument("--budgets", type=float, nargs="+", default=[*BUDGETS])
     parser.add_argument("--only", default="", help="rows by name, by commas")
     given = parser.parse_args()
@@ -237,7 +237,7 @@ def main() -> None:
                     model = secateur.load(kept)
                 else:
                     what = row.make(model, budget, draw(tokenizer, given, seed))
-                    if kept is not None and not kept.is_dir():
+                    if kept is not None and not kept.is_dir() and hasattr(model, "secateur_surgery"):
                         secateur.save(model, kept)
                 took = round(time.perf_counter() - begun, 1)
                 if given.speed:
