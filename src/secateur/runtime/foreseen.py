@@ -96,8 +96,8 @@ class Foresight:
 
 
 @dataclass(eq=False)
-class Foreseen:
-    """A feed-forward part with a gate that computes those neurons alone that are foreseen."""
+class _Foreseeing:
+    """Where a token's neurons are foreseen; counts those that are computed."""
 
     part: Part
     foresight: Foresight
@@ -105,6 +105,18 @@ class Foreseen:
     threshold: float | None = None
     kept: int = 0
     seen: int = 0
+
+    def chosen_of(self, keep: Tensor) -> Kept:
+        """What stays of the neurons of tokens, counted."""
+        kept = Kept.of(keep)
+        self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
+        return kept
+
+
+@dataclass(eq=False)
+class Foreseen(_Foreseeing):
+    """A feed-forward part with a gate that computes those neurons alone that are foreseen."""
+
     columns: Columns = field(default_factory=Columns, repr=False)
 
     def run(self, x: Tensor, sparse: bool) -> Tensor:
@@ -114,8 +126,7 @@ class Foreseen:
             found: Tensor = part.down(part.opened(x) * keep.view(*x.shape[:-1], -1))
             return found
         columns = self.columns.of(part.down.weight)
-        kept = Kept.of(keep)
-        self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
+        kept = self.chosen_of(keep)
         values = part.act(rows_product(flat, kept, part.first.weight, part.first.bias))
         if part.up is not None:
             values = values * rows_product(flat, kept, part.up.weight, part.up.bias)
@@ -123,15 +134,9 @@ class Foreseen:
 
 
 @dataclass(eq=False)
-class Opens:
+class Opens(_Foreseeing):
     """The first layer of a feed-forward part without a gate; neurons that are not foreseen are zero."""
 
-    part: Part
-    foresight: Foresight
-    path: str
-    threshold: float | None = None
-    kept: int = 0
-    seen: int = 0
     chosen: Any = field(default=None, repr=False)  # for the last layer
 
     def run(self, x: Tensor, sparse: bool) -> Tensor:
@@ -141,8 +146,7 @@ class Opens:
             whole: Tensor = linear(x, first.weight, first.bias)
             self.chosen = keep.view(whole.shape)
             return whole * keep.view(whole.shape)
-        kept = self.chosen = Kept.of(keep)
-        self.kept, self.seen = self.kept + len(kept.at), self.seen + keep.numel()
+        kept = self.chosen = self.chosen_of(keep)
         out = flat.new_zeros(keep.shape)
         out[kept.token, kept.at] = rows_product(flat, kept, first.weight, first.bias)
         return out.view(*x.shape[:-1], -1)
