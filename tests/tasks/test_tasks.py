@@ -164,6 +164,7 @@ def test_a_task_of_a_file(tmp_path: Path) -> None:
         ("nowhere.py:task", {}, ModelError, "there is no file nowhere.py"),
         (TASK, {"width": 3}, RecipeError, r"a task that you wrote has no options \['width'\]"),
         (nn.Linear(2, 2), {}, ModelError, "'Linear' is not a task: it needs model"),
+        (find, {}, ModelError, r"'find' is a function, and a task is an object.*as in TASK = find\(\)"),
     ],
 )
 def test_sentences(source: Any, options: dict[str, Any], error: type[Exception], sentence: str) -> None:

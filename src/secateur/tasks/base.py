@@ -157,6 +157,11 @@ def as_task(found: Any, name: str = "task") -> Task:
     """
     if isinstance(found, Task):
         return found
+    if inspect.isfunction(found) and not is_task(found):
+        raise ModelError(
+            f"'{name}' is a function, and a task is an object, or a class, with model(seed) and batches(split, seed, "
+            f"epoch): name what {name}() gives in the file, as in TASK = {name}()"
+        )
     if not is_task(found):
         raise ModelError(
             f"'{name}' is not a task: it needs model(seed) and batches(split, seed, epoch); see secateur tasks"
